@@ -1,0 +1,100 @@
+#include <pybind11/stl.h>
+
+#include <algorithm>
+
+#include "bindings.h"
+#include "engine.h"
+
+namespace py = pybind11;
+
+namespace hybridcomm {
+namespace {
+
+// Ctrl-C during a long wait: the engine calls this now and then, without the GIL.
+void raise_pending_signals() {
+  const py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+Buffers buffers_at(uintptr_t tensor, uintptr_t residual_in, uintptr_t residual_out) {
+  Buffers buffers;
+  buffers.tensor = reinterpret_cast<std::byte*>(tensor);
+  buffers.residual_in = reinterpret_cast<const float*>(residual_in);
+  buffers.residual_out = reinterpret_cast<float*>(residual_out);
+  return buffers;
+}
+
+std::shared_ptr<Engine> make_engine(int rank, std::vector<int> local_ranks,
+                                    const std::vector<std::tuple<int, std::string, uint16_t>>& remote_peers,
+                                    const py::bytes& token, const std::string& name, size_t slot_nbytes,
+                                    double timeout_s, bool crowded, const Listener& listener) {
+  MeshConfig config;
+  config.rank = rank;
+  config.local_ranks = std::move(local_ranks);
+  for (const auto& [peer, host, port] : remote_peers) config.remote_peers.push_back({peer, host, port});
+  const std::string secret = token;
+  std::copy_n(secret.begin(), std::min(secret.size(), config.token.size()), config.token.begin());
+  config.name = name;
+  config.slot_nbytes = slot_nbytes;
+  config.timeout_s = timeout_s;
+  const py::gil_scoped_release no_gil;
+  return std::make_shared<Engine>(config, listener, crowded);
+}
+
+}  // namespace
+
+void bind_engine(py::module_& module) {
+  py::class_<Listener>(module, "Listener")
+      .def(py::init<const std::string&, uint16_t>(), py::arg("host"), py::arg("port"))
+      .def_property_readonly("port", &Listener::port);
+
+  py::class_<Work, std::shared_ptr<Work>>(module, "Work")
+      .def("is_completed", &Work::is_completed)
+      .def("wait",
+           [](Work& work, double limit_s) {
+             const py::gil_scoped_release no_gil;
+             const auto deadline = Clock::now() + seconds(limit_s);
+             for (;;) {
+               const double left = std::chrono::duration<double>(deadline - Clock::now()).count();
+               if (work.wait(std::clamp(left, 0.0, 0.1))) return true;
+               if (left <= 0) return false;
+               raise_pending_signals();
+             }
+           })
+      .def_property_readonly("seconds", &Work::seconds)
+      .def_property_readonly("wire_nbytes", &Work::wire_nbytes);
+
+  py::class_<Engine, std::shared_ptr<Engine>>(module, "Engine")
+      .def(py::init(&make_engine), py::kw_only(), py::arg("rank"), py::arg("local_ranks"),
+           py::arg("remote_peers"), py::arg("token"), py::arg("name"), py::arg("slot_nbytes"),
+           py::arg("timeout_s"), py::arg("crowded"), py::arg("listener"))
+      .def(
+          "run",
+          [](Engine& engine, std::shared_ptr<Program> program, uintptr_t tensor, uintptr_t residual_in,
+             uintptr_t residual_out) {
+            const py::gil_scoped_release no_gil;
+            return engine.run(std::move(program), buffers_at(tensor, residual_in, residual_out),
+                              raise_pending_signals);
+          },
+          py::arg("program"), py::arg("tensor"), py::arg("residual_in") = 0, py::arg("residual_out") = 0)
+      .def(
+          "submit",
+          [](Engine& engine, std::shared_ptr<Program> program, uintptr_t tensor, uintptr_t residual_in,
+             uintptr_t residual_out) {
+            const py::gil_scoped_release no_gil;
+            return engine.submit(std::move(program), buffers_at(tensor, residual_in, residual_out));
+          },
+          py::arg("program"), py::arg("tensor"), py::arg("residual_in") = 0, py::arg("residual_out") = 0)
+      .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>())
+      .def("abort", &Engine::abort, py::call_guard<py::gil_scoped_release>())
+      .def("counters", [](const Engine& engine) {
+        const WireCounters& counters = engine.counters();
+        py::dict result;
+        result["wire_tx_bytes"] = counters.tx_bytes.load();
+        result["wire_rx_bytes"] = counters.rx_bytes.load();
+        result["shm_bytes"] = counters.shm_bytes.load();
+        return result;
+      });
+}
+
+}  // namespace hybridcomm

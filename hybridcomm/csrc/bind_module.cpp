@@ -1,0 +1,8 @@
+#include "bindings.h"
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "The hybridcomm host engine: shared memory inside a node, TCP between nodes.";
+  hybridcomm::bind_errors(module);
+  hybridcomm::bind_program(module);
+  hybridcomm::bind_engine(module);
+}

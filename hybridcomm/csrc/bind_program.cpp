@@ -1,0 +1,68 @@
+#include <pybind11/stl.h>
+
+#include "bindings.h"
+#include "program.h"
+
+namespace py = pybind11;
+
+namespace hybridcomm {
+
+void bind_program(py::module_& module) {
+  py::enum_<Kind>(module, "Kind")
+      .value("put", Kind::put)
+      .value("reduce", Kind::reduce)
+      .value("encode", Kind::encode)
+      .value("send", Kind::send)
+      .value("receive", Kind::receive)
+      .value("sum", Kind::sum)
+      .value("decode", Kind::decode)
+      .value("publish", Kind::publish)
+      .value("get", Kind::get);
+  module.attr("OWN_REGION") = kOwnRegion;
+  module.def("describe", [](uint8_t collective, uint8_t dtype, uint8_t op, uint8_t codec, uint64_t numel) {
+    Tag tag;
+    tag.collective = collective;
+    tag.dtype = dtype;
+    tag.op = op;
+    tag.codec = codec;
+    tag.numel = numel;
+    return describe(tag);
+  });
+  py::class_<Program, std::shared_ptr<Program>>(module, "Program")
+      .def(py::init([](uint64_t digest, uint64_t numel, uint8_t collective, uint8_t dtype, uint8_t op,
+                       uint8_t codec, uint32_t block, uint32_t k, uint32_t value_bits) {
+             auto program = std::make_shared<Program>();
+             program->tag.digest = digest;
+             program->tag.numel = numel;
+             program->tag.collective = collective;
+             program->tag.dtype = dtype;
+             program->tag.op = op;
+             program->tag.codec = codec;
+             program->dtype = static_cast<Dtype>(dtype);
+             program->codec = {block, k, value_bits};
+             return program;
+           }),
+           py::kw_only(), py::arg("digest"), py::arg("numel"), py::arg("collective"), py::arg("dtype"),
+           py::arg("op"), py::arg("codec") = 0, py::arg("block") = 0, py::arg("k") = 0,
+           py::arg("value_bits") = 0)
+      .def(
+          "add",
+          [](Program& program, Kind kind, uint32_t stream, uint32_t step, int peer, uint64_t begin,
+             uint64_t count, bool in_scratch, uint64_t offset, uint64_t nbytes, uint64_t residual,
+             uint32_t divisor, std::vector<uint32_t> after, std::vector<int64_t> sources) {
+            program.ops.push_back({kind, in_scratch ? Memory::scratch : Memory::tensor, stream, step, peer,
+                                   begin, count, offset, nbytes, residual, divisor, std::move(after),
+                                   std::move(sources)});
+            if (stream >= program.stream_count) program.stream_count = stream + 1;
+            return program.ops.size() - 1;
+          },
+          py::arg("kind"), py::kw_only(), py::arg("stream"), py::arg("step"), py::arg("peer") = -1,
+          py::arg("begin") = 0, py::arg("count") = 0, py::arg("in_scratch") = false, py::arg("offset") = 0,
+          py::arg("nbytes") = 0, py::arg("residual") = 0, py::arg("divisor") = 1,
+          py::arg("after") = std::vector<uint32_t>{}, py::arg("sources") = std::vector<int64_t>{})
+      .def_readwrite("scratch_nbytes", &Program::scratch_nbytes)
+      .def_readwrite("residual_numel", &Program::residual_numel)
+      .def_property_readonly("size", [](const Program& program) { return program.ops.size(); });
+}
+
+}  // namespace hybridcomm

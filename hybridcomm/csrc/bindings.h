@@ -1,0 +1,12 @@
+// One binding file per header; each registers its part of the module here.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace hybridcomm {
+
+void bind_errors(pybind11::module_& module);
+void bind_program(pybind11::module_& module);
+void bind_engine(pybind11::module_& module);
+
+}  // namespace hybridcomm

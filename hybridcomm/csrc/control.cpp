@@ -1,0 +1,55 @@
+#include "control.h"
+
+#include <poll.h>
+#include <sys/socket.h>
+
+#include <cerrno>
+
+namespace hybridcomm {
+
+void ControlChannel::send(Type type, int rank, Code reason) {
+  const Frame frame{type, rank, static_cast<uint32_t>(reason), 0};
+  // Best effort: a full socket already holds doorbells, and a closed one is noticed by drain().
+  [[maybe_unused]] const ssize_t n = ::send(fd_.get(), &frame, sizeof(frame), MSG_DONTWAIT | MSG_NOSIGNAL);
+}
+
+void ControlChannel::take(const Frame& frame) {
+  if (frame.type == kAbort) {
+    aborted_ = true;
+    culprit_ = frame.rank;
+    reason_ = static_cast<Code>(frame.reason);
+  } else if (frame.type == kBye) {
+    state_ = State::left;
+  }
+}
+
+void ControlChannel::drain() {
+  while (state_ != State::lost) {
+    char* at = reinterpret_cast<char*>(&partial_) + got_;
+    const ssize_t n = ::recv(fd_.get(), at, sizeof(Frame) - got_, MSG_DONTWAIT);
+    if (n > 0) {
+      got_ += static_cast<size_t>(n);
+      if (got_ == sizeof(Frame)) {
+        got_ = 0;
+        take(partial_);
+      }
+    } else if (n < 0 && errno == EINTR) {
+      continue;
+    } else if (n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) {
+      return;
+    } else {
+      if (state_ == State::open) state_ = State::lost;
+      return;
+    }
+  }
+}
+
+void ControlChannel::drain_to_the_end(Clock::duration limit) {
+  const auto deadline = Clock::now() + limit;
+  for (drain(); state_ == State::open && !aborted_ && Clock::now() < deadline; drain()) {
+    pollfd ready{fd_.get(), POLLIN, 0};
+    ::poll(&ready, 1, 20);
+  }
+}
+
+}  // namespace hybridcomm

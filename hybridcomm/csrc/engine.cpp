@@ -1,0 +1,179 @@
+#include "engine.h"
+
+#include <algorithm>
+
+namespace hybridcomm {
+
+bool Work::is_completed() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return done_;
+}
+
+bool Work::wait(double limit_s) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (!finished_.wait_for(lock, hybridcomm::seconds(limit_s), [this] { return done_; })) return false;
+  if (failure_) std::rethrow_exception(failure_);
+  return true;
+}
+
+Engine::Engine(const MeshConfig& config, const Listener& listener, bool crowded)
+    : mesh_(std::make_unique<Mesh>(config, listener)),
+      executor_(std::make_unique<Executor>(*mesh_, config.timeout_s, crowded)) {}
+
+Engine::~Engine() { close(); }
+
+void Engine::check(const Program& program) const {
+  for (const Op& op : program.ops) {
+    const bool slot =
+        op.kind == Kind::put || op.kind == Kind::reduce || op.kind == Kind::publish || op.kind == Kind::get;
+    if (slot && (mesh_->local_size() == 1 || op.count * itemsize(program.dtype) > mesh_->slot_nbytes())) {
+      throw Error(Code::invalid, "a chunk of the plan does not fit a shared-memory slot");
+    }
+    if (op.stream >= program.stream_count)
+      throw Error(Code::invalid, "an operation's stream is out of range");
+    if (op.nbytes > UINT32_MAX) throw Error(Code::invalid, "a message of the plan is larger than 4 GiB");
+  }
+}
+
+void Engine::fail_if_broken() const {
+  if (broken_) throw Error(*broken_);
+  if (closing_) throw Error(Code::aborted, "the context is closed: call hybridcomm.init() again");
+}
+
+std::shared_ptr<Work> Engine::run(std::shared_ptr<const Program> program, const Buffers& buffers,
+                                  const std::function<void()>& interrupted) {
+  check(*program);
+  std::shared_ptr<Work> work(new Work(std::move(program), buffers));
+  {
+    std::unique_lock<std::mutex> lock(mutex_);
+    fail_if_broken();
+    if (busy_ || !queue_.empty()) {
+      enqueue(work);
+      lock.unlock();
+      wait_in_queue(*work, interrupted);
+      return work;
+    }
+    busy_ = true;
+  }
+  execute(*work, interrupted);
+  work->wait(0);  // raises what it failed with
+  return work;
+}
+
+void Engine::enqueue(const std::shared_ptr<Work>& work) {
+  if (!progress_.joinable()) progress_ = std::thread([this] { serve(); });
+  queue_.push_back(work);
+  changed_.notify_all();
+}
+
+void Engine::wait_in_queue(Work& work, const std::function<void()>& interrupted) {
+  try {
+    while (!work.wait(0.1)) {
+      if (interrupted) interrupted();
+    }
+  } catch (const Error&) {
+    throw;
+  } catch (...) {  // the caller's tensor may go once this returns, so the work must have ended by then
+    abort();
+    while (!work.is_completed()) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    throw;
+  }
+}
+
+std::shared_ptr<Work> Engine::submit(std::shared_ptr<const Program> program, const Buffers& buffers) {
+  check(*program);
+  std::shared_ptr<Work> work(new Work(std::move(program), buffers));
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    fail_if_broken();
+    enqueue(work);
+  }
+  return work;
+}
+
+// Called with busy_ set by the caller and the mutex free.
+void Engine::execute(Work& work, const std::function<void()>& interrupted) {
+  const auto begin = Clock::now();
+  const uint64_t sent = counters().tx_bytes.load(std::memory_order_relaxed);
+  std::exception_ptr failure;
+  try {
+    executor_->run(*work.program_, work.buffers_, interrupted);
+  } catch (const Error& error) {
+    failure = std::current_exception();
+    executor_->tell_abort(error.rank, error.code);
+    remember_failure(error);
+  } catch (...) {  // an interrupt: a Python exception on its way to the caller
+    failure = std::current_exception();
+    executor_->tell_abort(mesh_->rank(), Code::aborted);
+    remember_failure(Error(Code::aborted, "an earlier call on this rank was interrupted", mesh_->rank()));
+  }
+  work.seconds_ = std::chrono::duration<double>(Clock::now() - begin).count();
+  work.wire_nbytes_ = counters().tx_bytes.load(std::memory_order_relaxed) - sent;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    busy_ = false;
+  }
+  changed_.notify_all();
+  finish(work, failure);
+}
+
+void Engine::finish(Work& work, std::exception_ptr failure) {
+  {
+    const std::lock_guard<std::mutex> lock(work.mutex_);
+    work.failure_ = std::move(failure);
+    work.done_ = true;
+  }
+  work.finished_.notify_all();
+}
+
+void Engine::remember_failure(const Error& error) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!broken_) broken_ = error;
+}
+
+void Engine::serve() {
+  const std::function<void()> nobody;
+  for (;;) {
+    std::shared_ptr<Work> work;
+    std::optional<Error> broken;
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      changed_.wait(lock, [this] { return !busy_ && (!queue_.empty() || closing_); });
+      if (queue_.empty()) return;
+      work = std::move(queue_.front());
+      queue_.pop_front();
+      broken = broken_;
+      busy_ = !broken;
+    }
+    if (broken) {
+      finish(*work, std::make_exception_ptr(*broken));
+    } else {
+      execute(*work, nobody);
+    }
+  }
+}
+
+void Engine::close() {
+  {
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (closing_) return;
+    closing_ = true;
+    changed_.notify_all();
+    changed_.wait(lock, [this] { return !busy_ && (queue_.empty() || !progress_.joinable()); });
+  }
+  if (progress_.joinable()) progress_.join();
+  executor_->tell_bye();
+  mesh_->disconnect();
+}
+
+void Engine::abort() {
+  executor_->request_abort();
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!broken_) broken_ = Error(Code::aborted, "the context was aborted on this rank", mesh_->rank());
+    if (busy_) return;  // the running call notices, and tells the peers
+  }
+  executor_->tell_abort(mesh_->rank(), Code::aborted);
+}
+
+}  // namespace hybridcomm

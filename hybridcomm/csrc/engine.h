@@ -1,0 +1,81 @@
+// The engine of one rank: one queue of collectives, in call order, whoever runs them.
+//
+// A blocking call runs on its caller's thread when nothing is queued or running (handing work to another core
+// costs a futex wake, some 33 us); otherwise it queues up like an asynchronous one. One progress thread,
+// started by the first asynchronous call, serves the queue. It touches no Python.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <thread>
+
+#include "executor.h"
+
+namespace hybridcomm {
+
+// The handle of one collective.
+class Work {
+ public:
+  bool is_completed() const;
+  // True when done; false when `limit_s` passed first. Rethrows what the collective failed with.
+  bool wait(double limit_s);
+  double seconds() const { return seconds_; }            // spent running it
+  uint64_t wire_nbytes() const { return wire_nbytes_; }  // sent to other nodes for it
+
+ private:
+  friend class Engine;
+  Work(std::shared_ptr<const Program> program, const Buffers& buffers)
+      : program_(std::move(program)), buffers_(buffers) {}
+  std::shared_ptr<const Program> program_;
+  Buffers buffers_;
+  mutable std::mutex mutex_;
+  std::condition_variable finished_;
+  bool done_ = false;
+  std::exception_ptr failure_;
+  double seconds_ = 0;
+  uint64_t wire_nbytes_ = 0;
+};
+
+class Engine {
+ public:
+  Engine(const MeshConfig& config, const Listener& listener, bool crowded);
+  ~Engine();
+
+  // Runs to the end on this thread, or after what is queued. `interrupted` as in Executor::run.
+  std::shared_ptr<Work> run(std::shared_ptr<const Program> program, const Buffers& buffers,
+                            const std::function<void()>& interrupted);
+  std::shared_ptr<Work> submit(std::shared_ptr<const Program> program, const Buffers& buffers);
+
+  // Ends the queue, says goodbye to the peers and closes every connection. Idempotent.
+  void close();
+  // Makes the running and all later calls fail, here and on every peer.
+  void abort();
+
+  const WireCounters& counters() const { return executor_->counters(); }
+
+ private:
+  void check(const Program& program) const;
+  void enqueue(const std::shared_ptr<Work>& work);  // with the mutex held
+  void wait_in_queue(Work& work, const std::function<void()>& interrupted);
+  void execute(Work& work, const std::function<void()>& interrupted);
+  void finish(Work& work, std::exception_ptr failure);
+  void serve();
+  void fail_if_broken() const;
+  void remember_failure(const Error& error);
+
+  std::unique_ptr<Mesh> mesh_;
+  std::unique_ptr<Executor> executor_;
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<std::shared_ptr<Work>> queue_;
+  bool busy_ = false;
+  bool closing_ = false;
+  std::optional<Error> broken_;
+  std::thread progress_;
+};
+
+}  // namespace hybridcomm

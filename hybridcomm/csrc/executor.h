@@ -1,0 +1,93 @@
+// Runs a program: one thread, all streams, nothing that blocks but the wait for peers.
+//
+// 1. Pass over the streams; start every operation that can start; read and write sockets that are ready.
+// 2. When a pass moves nothing: spin, then yield, then sleep (on a futex when only the node's memory can
+// bring
+//    news, on epoll when sockets can as well).
+// 3. While asleep, look up every few milliseconds: has a peer died or given up, is the time over, was Ctrl-C
+// hit?
+#pragma once
+
+#include <functional>
+#include <memory>
+
+#include "mesh.h"
+#include "program.h"
+
+namespace hybridcomm {
+
+class Executor final : private Completion {
+ public:
+  // `crowded`: more ranks than cores share this host, so spinning would take the core from the rank waited
+  // for.
+  Executor(Mesh& mesh, double timeout_s, bool crowded);
+
+  // Runs the program to its end. `interrupted` (may be empty) is called now and then on a long wait and may
+  // throw.
+  void run(const Program& program, const Buffers& buffers, const std::function<void()>& interrupted);
+
+  // Tells every peer that this rank gives up, and on whose account.
+  void tell_abort(int culprit, Code reason);
+  void tell_bye();
+  void request_abort() { abort_requested_.store(true); }
+  const WireCounters& counters() const { return counters_; }
+
+ private:
+  void prepare(const Program& program);
+  bool pass();
+  bool advance(uint32_t stream);
+  bool start(uint32_t index);
+  bool start_put(const Op& op);
+  bool start_reduce(const Op& op);
+  void start_encode(const Op& op);
+  void start_message(uint32_t index, const Op& op);
+  void start_sum(const Op& op);
+  void sum_sources(const Op& op);
+  void start_decode(const Op& op);
+  bool start_publish(const Op& op);
+  bool start_get(const Op& op);
+  void complete(uint32_t op) override;
+
+  bool poll_sockets(int timeout_ms);
+  bool progress_link(Link& link, int channel);
+  void sleep();
+  void look_up();
+  void check_peers();
+  [[noreturn]] void blame(int peer);
+  [[noreturn]] void stalled();
+  std::vector<int> waiting_for() const;
+  void add_blockers(const Op& op, std::vector<int>& ranks) const;
+
+  Tag tag_of(const Op& op, uint64_t nbytes) const;
+  void check_slot(const Segment::Slot& slot, int peer, const Tag& expected) const;
+  std::byte* tensor_at(const Op& op) const { return buffers_.tensor + op.begin * itemsize(program_->dtype); }
+  uint64_t region_nbytes(const Op& op) const { return op.count * itemsize(program_->dtype); }
+
+  Mesh& mesh_;
+  const Clock::duration timeout_;
+  const int spins_, yields_;
+  Fd epoll_;
+  WireCounters counters_;
+  std::atomic<bool> abort_requested_{false};
+  std::vector<std::byte> scratch_;  // persistent: grows to the largest program
+
+  // Slots written to or read from each lane since the start, by local rank; the segments hold the shared
+  // copies.
+  std::vector<uint64_t> put_, reduced_, got_;
+  uint64_t published_ = 0;
+
+  // The running program.
+  const Program* program_ = nullptr;
+  Buffers buffers_;
+  std::vector<std::vector<uint32_t>> streams_;
+  std::vector<size_t> next_;
+  std::vector<uint8_t> complete_;
+  std::vector<const void*> sources_;      // of the operation at hand
+  std::vector<const uint8_t*> payloads_;  // likewise
+  size_t remaining_ = 0;
+  size_t in_flight_ = 0;  // messages posted and not complete
+  Clock::time_point last_progress_;
+  const std::function<void()>* interrupted_ = nullptr;
+};
+
+}  // namespace hybridcomm

@@ -1,0 +1,61 @@
+// One rank's part of a plan, as the executor runs it. lower.py makes it from plan.for_rank(rank).
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "sum.h"
+#include "tag.h"
+#include "topk.h"
+
+namespace hybridcomm {
+
+// The route's steps 3 to 7, each seen from one rank:
+//   put      step 3, not the owner: copy a region into the lane to the owner
+//   reduce   step 3, the owner: own region + the lanes of the others -> own region
+//   encode   step 4: own region + residual -> payload in scratch, new residual
+//   send, receive   step 5: bytes of the tensor or of scratch, to or from a rank of another node
+//   sum      step 5 dense: own region + received regions -> own region
+//   decode   step 6: payloads in scratch -> own region
+//   publish  step 7, the owner: copy a region into the lane that the node's others read
+//   get      step 7, the others: copy it from there
+enum class Kind : uint8_t { put, reduce, encode, send, receive, sum, decode, publish, get };
+enum class Memory : uint8_t { tensor, scratch };
+
+constexpr int64_t kOwnRegion = -1;  // among the sources of a sum: this rank's tensor
+
+struct Op {
+  Kind kind = Kind::put;
+  Memory memory = Memory::tensor;  // send, receive
+  uint32_t stream = 0;
+  uint32_t step = 0;
+  int peer = -1;       // local rank (put, get) or rank (send, receive)
+  uint64_t begin = 0;  // region, in elements of the tensor
+  uint64_t count = 0;
+  uint64_t offset = 0;    // bytes into `memory` (send, receive) or scratch (encode)
+  uint64_t nbytes = 0;    // of the message (send, receive) or payload (encode)
+  uint64_t residual = 0;  // element offset of the region's residual (encode)
+  uint32_t divisor = 1;
+  std::vector<uint32_t> after;   // operations of this program that must have completed
+  std::vector<int64_t> sources;  // local ranks (reduce), scratch offsets (sum, decode), in group order
+};
+
+// Streams are issued in order; a stream's next operation starts when the one before it was issued and `after`
+// is complete. Different streams run past each other: that is the pipeline.
+struct Program {
+  Tag tag;  // digest and description; step and nbytes are filled in per message
+  Dtype dtype = Dtype::float32;
+  uint64_t scratch_nbytes = 0;
+  uint64_t residual_numel = 0;
+  kernels::TopKParams codec{};
+  std::vector<Op> ops;
+  uint32_t stream_count = 0;
+};
+
+struct Buffers {
+  std::byte* tensor = nullptr;
+  const float* residual_in = nullptr;  // null: memoryless
+  float* residual_out = nullptr;
+};
+
+}  // namespace hybridcomm

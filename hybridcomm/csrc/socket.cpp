@@ -1,0 +1,184 @@
+#include "socket.h"
+
+#include <arpa/inet.h>
+#include <fcntl.h>
+#include <netdb.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <thread>
+
+namespace hybridcomm {
+namespace {
+
+struct Address {
+  sockaddr_storage storage{};
+  socklen_t size = 0;
+  const sockaddr* get() const { return reinterpret_cast<const sockaddr*>(&storage); }
+};
+
+Address tcp_address(const std::string& host, uint16_t port) {
+  Address address;
+  auto* v4 = reinterpret_cast<sockaddr_in*>(&address.storage);
+  auto* v6 = reinterpret_cast<sockaddr_in6*>(&address.storage);
+  if (::inet_pton(AF_INET, host.c_str(), &v4->sin_addr) == 1) {
+    v4->sin_family = AF_INET;
+    v4->sin_port = htons(port);
+    address.size = sizeof(sockaddr_in);
+  } else if (::inet_pton(AF_INET6, host.c_str(), &v6->sin6_addr) == 1) {
+    v6->sin6_family = AF_INET6;
+    v6->sin6_port = htons(port);
+    address.size = sizeof(sockaddr_in6);
+  } else {
+    throw Error(Code::bootstrap, "'" + host + "' is not a numeric IPv4 or IPv6 address");
+  }
+  return address;
+}
+
+Address unix_address(const std::string& name) {
+  Address address;
+  auto* un = reinterpret_cast<sockaddr_un*>(&address.storage);
+  un->sun_family = AF_UNIX;
+  if (name.size() + 1 > sizeof(un->sun_path))
+    throw Error(Code::bootstrap, "unix socket name too long: " + name);
+  std::memcpy(un->sun_path + 1, name.data(), name.size());  // leading NUL: abstract
+  address.size = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + name.size());
+  return address;
+}
+
+Fd open_socket(int family) {
+  Fd fd(::socket(family, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  if (!fd) throw Error(Code::bootstrap, errno_text("socket() failed (descriptor limit?)"));
+  return fd;
+}
+
+Fd dial(const Address& address, const std::string& who, int rank, Clock::time_point deadline) {
+  for (;;) {
+    Fd fd = open_socket(address.storage.ss_family);
+    if (::connect(fd.get(), address.get(), address.size) == 0) return fd;
+    const bool may_come = errno == ECONNREFUSED || errno == ETIMEDOUT || errno == EAGAIN || errno == EINTR ||
+                          errno == EHOSTUNREACH || errno == ENETUNREACH;
+    if (!may_come || Clock::now() > deadline) {
+      throw Error(Code::bootstrap,
+                  errno_text("no connection to rank " + std::to_string(rank) + " at " + who) +
+                      "; is that rank alive, and is the address reachable? (HYBRIDCOMM_IFACE or "
+                      "HYBRIDCOMM_HOST on that rank chooses another)",
+                  rank, {rank});
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  }
+}
+
+}  // namespace
+
+Fd listen_tcp(const std::string& host, uint16_t port, uint16_t* actual_port) {
+  Address address = tcp_address(host, port);
+  Fd fd = open_socket(address.storage.ss_family);
+  if (::bind(fd.get(), address.get(), address.size) != 0) {
+    throw Error(Code::bootstrap, errno_text("cannot listen on " + host + " port " + std::to_string(port)) +
+                                     "; choose another with HYBRIDCOMM_PORT, or 0 for any free one");
+  }
+  if (::listen(fd.get(), 1024) != 0) throw Error(Code::bootstrap, errno_text("listen() failed"));
+  socklen_t size = sizeof(address.storage);
+  ::getsockname(fd.get(), reinterpret_cast<sockaddr*>(&address.storage), &size);
+  const bool v4 = address.storage.ss_family == AF_INET;
+  *actual_port = ntohs(v4 ? reinterpret_cast<sockaddr_in*>(&address.storage)->sin_port
+                          : reinterpret_cast<sockaddr_in6*>(&address.storage)->sin6_port);
+  return fd;
+}
+
+Fd listen_unix(const std::string& name) {
+  const Address address = unix_address(name);
+  Fd fd = open_socket(AF_UNIX);
+  if (::bind(fd.get(), address.get(), address.size) != 0 || ::listen(fd.get(), 1024) != 0) {
+    throw Error(Code::bootstrap, errno_text("cannot listen on the abstract unix socket " + name));
+  }
+  return fd;
+}
+
+Fd dial_tcp(const Endpoint& endpoint, Clock::time_point deadline) {
+  const std::string who = endpoint.host + " port " + std::to_string(endpoint.port);
+  Fd fd = dial(tcp_address(endpoint.host, endpoint.port), who, endpoint.rank, deadline);
+  tune_tcp(fd);
+  return fd;
+}
+
+Fd dial_unix(const std::string& name, int rank, Clock::time_point deadline) {
+  return dial(unix_address(name), "unix socket " + name, rank, deadline);
+}
+
+void send_hello(const Fd& socket, const Hello& hello, int descriptor) {
+  iovec data{const_cast<Hello*>(&hello), sizeof(hello)};
+  msghdr message{};
+  message.msg_iov = &data;
+  message.msg_iovlen = 1;
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
+  if (descriptor >= 0) {
+    message.msg_control = control;
+    message.msg_controllen = sizeof(control);
+    cmsghdr* header = CMSG_FIRSTHDR(&message);
+    header->cmsg_level = SOL_SOCKET;
+    header->cmsg_type = SCM_RIGHTS;
+    header->cmsg_len = CMSG_LEN(sizeof(int));
+    std::memcpy(CMSG_DATA(header), &descriptor, sizeof(int));
+  }
+  if (::sendmsg(socket.get(), &message, MSG_NOSIGNAL) != static_cast<ssize_t>(sizeof(hello))) {
+    throw Error(Code::bootstrap, errno_text("a peer closed its connection during the bootstrap"));
+  }
+}
+
+std::optional<ReceivedHello> receive_hello(const Fd& socket, Clock::time_point deadline) {
+  ReceivedHello received;
+  size_t got = 0;
+  while (got < sizeof(Hello)) {
+    const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();
+    pollfd ready{socket.get(), POLLIN, 0};
+    if (left <= 0 || ::poll(&ready, 1, static_cast<int>(std::min<int64_t>(left, 1000))) < 0) {
+      if (left <= 0 || errno != EINTR) return std::nullopt;
+      continue;
+    }
+    if (ready.revents == 0) continue;
+    iovec data{reinterpret_cast<char*>(&received.hello) + got, sizeof(Hello) - got};
+    alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
+    msghdr message{};
+    message.msg_iov = &data;
+    message.msg_iovlen = 1;
+    message.msg_control = control;
+    message.msg_controllen = sizeof(control);
+    const ssize_t n = ::recvmsg(socket.get(), &message, MSG_CMSG_CLOEXEC);
+    if (n <= 0) return std::nullopt;
+    for (cmsghdr* header = CMSG_FIRSTHDR(&message); header != nullptr;
+         header = CMSG_NXTHDR(&message, header)) {
+      if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) continue;
+      int descriptor = -1;
+      std::memcpy(&descriptor, CMSG_DATA(header), sizeof(int));
+      received.descriptor = Fd(descriptor);
+    }
+    got += static_cast<size_t>(n);
+  }
+  const Hello known;
+  if (received.hello.magic != known.magic || received.hello.version != known.version) return std::nullopt;
+  return received;
+}
+
+void set_nonblocking(const Fd& socket) {
+  ::fcntl(socket.get(), F_SETFL, ::fcntl(socket.get(), F_GETFL) | O_NONBLOCK);
+}
+
+void tune_tcp(const Fd& socket) {
+  const int on = 1, idle_s = 5, interval_s = 2, probes = 4, unacknowledged_ms = 20000;
+  ::setsockopt(socket.get(), IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+  // A machine that vanishes sends no FIN: keepalive finds it on an idle link, the user timeout on a busy one.
+  ::setsockopt(socket.get(), SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on));
+  ::setsockopt(socket.get(), IPPROTO_TCP, TCP_KEEPIDLE, &idle_s, sizeof(idle_s));
+  ::setsockopt(socket.get(), IPPROTO_TCP, TCP_KEEPINTVL, &interval_s, sizeof(interval_s));
+  ::setsockopt(socket.get(), IPPROTO_TCP, TCP_KEEPCNT, &probes, sizeof(probes));
+  ::setsockopt(socket.get(), IPPROTO_TCP, TCP_USER_TIMEOUT, &unacknowledged_ms, sizeof(unacknowledged_ms));
+}
+
+}  // namespace hybridcomm

@@ -1,0 +1,43 @@
+#include "tag.h"
+
+#include <iterator>
+
+namespace hybridcomm {
+namespace {
+
+template <size_t N>
+std::string name_of(const char* const (&names)[N], uint8_t code) {
+  return code < N ? names[code] : "unknown(" + std::to_string(code) + ")";
+}
+
+// The order is the wire format's; lower.py holds the same lists and a test compares them.
+const char* const kCollectives[] = {"allreduce", "broadcast", "all_gather", "reduce_scatter", "barrier"};
+const char* const kDtypes[] = {"float32", "bfloat16", "float16", "int64", "uint8"};
+const char* const kOps[] = {"sum", "mean", "none"};
+const char* const kCodecs[] = {"none", "topk"};
+
+}  // namespace
+
+bool same_message(const Tag& seen, const Tag& expected) {
+  return seen.digest == expected.digest && seen.step == expected.step && seen.nbytes == expected.nbytes;
+}
+
+std::string describe(const Tag& tag) {
+  std::string text = name_of(kCollectives, tag.collective) + "(" + name_of(kOps, tag.op);
+  if (tag.codec != 0) text += ", " + name_of(kCodecs, tag.codec);
+  return text + ") of " + std::to_string(tag.numel) + " " + name_of(kDtypes, tag.dtype);
+}
+
+std::string mismatch_text(int peer, const Tag& seen, const Tag& expected) {
+  std::string text =
+      "rank " + std::to_string(peer) + " runs " + describe(seen) + ", this rank " + describe(expected);
+  if (seen.digest == expected.digest) {
+    return text + ", at step " + std::to_string(seen.step) + " against " + std::to_string(expected.step) +
+           " of the same plan: the engine is at fault, please report it";
+  }
+  return text +
+         ": all ranks must call the same collectives in the same order, with the same shape, dtype, op and "
+         "compress setting, on the same topology";
+}
+
+}  // namespace hybridcomm

@@ -13,6 +13,7 @@ __all__ = [
     "HybridCommError",
     "PayloadError",
     "PeerLostError",
+    "PlanError",
     "PlanMismatchError",
     "ResidualError",
     "SharedMemoryError",
@@ -52,6 +53,10 @@ class CompressorError(HybridCommError, ValueError):
 
 class ResidualError(HybridCommError, ValueError):
     """A residual used with another tensor layout, or left without commit or rollback."""
+
+
+class PlanError(HybridCommError, ValueError):
+    """A plan that is not a correct schedule of its collective, or a text that is not a plan."""
 
 
 class PlanMismatchError(HybridCommError):

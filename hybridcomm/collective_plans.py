@@ -1,0 +1,205 @@
+"""Builders: the plan of each collective, a pure function of (topology, size, dtype, compressor, policy).
+
+An all-reduce goes through these stages, chunk by chunk; a stage with no peer vanishes:
+
+    dense        reduce -> exchange_reduce (one slice per node) -> exchange_gather -> gather
+    compressed   reduce -> compress -> exchange_payload -> decompress -> gather
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from hybridcomm import policy
+from hybridcomm.errors import UnsupportedError
+from hybridcomm.plan import Plan, Region
+from hybridcomm.plan_stages import Chunk, Stage, Writer, chunks_of, pipeline, shard_regions
+from hybridcomm.topology import Topology
+
+__all__ = ["all_gather", "allreduce", "barrier", "broadcast", "reduce_scatter"]
+
+
+class BlockCodec(Protocol):
+    """What a plan needs to know of a compressor: its block size and, as ``str()``, its canonical text."""
+
+    @property
+    def block(self) -> int: ...
+
+
+def allreduce(
+    topology: Topology,
+    numel: int,
+    *,
+    dtype: str = "float32",
+    op: str = "sum",
+    compressor: BlockCodec | None = None,
+    chunk_elems: int | None = None,
+    bucket: int = 0,
+) -> Plan:
+    """Sum or mean of ``numel`` elements over all ranks, left on all ranks.
+
+    With one node nothing crosses a slow link: the plan is dense whatever ``compressor`` is
+    (``plan.compressor`` tells). Raises :class:`UnsupportedError` for an op or dtype that cannot act.
+    """
+    _check_request(op, dtype, numel, compressor)
+    nodes, world = len(topology.nodes), topology.world_size
+    codec = compressor if nodes > 1 else None
+    align = codec.block if codec is not None else policy.DENSE_ALIGN
+    shards = shard_regions(numel, topology.K, align)
+    size = _chunk_size(chunk_elems, numel, dtype, len(shards), align)
+    writer = Writer(topology, bucket)
+    divisor = world if op == "mean" else 1
+
+    stages: list[Stage] = []
+    if topology.K > 1:
+        stages.append(lambda chunk: writer.reduce(chunk, divisor if nodes == 1 else 1))
+    if codec is not None:
+        stages += [writer.compress, writer.exchange_payload, lambda chunk: writer.decompress(chunk, divisor)]
+    elif nodes > 1:
+        stages += [lambda chunk: writer.exchange_reduce(chunk, divisor), writer.exchange_gather]
+    if topology.K > 1:
+        stages.append(writer.gather)
+    pipeline(stages, [chunks_of(s, r, size, topology.owners(s)) for s, r in enumerate(shards)])
+    return Plan(
+        collective="allreduce",
+        numel=numel,
+        dtype=dtype,
+        op=op,
+        compressor="none" if codec is None else str(codec),
+        topology=topology.without_links(),
+        chunk_elems=size,
+        steps=tuple(writer.steps),
+    )
+
+
+def barrier(topology: Topology) -> Plan:
+    """An all-reduce of one int64."""
+    return replace(allreduce(topology, 1, dtype="int64"), collective="barrier")
+
+
+def broadcast(
+    topology: Topology, numel: int, *, root: int, dtype: str = "float32", chunk_elems: int | None = None
+) -> Plan:
+    """Copies ``root``'s ``numel`` elements to all ranks: to one leader per node, then inside the nodes."""
+    policy.itemsize(dtype)
+    align = policy.DENSE_ALIGN
+    size = _chunk_size(chunk_elems, numel, dtype, 1, align)
+    leaders, home = topology.leaders(root), topology.node_of(root)
+    chunks = [chunks_of(0, Region(0, numel), size, leaders)]
+    writer = _copy_out(topology, chunks, [home])
+    return _copy_plan("broadcast", writer, topology=topology, numel=numel, dtype=dtype, size=size, root=root)
+
+
+def all_gather(
+    topology: Topology, numel: int, *, dtype: str = "float32", chunk_elems: int | None = None
+) -> Plan:
+    """Part r of W equal parts goes from rank r to all ranks; ``numel`` is W * part."""
+    parts = _parts(topology, numel, "all_gather")
+    size = _chunk_size(chunk_elems, numel, dtype, topology.world_size, policy.DENSE_ALIGN)
+    chunks = [chunks_of(rank, part, size, topology.leaders(rank)) for rank, part in enumerate(parts)]
+    homes = [topology.node_of(rank) for rank in range(topology.world_size)]
+    writer = _copy_out(topology, chunks, homes)
+    return _copy_plan("all_gather", writer, topology=topology, numel=numel, dtype=dtype, size=size)
+
+
+def reduce_scatter(
+    topology: Topology,
+    numel: int,
+    *,
+    dtype: str = "float32",
+    op: str = "sum",
+    chunk_elems: int | None = None,
+) -> Plan:
+    """Part r of W equal parts, summed over all ranks, ends on rank r; ``numel`` is W * part.
+
+    The rest of each rank's buffer is scratch: it holds partial sums afterwards.
+    """
+    _check_request(op, dtype, numel, None)
+    nodes, world = len(topology.nodes), topology.world_size
+    parts = _parts(topology, numel, "reduce_scatter")
+    size = _chunk_size(chunk_elems, numel, dtype, world, policy.DENSE_ALIGN)
+    writer = Writer(topology, 0)
+    divisor = world if op == "mean" else 1
+
+    def exchange(chunk: Chunk) -> None:
+        group, root = chunk.owners, chunk.owners[topology.node_of(chunk.shard)]
+        writer.add("exchange_reduce", chunk, group, root, chunk.ready, divisor=divisor)
+
+    stages: list[Stage] = []
+    if topology.K > 1:
+        stages.append(lambda chunk: writer.reduce(chunk, divisor if nodes == 1 else 1))
+    if nodes > 1:
+        stages.append(exchange)
+    pipeline(stages, [chunks_of(r, part, size, topology.leaders(r)) for r, part in enumerate(parts)])
+    return _copy_plan("reduce_scatter", writer, topology=topology, numel=numel, dtype=dtype, size=size, op=op)
+
+
+def _copy_out(topology: Topology, chunks: list[list[Chunk]], homes: Sequence[int]) -> Writer:
+    """Chunks of part p start at the leader of node ``homes[p]`` and end on all ranks."""
+    writer = Writer(topology, 0)
+
+    def exchange(chunk: Chunk) -> None:
+        root = chunk.owners[homes[chunk.shard]]
+        chunk.ready = (writer.add("exchange_gather", chunk, chunk.owners, root),)
+
+    stages: list[Stage] = [exchange] if len(topology.nodes) > 1 else []
+    if topology.K > 1:
+        stages.append(writer.gather)
+    pipeline(stages, chunks)
+    return writer
+
+
+def _copy_plan(
+    collective: str,
+    writer: Writer,
+    *,
+    topology: Topology,
+    numel: int,
+    dtype: str,
+    size: int,
+    op: str = "none",
+    root: int = -1,
+) -> Plan:
+    return Plan(
+        collective=collective,
+        numel=numel,
+        dtype=dtype,
+        op=op,
+        compressor="none",
+        topology=topology.without_links(),
+        chunk_elems=size,
+        steps=tuple(writer.steps),
+        root=root,
+    )
+
+
+def _parts(topology: Topology, numel: int, collective: str) -> list[Region]:
+    world = topology.world_size
+    if numel % world:
+        raise UnsupportedError(
+            f"{collective}: numel {numel} is no multiple of the world size {world}; pad it"
+        )
+    part = numel // world
+    return [Region(rank * part, (rank + 1) * part) for rank in range(world)]
+
+
+def _chunk_size(asked: int | None, numel: int, dtype: str, shards: int, align: int) -> int:
+    if asked is None:
+        return policy.chunk_elems(numel=numel, dtype=dtype, shards=shards, align=align)
+    if asked <= 0 or asked % align:
+        raise UnsupportedError(f"chunk_elems={asked}: must be a positive multiple of {align}")
+    return asked
+
+
+def _check_request(op: str, dtype: str, numel: int, compressor: BlockCodec | None) -> None:
+    policy.itemsize(dtype)
+    if numel < 0:
+        raise UnsupportedError(f"numel={numel}: must be >= 0")
+    if op not in ("sum", "mean"):
+        raise UnsupportedError(f"op={op!r}: plans reduce by 'sum' or 'mean'")
+    if op == "mean" and dtype not in ("float32", "bfloat16", "float16", "float64"):
+        raise UnsupportedError(f"op='mean' of {dtype}: use op='sum' and divide by the world size")
+    if compressor is not None and dtype != "float32":
+        raise UnsupportedError(f"compress={compressor} of {dtype}: only float32 can be compressed")

@@ -1,0 +1,94 @@
+"""Step 4 of 7: compress.
+
+In: the text or object a caller passes as ``compress=``. Out: a Compressor: static payload sizes, the
+canonical text that goes into plans and their digest, and the facts that policy needs. The arithmetic is in
+`hybridcomm.kernels`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hybridcomm.errors import CompressorError, DataTypeError, UnsupportedError
+
+if TYPE_CHECKING:
+    from hybridcomm.kernels.spec import TopKSpec
+
+__all__ = ["COMPRESSORS", "Compressor", "check_compressible", "resolve"]
+
+COMPRESSORS = ("topk",)
+"""Names that ``compress=`` knows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compressor:
+    """Block-wise top-k with quantised values; stateless and deterministic.
+
+    ``unbiased``: whether E[C(x)] = x. ``summable``: whether payloads can be added without decoding.
+    """
+
+    spec: TopKSpec
+    unbiased: bool = False
+    summable: bool = False
+
+    @property
+    def block(self) -> int:
+        """Elements per block; shard boundaries fall on multiples of it."""
+        return self.spec.block
+
+    @property
+    def contraction(self) -> float:
+        """delta in |x - C(x)|^2 <= (1 - delta) |x|^2, up to quantisation: k / block."""
+        block, k, _ = self.spec.layout
+        return k / block
+
+    def nbytes(self, numel: int) -> int:
+        """Bytes of the payload of ``numel`` elements, header included."""
+        return self.spec.nbytes(numel)
+
+    def ratio(self, numel: int) -> float:
+        """Dense fp32 bytes per payload byte for ``numel`` elements."""
+        return 4.0 * numel / self.nbytes(numel) if numel else 1.0
+
+    def __str__(self) -> str:
+        return str(self.spec)
+
+
+def resolve(compress: str | Compressor | None) -> Compressor | None:
+    """What ``compress=`` means: None and "none" are dense; "topk" takes the default ratio, "topk:0.01" that
+    one.
+
+    Raises `CompressorError` for an unknown name (with the nearest known one) or a setting out of range.
+    """
+    if compress is None or isinstance(compress, Compressor):
+        return compress
+    if not isinstance(compress, str):
+        raise CompressorError(f"compress={compress!r}: expected None or a text such as 'topk:0.01'")
+    if compress == "none":
+        return None
+    name, colon, setting = compress.partition("/")[0].partition(":")
+    if name not in COMPRESSORS:
+        near = difflib.get_close_matches(name.lower(), COMPRESSORS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(COMPRESSORS)}"
+        raise CompressorError(f"compress={compress!r}: unknown compressor {name!r}; {hint}")
+    if colon and not setting:
+        raise CompressorError(f"compress={compress!r}: give the ratio after the colon, such as 'topk:0.01'")
+
+    from hybridcomm.kernels.spec import SpecError, TopKSpec
+
+    try:
+        return Compressor(spec=TopKSpec.parse(compress))
+    except SpecError as error:
+        raise CompressorError(f"compress={compress!r}: {error}") from error
+
+
+def check_compressible(compressor: Compressor, *, dtype: str, op: str) -> None:
+    """Raises where compression cannot act: only float32 sums and means can be compressed."""
+    if dtype != "float32":
+        raise DataTypeError(
+            f"compress={compressor}: cannot compress {dtype}; convert to float32 or pass compress=None"
+        )
+    if op not in ("sum", "mean"):
+        raise UnsupportedError(f"compress={compressor}: op={op!r} cannot be compressed; use 'sum' or 'mean'")

@@ -1,0 +1,209 @@
+"""Plans: one immutable global list of steps, the same value on all ranks.
+
+A plan can be printed, parsed back, checked (:mod:`hybridcomm.plan_check`), interpreted and executed. Its
+64-bit digest rides in every message header, so that ranks which disagree get an error instead of a hang.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import NamedTuple
+
+from hybridcomm.errors import PlanError
+from hybridcomm.topology import Topology
+
+__all__ = ["OPS", "STREAMS", "WORDS", "Plan", "Region", "Step"]
+
+WORDS = ("ready", "bucket", "reduce", "compress", "exchange", "decompress", "gather")
+"""The seven words of the route of a gradient."""
+
+STREAMS = ("reduce", "compress", "exchange", "decompress", "gather")
+"""Every rank runs each stream's steps in plan order; streams run beside each other."""
+
+OPS = {
+    "reduce": "reduce",  # step 3, shared memory: root's region becomes the sum over group, in group order
+    "compress": "compress",  # step 4: root encodes its region (+ residual) into the payload of (shard, chunk)
+    "exchange_payload": "exchange",  # step 5: every owner in group gets all owners' payloads
+    "exchange_reduce": "exchange",  # step 5, dense, first half: like reduce, between nodes
+    "exchange_gather": "exchange",  # step 5, dense, second half: root's region is copied to the group
+    "decompress": "decompress",  # step 6: root clears its region and adds the payloads in node order
+    "gather": "gather",  # step 7, shared memory: root's region is copied to the node's other ranks
+}
+"""Op of a step -> the stream it runs on."""
+
+_MAGIC = "hybridcomm-plan/1"
+
+
+class Region(NamedTuple):
+    """Elements ``[begin, end)`` of the plan's flat buffer."""
+
+    begin: int
+    end: int
+
+    @property
+    def numel(self) -> int:
+        return self.end - self.begin
+
+    def __str__(self) -> str:
+        return f"[{self.begin}:{self.end}]"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One operation of a plan.
+
+    ``group`` are the ranks that take part (in node order between nodes, ascending within one), ``root`` the
+    rank that ends with the result or begins with the data (-1: none). ``divisor`` is W on the step that
+    completes a mean, else 1. ``after`` names the steps this one waits for, on every rank that takes part in
+    both.
+    """
+
+    id: int
+    op: str
+    bucket: int
+    shard: int
+    chunk: int
+    region: Region
+    group: tuple[int, ...]
+    root: int
+    divisor: int
+    after: tuple[int, ...]
+
+    @property
+    def stream(self) -> str:
+        return OPS[self.op]
+
+    def __str__(self) -> str:
+        begin, end = self.region
+        after = ",".join(map(str, self.after)) or "-"
+        group = ",".join(map(str, self.group))
+        return (
+            f"{self.id} {self.op} bucket={self.bucket} shard={self.shard} chunk={self.chunk} [{begin}:{end}] "
+            f"group={group} root={self.root} divisor={self.divisor} after={after}"
+        )
+
+
+_STEP = re.compile(
+    r"(\d+) (\w+) bucket=(\d+) shard=(\d+) chunk=(\d+) \[(\d+):(\d+)\] "
+    r"group=([\d,]+) root=(-?\d+) divisor=(\d+) after=(-|[\d,]+)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A collective as a value: what is done, by whom, on which elements, in which order.
+
+    ``numel`` elements of ``dtype``; ``op`` is "sum", "mean" or "none"; ``compressor`` the canonical text of
+    the compressor ("none": dense); ``chunk_elems`` the longest chunk; ``root`` the source of a broadcast,
+    else -1. Steps stand in one global order that is itself a valid sequential execution.
+    """
+
+    collective: str
+    numel: int
+    dtype: str
+    op: str
+    compressor: str
+    topology: Topology
+    chunk_elems: int
+    steps: tuple[Step, ...]
+    root: int = -1
+
+    def for_rank(self, rank: int) -> tuple[Step, ...]:
+        """The steps that ``rank`` takes part in, in plan order."""
+        self.topology.node_of(rank)  # raises for a rank that is not there
+        return self._by_rank[rank]
+
+    @cached_property
+    def _by_rank(self) -> tuple[tuple[Step, ...], ...]:
+        out: list[list[Step]] = [[] for _ in range(self.topology.world_size)]
+        for step in self.steps:
+            for rank in step.group:
+                out[rank].append(step)
+        return tuple(map(tuple, out))
+
+    def residual_regions(self, rank: int) -> tuple[Region, ...]:
+        """The regions, ascending, whose residual lives on ``rank``: those that it compresses."""
+        return tuple(sorted(step.region for step in self.for_rank(rank) if step.op == "compress"))
+
+    @cached_property
+    def text(self) -> str:
+        """The canonical text form; ``Plan.parse`` reads it back."""
+        count = Counter(step.stream for step in self.steps)
+        route = " ".join(f"{word}={count[word]}" for word in STREAMS)
+        head = (
+            f"{_MAGIC} collective={self.collective} numel={self.numel} dtype={self.dtype} op={self.op} "
+            f"compressor={self.compressor} chunk_elems={self.chunk_elems} root={self.root}\n"
+            f"topology {self.topology}\nroute ready -> bucket -> {route}\n"
+        )
+        return head + "".join([f"{step}\n" for step in self.steps])
+
+    def __str__(self) -> str:
+        return self.text
+
+    @cached_property
+    def digest(self) -> int:
+        """64-bit digest of the text form: equal exactly when the plans are."""
+        return int.from_bytes(hashlib.blake2b(self.text.encode(), digest_size=8).digest(), "little")
+
+    @classmethod
+    def parse(cls, text: str) -> Plan:
+        """Reads the text form; raises :class:`PlanError` naming the line that is not in it."""
+        lines = text.splitlines()
+        if len(lines) < 3 or not lines[0].startswith(_MAGIC + " "):
+            raise PlanError(f"line 1: a plan's text begins with {_MAGIC!r}")
+        head = dict(item.partition("=")[::2] for item in lines[0].split(" ")[1:])
+        want = {field.name for field in fields(cls)} - {"topology", "steps"}
+        if set(head) != want:
+            raise PlanError(f"line 1: expected the fields {sorted(want)}, got {sorted(head)}")
+        if not lines[1].startswith("topology "):
+            raise PlanError("line 2: expected 'topology ...'")
+        steps = tuple(_parse_step(line, number) for number, line in enumerate(lines[3:], start=4))
+        try:
+            plan = cls(
+                collective=head["collective"],
+                numel=int(head["numel"]),
+                dtype=head["dtype"],
+                op=head["op"],
+                compressor=head["compressor"],
+                topology=Topology.parse(lines[1].removeprefix("topology ")),
+                chunk_elems=int(head["chunk_elems"]),
+                steps=steps,
+                root=int(head["root"]),
+            )
+        except ValueError as error:
+            raise PlanError(f"lines 1-2: {error}") from error
+        if plan.text.splitlines()[2] != lines[2]:
+            raise PlanError(f"line 3: {lines[2]!r} does not count the steps below it; were lines lost?")
+        return plan
+
+    def check(self, *, slots: int = 4) -> None:
+        """Raises :class:`PlanError` unless the plan is a correct schedule of its collective.
+
+        Structure, coverage (by symbolic execution), data dependencies, and freedom from deadlock with FIFO
+        streams and ``slots`` chunks per shared-memory lane.
+        """
+        from hybridcomm.plan_check import check_plan
+
+        check_plan(self, slots=slots)
+
+
+def _parse_step(line: str, number: int) -> Step:
+    match = _STEP.fullmatch(line)
+    if match is None or match[2] not in OPS:
+        raise PlanError(f"line {number}: not a step: {line!r}")
+    return Step(
+        id=int(match[1]),
+        op=match[2],
+        bucket=int(match[3]),
+        shard=int(match[4]),
+        chunk=int(match[5]),
+        region=Region(int(match[6]), int(match[7])),
+        group=tuple(map(int, match[8].split(","))),
+        root=int(match[9]),
+        divisor=int(match[10]),
+        after=() if match[11] == "-" else tuple(map(int, match[11].split(","))),
+    )

@@ -1,0 +1,62 @@
+"""Sizes: how large a chunk and a bucket are. Pure functions of values that are identical on all ranks.
+
+A policy that answers differently on two ranks would hang them, so nothing here reads clocks, environment or
+devices.
+"""
+
+from __future__ import annotations
+
+from hybridcomm.errors import DataTypeError
+
+__all__ = [
+    "DENSE_ALIGN",
+    "ITEMSIZE",
+    "MAX_CHUNK_NBYTES",
+    "MIN_CHUNK_NBYTES",
+    "bucket_nbytes",
+    "chunk_elems",
+    "itemsize",
+]
+
+ITEMSIZE = {
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int64": 8,
+    "float64": 8,
+    "int32": 4,
+    "uint8": 1,
+}
+
+DENSE_ALIGN = 16
+"""Elements: boundaries of dense shards and slices fall on multiples of this (a cache line of fp32)."""
+
+MAX_CHUNK_NBYTES = 512 * 1024
+"""The unit of pipelining: fits the slots of the shared-memory lanes and a share of the L2 cache."""
+
+MIN_CHUNK_NBYTES = 64 * 1024
+"""Below this the cost of a hand-off (about 33 us across cores) exceeds what more overlap gains."""
+
+_CHUNKS_WANTED = 4  # enough that the in-node and the inter-node stage overlap
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes per element of a dtype name; raises :class:`DataTypeError` for a dtype no plan can carry."""
+    try:
+        return ITEMSIZE[dtype]
+    except KeyError:
+        raise DataTypeError(f"dtype {dtype!r}: plans carry {', '.join(ITEMSIZE)}") from None
+
+
+def chunk_elems(*, numel: int, dtype: str, shards: int, align: int = DENSE_ALIGN) -> int:
+    """Elements per chunk: a quarter of a shard, within 64..512 KiB, and a multiple of ``align``."""
+    size = itemsize(dtype)
+    shard_nbytes = -(-numel // max(shards, 1)) * size
+    nbytes = min(max(shard_nbytes // _CHUNKS_WANTED, MIN_CHUNK_NBYTES), MAX_CHUNK_NBYTES)
+    return max(nbytes // size // align, 1) * align
+
+
+def bucket_nbytes(total_nbytes: int) -> int:
+    """Bucket capacity: an eighth of all gradients, within 1..25 MiB, so that backward hides most of them."""
+    mib = 1 << 20
+    return min(max(total_nbytes // 8, mib), 25 * mib)

@@ -1,0 +1,218 @@
+"""Error feedback: what compression left out, kept until it is sent.
+
+A residual belongs to (node, shard) and is in units of the unscaled node sum. The law it keeps, over any
+number of steps:
+
+    sum over steps and ranks of gradients = W * sum of applied mean updates + sum over nodes of residuals
+
+Two buffers per entry, 2 * numel / L fp32 elements per rank: `commit` after the optimizer step was applied
+keeps the new one, `rollback` when it was skipped keeps the old one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybridcomm.bucket import Span
+from hybridcomm.errors import ResidualError
+
+__all__ = ["Residual"]
+
+FloatArray = NDArray[np.float32]
+
+_KEY = re.compile(r"(.*)\[(\d+):(\d+)\]", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Which elements of which flat tensor an entry holds: regions are ascending, disjoint, not adjacent."""
+
+    numel: int
+    regions: tuple[tuple[int, int], ...]
+    spans: tuple[Span, ...]
+
+    def pieces(self) -> Iterator[tuple[str, int, int, int]]:
+        """(parameter, begin and end within the parameter, offset in the flat buffer) of all held elements."""
+        offset = 0
+        for begin, end in self.regions:
+            for span in self.spans:
+                low, high = max(begin, span.begin), min(end, span.end)
+                if low < high:
+                    yield span.name, low - span.begin, high - span.begin, offset + low - begin
+            offset += end - begin
+
+
+class _Entry:
+    def __init__(self, layout: _Layout) -> None:
+        size = sum(end - begin for begin, end in layout.regions)
+        self.layout = layout
+        self.committed: FloatArray = np.zeros(size, np.float32)
+        self.spare: FloatArray = np.zeros(size, np.float32)
+        self.staged = False
+
+
+class Residual:
+    """Owns the error-feedback buffers of one or more tensors; what a caller keeps between steps.
+
+    A caller who never commits just carries on: each call compensates with what the last one left. A caller
+    who may skip steps calls `commit` or `rollback` once per optimizer step, for all entries at once.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[str, _Entry] = {}
+        self._loaded: dict[str, list[tuple[int, FloatArray]]] = {}
+        self._strict = False  # a state was loaded: what it does not hold is an error, not a zero
+
+    def stage(
+        self,
+        name: str,
+        *,
+        numel: int,
+        regions: Sequence[tuple[int, int]],
+        spans: Sequence[Span] | None = None,
+    ) -> tuple[FloatArray, FloatArray]:
+        """The buffers for one encode of tensor ``name``: ``(e_in, e_out)``, fp32, 1-D.
+
+        Both are the concatenation of ``regions`` (`Plan.residual_regions`) of a flat tensor of ``numel``
+        elements. ``spans`` say which parameter each element belongs to (default: all to ``name``). The first
+        stage since commit or rollback reads the committed buffer; later ones continue in place (e_in is
+        e_out).
+
+        Raises `ResidualError` when ``name`` was used with another layout, or a loaded state does not fit it.
+        """
+        layout = _Layout(numel, _joined(regions), tuple(spans or (Span(name, 0, numel),)))
+        entry = self._entries.get(name)
+        if entry is None:
+            entry = self._entries[name] = self._new_entry(name, layout)
+        elif entry.layout != layout:
+            raise ResidualError(
+                f"residual of {name!r} holds {_describe(entry.layout)}, now asked for {_describe(layout)}; "
+                "keep one Residual per tensor and topology, or start a new one"
+            )
+        before = entry.spare if entry.staged else entry.committed
+        entry.staged = True
+        return before, entry.spare
+
+    def commit(self) -> None:
+        """The optimizer step was applied: what was staged becomes the residual, in all entries."""
+        for entry in self._entries.values():
+            if entry.staged:
+                entry.committed, entry.spare = entry.spare, entry.committed
+                entry.staged = False
+
+    def rollback(self) -> None:
+        """The optimizer step was skipped or failed: all entries stand as they were at the last commit."""
+        for entry in self._entries.values():
+            entry.staged = False
+
+    @property
+    def pending(self) -> bool:
+        """Whether something is staged that was neither committed nor rolled back."""
+        return any(entry.staged for entry in self._entries.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all buffers, both halves."""
+        return sum(entry.committed.nbytes + entry.spare.nbytes for entry in self._entries.values())
+
+    @property
+    def unclaimed(self) -> tuple[str, ...]:
+        """Parameters that a loaded state holds and no stage has asked for yet."""
+        return tuple(self._loaded)
+
+    def state_dict(self) -> dict[str, FloatArray]:
+        """This rank's committed residual: ``"parameter[begin:end]"`` -> fp32 1-D copy.
+
+        Keyed by span of the parameter, so that it outlives another bucket size. What is staged is not saved:
+        it belongs to a step that the saved parameters have not seen.
+        """
+        state = {
+            f"{name}[{begin}:{begin + len(values)}]": values.copy()
+            for name, pieces in self._loaded.items()
+            for begin, values in pieces
+        }
+        for entry in self._entries.values():
+            for name, begin, end, offset in entry.layout.pieces():
+                state[f"{name}[{begin}:{end}]"] = entry.committed[offset : offset + end - begin].copy()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, FloatArray]) -> None:
+        """Replaces everything with a state of the same rank and topology; bucket sizes may differ.
+
+        Raises `ResidualError`, at once or at the next `stage`, where the state and the layout differ.
+        """
+        loaded: dict[str, list[tuple[int, FloatArray]]] = {}
+        for key, values in state.items():
+            match = _KEY.fullmatch(key)
+            array = np.asarray(values)
+            if match is None or array.dtype != np.float32 or array.ndim != 1:
+                raise ResidualError(f"state entry {key!r}: expected 'parameter[begin:end]' -> 1-D float32")
+            if int(match[3]) - int(match[2]) != array.size:
+                raise ResidualError(f"state entry {key!r} holds {array.size} elements; is the file damaged?")
+            loaded.setdefault(match[1], []).append((int(match[2]), array.copy()))
+        layouts = {name: entry.layout for name, entry in self._entries.items()}
+        old = self._entries, self._loaded, self._strict
+        self._entries, self._loaded, self._strict = {}, loaded, True
+        try:
+            for name, layout in layouts.items():
+                self._entries[name] = self._new_entry(name, layout)
+        except ResidualError:
+            self._entries, self._loaded, self._strict = old
+            raise
+
+    def _new_entry(self, name: str, layout: _Layout) -> _Entry:
+        entry = _Entry(layout)
+        if not self._strict:
+            return entry
+        taken: dict[str, int] = {}
+        for span, begin, end, offset in layout.pieces():
+            got = _copy_pieces(self._loaded.get(span, ()), begin, end, entry.committed[offset:])
+            taken[span] = taken.get(span, 0) + got
+            if got != end - begin:
+                raise _misfit(name, span, f"holds {got} of the elements {begin}..{end} that this rank owns")
+        for span in {span.name for span in layout.spans}:
+            held = sum(len(values) for _, values in self._loaded.get(span, ()))
+            if held != taken.get(span, 0):
+                raise _misfit(name, span, f"holds {held} elements, this rank owns {taken.get(span, 0)}")
+        for span in {span.name for span in layout.spans}:
+            self._loaded.pop(span, None)
+        return entry
+
+
+def _joined(regions: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Adjacent regions joined, so that another chunk size is still the same layout."""
+    out: list[tuple[int, int]] = []
+    for begin, end in regions:
+        if out and out[-1][1] > begin:
+            raise ResidualError(f"regions must ascend and not overlap: {out[-1]} before {(begin, end)}")
+        if out and out[-1][1] == begin:
+            out[-1] = (out[-1][0], end)
+        elif end > begin:
+            out.append((begin, end))
+    return tuple(out)
+
+
+def _copy_pieces(pieces: Iterable[tuple[int, FloatArray]], begin: int, end: int, out: FloatArray) -> int:
+    got = 0
+    for start, values in pieces:
+        low, high = max(start, begin), min(start + len(values), end)
+        if low < high:
+            out[low - begin : high - begin] = values[low - start : high - start]
+            got += high - low
+    return got
+
+
+def _misfit(entry: str, parameter: str, what: str) -> ResidualError:
+    return ResidualError(
+        f"residual state of parameter {parameter!r} (bucket {entry!r}) {what}; it was saved by another "
+        "rank or under another topology: load it where it was saved, or start a new Residual and lose it"
+    )
+
+
+def _describe(layout: _Layout) -> str:
+    return f"{sum(e - b for b, e in layout.regions)} of {layout.numel} elements in {len(layout.spans)} spans"

@@ -1,0 +1,17 @@
+"""The leaf of the library: payload format, its numpy oracle, host kernels (C++ SIMD), device kernels (Triton).
+
+Installed as ``hybridcomm.kernels``; nothing here imports the rest of the library, torch or triton. Start with
+``spec.py`` (what a payload is), then ``reference.py`` (what every kernel must compute, bit for bit), then
+``host/`` and ``triton/`` (the same, fast).
+"""
+
+from hybridcomm.kernels.spec import (
+    FLAG_NONFINITE,
+    HEADER_NBYTES,
+    PayloadFormatError,
+    SpecError,
+    Status,
+    TopKSpec,
+)
+
+__all__ = ["FLAG_NONFINITE", "HEADER_NBYTES", "PayloadFormatError", "SpecError", "Status", "TopKSpec"]

@@ -1,0 +1,140 @@
+// The AVX2 kernels: 8 elements at a time. Keys have no sign bit, so the signed comparisons of AVX2 order
+// them.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "topk_block.h"
+
+namespace hybridcomm::kernels {
+namespace {
+
+struct Avx2 {
+  static constexpr uint32_t kGroups = 64;  // eight vectors of maxima
+
+  static __m256i magnitude(__m256 x) {
+    return _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7FFFFFFF));
+  }
+
+  // Eight bits: key >= t, as key > t - 1; t is at least 0.
+  static uint32_t reached(__m256i key, __m256i below) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(key, below))));
+  }
+
+  static uint32_t total(const uint64_t* masks, uint32_t block) {
+    uint32_t count = 0;
+    for (uint32_t w = 0; w * 64 < block; ++w) count += static_cast<uint32_t>(__builtin_popcountll(masks[w]));
+    return count;
+  }
+
+  template <bool kResidual, uint32_t kUnroll>
+  static void accumulate_rows(const float* grad, const float* e_in, uint32_t block, __m256i below,
+                              Scratch& s) {
+    uint8_t* masks = reinterpret_cast<uint8_t*>(s.masks);
+    __m256i top[kUnroll];
+    for (uint32_t u = 0; u < kUnroll; ++u) top[u] = _mm256_setzero_si256();
+    for (uint32_t i = 0; i < block; i += 8 * kUnroll) {
+      for (uint32_t u = 0; u < kUnroll; ++u) {
+        const uint32_t at = i + 8 * u;
+        __m256 acc = _mm256_loadu_ps(grad + at);
+        if (kResidual) acc = _mm256_add_ps(acc, _mm256_loadu_ps(e_in + at));
+        _mm256_store_ps(s.acc + at, acc);
+        const __m256i key = magnitude(acc);
+        top[u] = _mm256_max_epi32(top[u], key);
+        masks[at / 8] = static_cast<uint8_t>(reached(key, below));
+      }
+    }
+    for (uint32_t u = 0; u < 8; ++u) {
+      _mm256_store_si256(reinterpret_cast<__m256i*>(s.maxima) + u,
+                         u < kUnroll ? top[u] : _mm256_setzero_si256());
+    }
+  }
+
+  static uint32_t accumulate(const float* grad, const float* e_in, uint32_t block, uint32_t t, Scratch& s) {
+    s.masks[(block - 1) / 64] = 0;  // blocks under 64 elements do not fill their word
+    const __m256i below = _mm256_set1_epi32(static_cast<int>(t) - 1);
+    if (block < 64) {
+      e_in == nullptr ? accumulate_rows<false, 2>(grad, e_in, block, below, s)
+                      : accumulate_rows<true, 2>(grad, e_in, block, below, s);
+    } else {
+      e_in == nullptr ? accumulate_rows<false, 8>(grad, e_in, block, below, s)
+                      : accumulate_rows<true, 8>(grad, e_in, block, below, s);
+    }
+    return total(s.masks, block);
+  }
+
+  static uint32_t count_ge(const void* keys, uint32_t n, uint32_t t) {
+    const __m256i below = _mm256_set1_epi32(static_cast<int>(t) - 1);
+    const float* values = static_cast<const float*>(keys);
+    uint32_t count = 0;
+    for (uint32_t i = 0; i < n; i += 8) {
+      count +=
+          static_cast<uint32_t>(__builtin_popcount(reached(magnitude(_mm256_load_ps(values + i)), below)));
+    }
+    return count;
+  }
+
+  static uint32_t mask_ge(const float* acc, uint32_t block, uint32_t t, uint64_t* masks) {
+    const __m256i below = _mm256_set1_epi32(static_cast<int>(t) - 1);
+    masks[(block - 1) / 64] = 0;
+    for (uint32_t i = 0; i < block; i += 8) {
+      reinterpret_cast<uint8_t*>(masks)[i / 8] =
+          static_cast<uint8_t>(reached(magnitude(_mm256_load_ps(acc + i)), below));
+    }
+    return total(masks, block);
+  }
+
+  static void write(const float* acc, float* e_out, uint32_t block, bool stream) {
+    if (stream && reinterpret_cast<uintptr_t>(e_out) % 32 == 0) {
+      for (uint32_t i = 0; i < block; i += 8) _mm256_stream_ps(e_out + i, _mm256_load_ps(acc + i));
+    } else {
+      for (uint32_t i = 0; i < block; i += 8) _mm256_storeu_ps(e_out + i, _mm256_load_ps(acc + i));
+    }
+  }
+  static void fence() { _mm_sfence(); }
+
+  static void add_records(const uint8_t* records, uint32_t k, uint32_t shift, uint32_t index_mask,
+                          float scale, float weight, float* out) {
+    alignas(32) float value[8];
+    const __m128i by = _mm_cvtsi32_si128(static_cast<int>(shift));
+    uint32_t j = 0;
+    for (; j + 8 <= k; j += 8) {
+      const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(records + 2 * j));
+      const __m256i q = _mm256_sra_epi32(_mm256_cvtepi16_epi32(raw), by);
+      _mm256_store_ps(value, _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(q), _mm256_set1_ps(scale)),
+                                           _mm256_set1_ps(weight)));
+      for (uint32_t l = 0; l < 8; ++l) {
+        uint16_t record;
+        std::memcpy(&record, records + 2 * (j + l), 2);
+        float& target = out[record & index_mask];
+        target = target + value[l];
+      }
+    }
+    add_records_scalar(records + 2 * j, k - j, shift, index_mask, scale, weight, out);
+  }
+};
+
+bool finite(const float* grad, const float* e_in, size_t numel) {
+  __m256i top = _mm256_setzero_si256();
+  size_t i = 0;
+  for (; i + 8 <= numel; i += 8) {
+    __m256 acc = _mm256_loadu_ps(grad + i);
+    if (e_in != nullptr) acc = _mm256_add_ps(acc, _mm256_loadu_ps(e_in + i));
+    top = _mm256_max_epi32(top, Avx2::magnitude(acc));
+  }
+  alignas(32) uint32_t lanes[8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), top);
+  uint32_t largest = 0;
+  for (uint32_t l = 0; l < 8; ++l) largest = lanes[l] > largest ? lanes[l] : largest;
+  for (; i < numel; ++i) {
+    const uint32_t key = bits_of(e_in == nullptr ? grad[i] : grad[i] + e_in[i]) & kMagnitude;
+    largest = key > largest ? key : largest;
+  }
+  return largest < kInfKey;
+}
+
+}  // namespace
+
+const Kernels kAvx2Kernels = {encode_region<Avx2>, decode_region<Avx2>, finite};
+
+}  // namespace hybridcomm::kernels
+#endif

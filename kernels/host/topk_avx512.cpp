@@ -1,0 +1,127 @@
+// The AVX-512 kernels (F, BW, VL, DQ): 16 elements at a time, thresholds straight into mask registers.
+#if defined(__x86_64__)
+// GCC 12 calls _mm512_undefined_epi32 in its own header a use of an uninitialised value (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+
+#include "topk_block.h"
+
+namespace hybridcomm::kernels {
+namespace {
+
+struct Avx512 {
+  static constexpr uint32_t kGroups = 64;  // four vectors of maxima
+
+  static __m512i magnitude(__m512 x) {
+    return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7FFFFFFF));
+  }
+
+  static uint32_t total(const uint64_t* masks, uint32_t block) {
+    uint32_t count = 0;
+    for (uint32_t w = 0; w * 64 < block; ++w) count += static_cast<uint32_t>(__builtin_popcountll(masks[w]));
+    return count;
+  }
+
+  template <bool kResidual>
+  static void accumulate4(const float* grad, const float* e_in, uint32_t block, __m512i t, Scratch& s,
+                          __m512i (&top)[4]) {
+    char* masks = reinterpret_cast<char*>(s.masks);
+    const uint32_t vectors = block / 16;
+    for (uint32_t v = 0; v < vectors; v += 4) {
+      for (uint32_t u = 0; u < 4; ++u) {
+        if (v + u >= vectors) break;
+        const uint32_t i = (v + u) * 16;
+        __m512 acc = _mm512_loadu_ps(grad + i);
+        if (kResidual) acc = _mm512_add_ps(acc, _mm512_loadu_ps(e_in + i));
+        _mm512_store_ps(s.acc + i, acc);
+        const __m512i key = magnitude(acc);
+        top[u] = _mm512_max_epu32(top[u], key);
+        const uint16_t mask = _mm512_cmpge_epu32_mask(key, t);
+        std::memcpy(masks + 2 * (v + u), &mask, 2);
+      }
+    }
+  }
+
+  static uint32_t accumulate(const float* grad, const float* e_in, uint32_t block, uint32_t t, Scratch& s) {
+    __m512i top[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(),
+                      _mm512_setzero_si512()};
+    s.masks[(block - 1) / 64] = 0;  // blocks under 64 elements do not fill their word
+    const __m512i threshold = _mm512_set1_epi32(static_cast<int>(t));
+    if (e_in == nullptr) {
+      accumulate4<false>(grad, e_in, block, threshold, s, top);
+    } else {
+      accumulate4<true>(grad, e_in, block, threshold, s, top);
+    }
+    for (uint32_t u = 0; u < 4; ++u) _mm512_store_si512(s.maxima + 16 * u, top[u]);
+    return total(s.masks, block);
+  }
+
+  static uint32_t count_ge(const void* keys, uint32_t n, uint32_t t) {
+    const __m512i threshold = _mm512_set1_epi32(static_cast<int>(t));
+    const float* values = static_cast<const float*>(keys);
+    uint32_t count = 0;
+    for (uint32_t i = 0; i < n; i += 16) {
+      count += static_cast<uint32_t>(
+          __builtin_popcount(_mm512_cmpge_epu32_mask(magnitude(_mm512_load_ps(values + i)), threshold)));
+    }
+    return count;
+  }
+
+  static uint32_t mask_ge(const float* acc, uint32_t block, uint32_t t, uint64_t* masks) {
+    const __m512i threshold = _mm512_set1_epi32(static_cast<int>(t));
+    masks[(block - 1) / 64] = 0;
+    for (uint32_t i = 0; i < block; i += 16) {
+      const uint16_t mask = _mm512_cmpge_epu32_mask(magnitude(_mm512_load_ps(acc + i)), threshold);
+      std::memcpy(reinterpret_cast<char*>(masks) + i / 8, &mask, 2);
+    }
+    return total(masks, block);
+  }
+
+  static void write(const float* acc, float* e_out, uint32_t block, bool stream) {
+    if (stream && reinterpret_cast<uintptr_t>(e_out) % 64 == 0) {
+      for (uint32_t i = 0; i < block; i += 16) _mm512_stream_ps(e_out + i, _mm512_load_ps(acc + i));
+    } else {
+      for (uint32_t i = 0; i < block; i += 16) _mm512_storeu_ps(e_out + i, _mm512_load_ps(acc + i));
+    }
+  }
+  static void fence() { _mm_sfence(); }
+
+  static void add_records(const uint8_t* records, uint32_t k, uint32_t shift, uint32_t index_mask,
+                          float scale, float weight, float* out) {
+    alignas(64) float value[16];
+    const __m128i by = _mm_cvtsi32_si128(static_cast<int>(shift));
+    for (uint32_t j = 0; j < k; j += 16) {
+      const uint32_t n = k - j < 16 ? k - j : 16;
+      const __m256i raw = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), records + 2 * j);
+      const __m512i q = _mm512_sra_epi32(_mm512_cvtepi16_epi32(raw), by);
+      _mm512_store_ps(value, _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(q), _mm512_set1_ps(scale)),
+                                           _mm512_set1_ps(weight)));
+      for (uint32_t l = 0; l < n; ++l) {
+        uint16_t record;
+        std::memcpy(&record, records + 2 * (j + l), 2);
+        float& target = out[record & index_mask];
+        target = target + value[l];
+      }
+    }
+  }
+};
+
+bool finite(const float* grad, const float* e_in, size_t numel) {
+  __m512i top = _mm512_setzero_si512();
+  for (size_t i = 0; i < numel; i += 16) {
+    const __mmask16 lanes =
+        numel - i < 16 ? static_cast<__mmask16>((1u << (numel - i)) - 1) : __mmask16{0xFFFF};
+    __m512 acc = _mm512_maskz_loadu_ps(lanes, grad + i);
+    if (e_in != nullptr) acc = _mm512_add_ps(acc, _mm512_maskz_loadu_ps(lanes, e_in + i));
+    top = _mm512_max_epu32(top, Avx512::magnitude(acc));
+  }
+  return _mm512_reduce_max_epu32(top) < kInfKey;
+}
+
+}  // namespace
+
+const Kernels kAvx512Kernels = {encode_region<Avx512>, decode_region<Avx512>, finite};
+
+}  // namespace hybridcomm::kernels
+#endif

@@ -1,0 +1,50 @@
+// The payload's bytes (docs/payload.md): header, offsets, checksum. Little endian hosts only.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "topk.h"
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "payloads are little endian and are read in place"
+#endif
+
+namespace hybridcomm::kernels {
+
+struct Header {
+  uint32_t magic;
+  uint16_t version;
+  uint8_t codec;
+  uint8_t value_bits;
+  uint32_t block;
+  uint32_t k;
+  uint64_t numel;
+  uint64_t nbytes;
+  uint64_t digest;
+  uint32_t flags;
+  uint32_t reserved0;
+  uint64_t checksum;
+  uint64_t reserved1;
+};
+static_assert(sizeof(Header) == 64, "the header is 64 bytes without padding");
+
+constexpr uint32_t kMagic = 0x4C504348u;  // "HCPL"
+constexpr uint16_t kVersion = 1;
+constexpr uint8_t kCodecTopK = 1;
+constexpr uint32_t kInfKey = 0x7F800000u;
+constexpr uint32_t kMaxBlock = 4096;
+
+struct Layout {
+  size_t nblocks, records_offset, nbytes;
+};
+Layout layout_of(const TopKParams& params, size_t numel);
+
+void write_header(const TopKParams& params, size_t numel, uint64_t digest, uint32_t flags, uint8_t* payload);
+void write_checksum(uint8_t* payload, size_t nbytes);
+
+// Everything that can be refused, before anything is used; *flags gets the payload's flags.
+Status check_payload(const TopKParams& params, const uint8_t* payload, size_t numel, uint64_t digest,
+                     uint32_t* flags);
+
+}  // namespace hybridcomm::kernels

@@ -1,0 +1,191 @@
+"""What a payload is: header, sections and static size of format version 1; docs/payload.md has the prose.
+
+    [ header, 64 bytes ][ scales, one u8 per block ][ records, k x u16 per block ]
+
+Little endian; each section is padded with zeros to a multiple of 16 bytes. The size is a pure function of
+(spec, numel), so receivers post their buffers before anything is sent.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+
+__all__ = [
+    "CODEC_TOPK",
+    "DEFAULT_BLOCK",
+    "DEFAULT_RATIO",
+    "FLAG_NONFINITE",
+    "HEADER_DTYPE",
+    "HEADER_NBYTES",
+    "MAGIC",
+    "VERSION",
+    "PayloadFormatError",
+    "SpecError",
+    "Status",
+    "TopKSpec",
+]
+
+MAGIC = 0x4C504348  # the bytes "HCPL"
+VERSION = 1
+CODEC_TOPK = 1  # other codecs get other numbers; a decoder refuses what it does not know
+FLAG_NONFINITE = 1  # the compensated gradient held NaN or Inf: the body is zero and decoding fills with NaN
+HEADER_NBYTES = 64
+ALIGN = 16
+
+MIN_BLOCK, MAX_BLOCK = 16, 4096
+MIN_VALUE_BITS = 3  # below that the reciprocal of the largest scale is not a normal float
+DEFAULT_BLOCK = 1024
+DEFAULT_RATIO = 0.01
+
+HEADER_DTYPE = np.dtype(
+    [
+        ("magic", "<u4"),
+        ("version", "<u2"),
+        ("codec", "u1"),
+        ("value_bits", "u1"),
+        ("block", "<u4"),
+        ("k", "<u4"),
+        ("numel", "<u8"),
+        ("nbytes", "<u8"),
+        ("digest", "<u8"),
+        ("flags", "<u4"),
+        ("reserved0", "<u4"),
+        ("checksum", "<u8"),
+        ("reserved1", "<u8"),
+    ]
+)
+
+
+class SpecError(ValueError):
+    """A block, k, ratio or value width that the format cannot express."""
+
+
+class Status(enum.IntEnum):
+    """Why a payload was refused, in the order in which decoders look; the C++ enum has the same values."""
+
+    OK = 0
+    BAD_PARAMS = 1  # the caller's own block, k or value_bits
+    BAD_HEADER = 2  # magic, version, codec, reserved bytes, unknown flags
+    BAD_DIGEST = 3  # made under another plan
+    BAD_LAYOUT = 4  # another block, k or value_bits
+    BAD_NUMEL = 5
+    BAD_NBYTES = 6  # truncated, or a length that the plan does not say
+    BAD_CHECKSUM = 7  # bits changed on the way
+    BAD_RECORD = 8  # a scale or an index that no encoder writes
+
+
+class PayloadFormatError(ValueError):
+    """A payload was refused; ``status`` says why and ``index`` which one of the list."""
+
+    def __init__(self, status: Status, index: int = 0) -> None:
+        super().__init__(f"payload {index} refused: {status.name.lower()}; nothing was added to the output")
+        self.status = status
+        self.index = index
+
+
+def _align(nbytes: int) -> int:
+    return -(-nbytes // ALIGN) * ALIGN
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKSpec:
+    """Block-wise top-k with error feedback: of each ``block`` elements the ``k`` largest magnitudes are sent.
+
+    Give ``ratio`` (k = max(1, round(ratio * block))) or ``k``; both only if they agree. A record is 16 bits:
+    index in the low log2(block) bits, quantised value (two's complement) in the high ``value_bits``, by default
+    all that is left.
+
+    Raises:
+        SpecError: the block is not a power of two in [16, 4096], or ratio, k or value_bits is out of range.
+    """
+
+    ratio: float | None = field(default=None, compare=False)
+    block: int = DEFAULT_BLOCK
+    k: int | None = None
+    value_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.block < MIN_BLOCK or self.block > MAX_BLOCK or self.block & (self.block - 1):
+            raise SpecError(f"block={self.block}: use a power of two from {MIN_BLOCK} to {MAX_BLOCK}")
+        ratio = DEFAULT_RATIO if self.ratio is None and self.k is None else self.ratio
+        if ratio is not None and not 0.0 < ratio <= 1.0:
+            raise SpecError(
+                f"ratio={ratio}: use a share above 0 and at most 1, such as 0.01 for one element in a hundred"
+            )
+        k = self.k if ratio is None else max(1, round(ratio * self.block))
+        if self.k is not None and k != self.k:
+            raise SpecError(
+                f"ratio={ratio} means k={k} of block={self.block}, not k={self.k}: give one of the two"
+            )
+        if k is None or not 1 <= k <= self.block:
+            raise SpecError(f"k={k}: use 1 to block={self.block}")
+        widest = 16 - self.index_bits
+        bits = widest if self.value_bits is None else self.value_bits
+        if not MIN_VALUE_BITS <= bits <= widest:
+            raise SpecError(
+                f"value_bits={bits}: block={self.block} leaves {MIN_VALUE_BITS} to {widest} bits of a record"
+            )
+        for name, value in (
+            ("ratio", k / self.block if ratio is None else ratio),
+            ("k", k),
+            ("value_bits", bits),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def index_bits(self) -> int:
+        return self.block.bit_length() - 1
+
+    @property
+    def layout(self) -> tuple[int, int, int]:
+        """``(block, k, value_bits)``, as plain integers."""
+        if self.k is None or self.value_bits is None:
+            raise SpecError("unreachable: both are set when the spec is made")
+        return self.block, self.k, self.value_bits
+
+    @property
+    def qmax(self) -> int:
+        """Largest quantised magnitude; the code -qmax-1 is reserved."""
+        return (1 << (self.layout[2] - 1)) - 1
+
+    @property
+    def max_scale(self) -> int:
+        """Largest scale byte an encoder writes (1 is the smallest); larger ones could decode to infinity."""
+        return 256 - self.layout[2]
+
+    def nblocks(self, numel: int) -> int:
+        return -(-numel // self.block)
+
+    def records_offset(self, numel: int) -> int:
+        """First byte of the records, a multiple of 16."""
+        return HEADER_NBYTES + _align(self.nblocks(numel))
+
+    def nbytes(self, numel: int) -> int:
+        """Bytes of the payload of ``numel`` elements, a multiple of 16."""
+        return self.records_offset(numel) + _align(2 * self.layout[1] * self.nblocks(numel))
+
+    def __str__(self) -> str:
+        block, k, bits = self.layout
+        return f"topk:{self.ratio:g}/b{block}/k{k}/v{bits}"
+
+    @classmethod
+    def parse(cls, text: str) -> TopKSpec:
+        """The spec whose ``str`` is ``text``; ``topk`` and ``topk:0.01`` take the defaults for the rest."""
+        match = re.fullmatch(r"topk(?::([^/]+))?(?:/b(\d+))?(?:/k(\d+))?(?:/v(\d+))?", text)
+        try:
+            if match is None:
+                raise ValueError(text)
+            ratio, block, k, bits = match.groups()
+            share = None if ratio is None else float(ratio)
+        except ValueError:
+            raise SpecError(f"{text!r}: write topk, topk:0.01 or topk:0.01/b1024/k10/v6") from None
+        return cls(
+            ratio=None if k is not None else share,
+            block=DEFAULT_BLOCK if block is None else int(block),
+            k=None if k is None else int(k),
+            value_bits=None if bits is None else int(bits),
+        )

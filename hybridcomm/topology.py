@@ -73,6 +73,13 @@ class Topology:
         return cls(nodes=tuple(out))
 
     @classmethod
+    def even(cls, nodes: int, world_size: int) -> Topology:
+        """``nodes`` nodes whose sizes differ by one at most: 5 ranks on 2 nodes are "3+2"."""
+        if not 1 <= nodes <= world_size:
+            raise TopologyError(f"even({nodes}, {world_size}): need 1 <= nodes <= ranks")
+        return cls.from_sizes([world_size // nodes + (node < world_size % nodes) for node in range(nodes)])
+
+    @classmethod
     def from_hosts(cls, hosts: Sequence[Hashable]) -> Topology:
         """Groups ranks by host: ``hosts[rank]`` is any value that is equal for ranks of one node."""
         groups: dict[Hashable, list[int]] = {}

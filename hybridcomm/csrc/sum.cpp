@@ -19,11 +19,13 @@ void sum(Dtype dtype, void* out, const void* const* sources, int count, size_t n
 size_t itemsize(Dtype dtype) {
   switch (dtype) {
     case Dtype::float32:
+    case Dtype::int32:
       return 4;
     case Dtype::bfloat16:
     case Dtype::float16:
       return 2;
     case Dtype::int64:
+    case Dtype::float64:
       return 8;
     case Dtype::uint8:
       return 1;

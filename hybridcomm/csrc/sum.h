@@ -6,7 +6,15 @@
 
 namespace hybridcomm {
 
-enum class Dtype : uint8_t { float32 = 0, bfloat16 = 1, float16 = 2, int64 = 3, uint8 = 4 };
+enum class Dtype : uint8_t {
+  float32 = 0,
+  bfloat16 = 1,
+  float16 = 2,
+  int64 = 3,
+  uint8 = 4,
+  float64 = 5,
+  int32 = 6
+};
 size_t itemsize(Dtype dtype);
 
 // out[i] = (sources[0][i] + sources[1][i] + ...) / divisor, for i < numel; `out` may be one of the sources.

@@ -64,12 +64,6 @@ inline uint16_t narrow_fp16(float value) {
 }
 #endif
 
-struct Float32 {
-  using Stored = float;
-  using Wide = float;
-  static float widen(float v) { return v; }
-  static float narrow(float v) { return v; }
-};
 struct Bfloat16 {
   using Stored = uint16_t;
   using Wide = float;
@@ -82,11 +76,12 @@ struct Float16 {
   static float widen(uint16_t v) { return widen_fp16(v); }
   static uint16_t narrow(float v) { return narrow_fp16(v); }
 };
-struct Int64 {
-  using Stored = uint64_t;  // unsigned, so that overflow wraps instead of being undefined
-  using Wide = uint64_t;
-  static uint64_t widen(uint64_t v) { return v; }
-  static uint64_t narrow(uint64_t v) { return v; }
+template <typename T>
+struct Plain {
+  using Stored = T;
+  using Wide = T;
+  static T widen(T v) { return v; }
+  static T narrow(T v) { return v; }
 };
 
 template <typename T>
@@ -128,13 +123,17 @@ inline void sum_here(Dtype dtype, void* out, const void* const* sources, int cou
         return sum_two(static_cast<float*>(out), static_cast<const float*>(sources[0]),
                        static_cast<const float*>(sources[1]), numel, static_cast<float>(divisor));
       }
-      return sum_tiles<Float32>(out, sources, count, numel, divisor);
+      return sum_tiles<Plain<float>>(out, sources, count, numel, divisor);
     case Dtype::bfloat16:
       return sum_tiles<Bfloat16>(out, sources, count, numel, divisor);
     case Dtype::float16:
       return sum_tiles<Float16>(out, sources, count, numel, divisor);
     case Dtype::int64:
-      return sum_tiles<Int64>(out, sources, count, numel, 1);
+      return sum_tiles<Plain<uint64_t>>(out, sources, count, numel, 1);  // unsigned: overflow wraps
+    case Dtype::int32:
+      return sum_tiles<Plain<uint32_t>>(out, sources, count, numel, 1);
+    case Dtype::float64:
+      return sum_tiles<Plain<double>>(out, sources, count, numel, divisor);
     case Dtype::uint8:
       return;  // bytes are moved, never summed; lower.py refuses such a plan
   }

@@ -12,7 +12,7 @@ std::string name_of(const char* const (&names)[N], uint8_t code) {
 
 // The order is the wire format's; lower.py holds the same lists and a test compares them.
 const char* const kCollectives[] = {"allreduce", "broadcast", "all_gather", "reduce_scatter", "barrier"};
-const char* const kDtypes[] = {"float32", "bfloat16", "float16", "int64", "uint8"};
+const char* const kDtypes[] = {"float32", "bfloat16", "float16", "int64", "uint8", "float64", "int32"};
 const char* const kOps[] = {"sum", "mean", "none"};
 const char* const kCodecs[] = {"none", "topk"};
 

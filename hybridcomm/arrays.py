@@ -1,0 +1,73 @@
+"""What the engine needs to know of a caller's array: address, elements, dtype. torch and numpy; no copy."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hybridcomm.errors import DataTypeError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Array", "View", "view"]
+
+Array = Any
+"""A ``torch.Tensor`` on the CPU or a ``numpy.ndarray``."""
+
+_DTYPES = ("float32", "bfloat16", "float16", "int64", "uint8", "float64", "int32")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class View:
+    """``numel`` elements of ``dtype`` (a name) at ``address``; ``owner`` keeps the memory alive."""
+
+    address: int
+    numel: int
+    dtype: str
+    owner: Array
+
+
+def view(array: Array, what: str = "tensor") -> View:
+    """The memory of a contiguous CPU array, to be read and written in place.
+
+    Raises `DataTypeError` for anything else: another type, a device, a dtype the engine has no sum for, or a
+    layout with gaps (its result could not be written back in place).
+    """
+    torch = sys.modules.get("torch")  # a torch tensor cannot exist before torch was imported
+    if torch is not None and isinstance(array, torch.Tensor):
+        return _torch_view(array, what)
+    if isinstance(array, np.ndarray):
+        return _numpy_view(array, what)
+    raise DataTypeError(f"{what}: expected a torch.Tensor or numpy.ndarray, got {type(array).__name__}")
+
+
+def _torch_view(tensor: torch.Tensor, what: str) -> View:
+    if tensor.device.type != "cpu":
+        raise DataTypeError(
+            f"{what}: is on {tensor.device}; the host engine takes CPU tensors, so move it with .cpu() first"
+        )
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    _check_dtype(dtype, what)
+    if not tensor.is_contiguous():
+        raise DataTypeError(f"{what}: is not contiguous; pass tensor.contiguous() and copy the result back")
+    if tensor.requires_grad and not tensor.is_leaf:
+        raise DataTypeError(f"{what}: is part of an autograd graph; pass tensor.detach()")
+    return View(address=tensor.data_ptr(), numel=tensor.numel(), dtype=dtype, owner=tensor)
+
+
+def _numpy_view(array: np.ndarray[Any, Any], what: str) -> View:
+    _check_dtype(array.dtype.name, what)
+    if not array.flags.c_contiguous or not array.flags.aligned:
+        raise DataTypeError(f"{what}: is not C-contiguous; pass numpy.ascontiguousarray(...)")
+    if not array.flags.writeable:
+        raise DataTypeError(f"{what}: is read-only; pass a copy")
+    return View(address=array.ctypes.data, numel=array.size, dtype=array.dtype.name, owner=array)
+
+
+def _check_dtype(dtype: str, what: str) -> None:
+    if dtype not in _DTYPES:
+        raise DataTypeError(f"{what}: dtype {dtype} cannot be communicated; convert to one of {', '.join(_DTYPES)}")

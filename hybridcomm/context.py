@@ -1,0 +1,256 @@
+"""A rank's membership in a group of ranks, and the collectives it takes part in.
+
+A `Context` is what `hybridcomm.init` returns. Contexts are independent: a process may hold several, one per thread
+if it likes. The module-level functions of `hybridcomm` use the context of the last `init` in this process.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from hybridcomm import _C, bootstrap, collective_plans, policy
+from hybridcomm import compress as compressors
+from hybridcomm.arrays import Array, View, view
+from hybridcomm.errors import DataTypeError, UnsupportedError
+from hybridcomm.lower import lower
+from hybridcomm.residual import Residual
+from hybridcomm.work import Work
+
+if TYPE_CHECKING:
+    from hybridcomm.bucket import Span
+    from hybridcomm.compress import Compressor
+    from hybridcomm.plan import Plan
+    from hybridcomm.topology import Topology
+
+__all__ = ["Context"]
+
+Op = Literal["sum", "mean"]
+
+_CACHED_PLANS = 256
+
+
+class Context:
+    """One rank of a group; made by `Context.connect` (or `hybridcomm.init`)."""
+
+    def __init__(self, *, rank: int, topology: Topology, engine: _C.Engine, timeout: float) -> None:
+        self.rank = rank
+        self.topology = topology
+        self.timeout = timeout
+        self._engine = engine
+        self._programs: OrderedDict[tuple[Any, ...], tuple[Plan, _C.Program]] = OrderedDict()
+        self._running: deque[Work] = deque()  # keeps tensors alive when the caller drops its handle
+        self._closer = weakref.finalize(self, engine.close)  # also at interpreter exit
+
+    @classmethod
+    def connect(
+        cls,
+        topology: Topology | None = None,
+        *,
+        store: Any = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        timeout: float = 300.0,
+        chunk_nbytes: int = policy.MAX_CHUNK_NBYTES,
+    ) -> Context:
+        """Meets the other ranks and connects to them; see `hybridcomm.init` for the arguments."""
+        if timeout <= 0:
+            raise UnsupportedError(f"timeout={timeout}: must be a positive number of seconds")
+        if chunk_nbytes < 4096 or chunk_nbytes % 4096:
+            raise UnsupportedError(f"chunk_nbytes={chunk_nbytes}: must be a positive multiple of 4096")
+        world = bootstrap.find_world(rank, world_size, store)
+        member = bootstrap.join(world, topology=topology, chunk_nbytes=chunk_nbytes, timeout=timeout)
+        return cls(rank=world.rank, topology=member.topology, engine=member.engine, timeout=timeout)
+
+    @property
+    def world_size(self) -> int:
+        return self.topology.world_size
+
+    @property
+    def local_rank(self) -> int:
+        return self.topology.local_rank(self.rank)
+
+    @property
+    def node_rank(self) -> int:
+        return self.topology.node_of(self.rank)
+
+    # -- collectives ---------------------------------------------------------------------------------------
+
+    def allreduce(
+        self,
+        t: Array,
+        *,
+        op: Op = "sum",
+        compress: str | Compressor | None = None,
+        residual: Residual | None = None,
+        async_op: bool = False,
+        residual_key: str = "tensor",
+        spans: Sequence[Span] | None = None,
+    ) -> Work | None:
+        """Sums (or averages) ``t`` over all ranks, in place; see `hybridcomm.allreduce`.
+
+        ``residual_key`` and ``spans`` name the tensor and its parameters within ``residual``, for callers that
+        keep one `Residual` for many buckets.
+        """
+        target = view(t)
+        compressor = compressors.resolve(compress)
+        if compressor is None and residual is not None:
+            raise UnsupportedError("residual= needs compress=: a dense all-reduce leaves nothing behind")
+        if compressor is not None:
+            compressors.check_compressible(compressor, dtype=target.dtype, op=op)
+        plan, program = self._program(
+            ("allreduce", target.numel, target.dtype, op, str(compressor)),
+            lambda: collective_plans.allreduce(
+                self.topology, target.numel, dtype=target.dtype, op=op, compressor=compressor
+            ),
+            compressor,
+        )
+        e_in = e_out = None
+        if residual is not None:
+            regions = plan.residual_regions(self.rank)
+            e_in, e_out = residual.stage(residual_key, numel=target.numel, regions=regions, spans=spans)
+        return self._launch(program, target, async_op, residual=(e_in, e_out))
+
+    all_reduce = allreduce
+
+    def broadcast(self, t: Array, root: int = 0, *, async_op: bool = False) -> Work | None:
+        """Copies rank ``root``'s ``t`` into every rank's ``t``."""
+        target = view(t)
+        _, program = self._program(
+            ("broadcast", target.numel, target.dtype, root),
+            lambda: collective_plans.broadcast(self.topology, target.numel, root=root, dtype=target.dtype),
+        )
+        return self._launch(program, target, async_op)
+
+    def all_gather(self, out: Array, t: Array, *, async_op: bool = False) -> Work | None:
+        """Gathers every rank's ``t`` into ``out`` (world_size x t.numel() elements, in rank order) on all ranks."""
+        target, own = view(out, "out"), view(t)
+        self._check_parts(whole=target, part=own, names=("out", "t"))
+        _flat(out)[self.rank * own.numel : (self.rank + 1) * own.numel] = _flat(t)
+        _, program = self._program(
+            ("all_gather", target.numel, target.dtype),
+            lambda: collective_plans.all_gather(self.topology, target.numel, dtype=target.dtype),
+        )
+        return self._launch(program, target, async_op)
+
+    def reduce_scatter(
+        self, out: Array, t: Array, *, op: Op = "sum", async_op: bool = False
+    ) -> Work | None:
+        """Reduces ``t`` (world_size x out.numel() elements) over all ranks; rank r gets part r in ``out``.
+
+        ``t`` is left as it was: the partial sums live in a copy.
+        """
+        own, whole = view(out, "out"), view(t)
+        self._check_parts(whole=whole, part=own, names=("t", "out"))
+        scratch = t.clone() if hasattr(t, "clone") else t.copy()
+        _, program = self._program(
+            ("reduce_scatter", whole.numel, whole.dtype, op),
+            lambda: collective_plans.reduce_scatter(self.topology, whole.numel, dtype=whole.dtype, op=op),
+        )
+
+        def copy_out() -> None:
+            begin = self.rank * own.numel
+            _flat(out)[:] = _flat(scratch)[begin : begin + own.numel]
+
+        return self._launch(program, view(scratch), async_op, finish=copy_out, keep=(out,))
+
+    def barrier(self, *, async_op: bool = False) -> Work | None:
+        """Returns on no rank before every rank has entered."""
+        _, program = self._program(("barrier",), lambda: collective_plans.barrier(self.topology))
+        return self._launch(program, view(np.zeros(1, np.int64)), async_op)
+
+    # -- the rest ------------------------------------------------------------------------------------------
+
+    def plan_allreduce(
+        self, numel: int, *, dtype: str = "float32", op: Op = "sum", compress: str | Compressor | None = None
+    ) -> Plan:
+        """The plan that `allreduce` would run for such a tensor: print it, check it, compare digests."""
+        compressor = compressors.resolve(compress)
+        return collective_plans.allreduce(self.topology, numel, dtype=dtype, op=op, compressor=compressor)
+
+    def counters(self) -> dict[str, int]:
+        """Bytes since the start: ``wire_tx_bytes`` and ``wire_rx_bytes`` to and from other nodes (message headers
+        included, TCP/IP headers not), ``shm_bytes`` written to shared memory.
+        """
+        return dict(self._engine.counters())
+
+    def close(self) -> None:
+        """Finishes what is queued, says goodbye to the peers, releases everything. Idempotent."""
+        self._closer()
+        self._running.clear()
+
+    def abort(self) -> None:
+        """Makes the running and all later collectives raise `AbortedError`, here and on every other rank."""
+        self._engine.abort()
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Context(rank={self.rank}, topology={self.topology})"
+
+    def _check_parts(self, *, whole: View, part: View, names: tuple[str, str]) -> None:
+        if whole.dtype != part.dtype:
+            raise DataTypeError(f"{names[0]} is {whole.dtype}, {names[1]} is {part.dtype}: they must be the same")
+        if whole.numel != part.numel * self.world_size:
+            raise UnsupportedError(
+                f"{names[0]} has {whole.numel} elements; with {part.numel} in {names[1]} and "
+                f"{self.world_size} ranks it needs {part.numel * self.world_size}"
+            )
+
+    def _program(
+        self, key: tuple[Any, ...], build: Callable[[], Plan], compressor: Compressor | None = None
+    ) -> tuple[Plan, _C.Program]:
+        found = self._programs.get(key)
+        if found is None:
+            plan = build()
+            found = self._programs[key] = (plan, lower(plan, self.rank, compressor))
+            if len(self._programs) > _CACHED_PLANS:
+                self._programs.popitem(last=False)
+        else:
+            self._programs.move_to_end(key)
+        return found
+
+    def _launch(
+        self,
+        program: _C.Program,
+        target: View,
+        async_op: bool,
+        *,
+        residual: tuple[Any, Any] = (None, None),
+        finish: Callable[[], None] | None = None,
+        keep: Sequence[Array] = (),
+    ) -> Work | None:
+        e_in, e_out = residual
+        addresses = (target.address, 0 if e_in is None else e_in.ctypes.data, 0 if e_out is None else e_out.ctypes.data)
+        _note_written(target.owner)
+        if not async_op:
+            self._engine.run(program, *addresses)
+            if finish is not None:
+                finish()
+            return None
+        tensors = [target.owner, *keep, *(e for e in residual if e is not None)]
+        work = Work(self._engine.submit(program, *addresses), tensors, finish=finish)
+        while self._running and self._running[0].is_completed():
+            self._running.popleft()
+        self._running.append(work)
+        return work
+
+
+def _flat(array: Array) -> Any:
+    return array.detach().view(-1) if hasattr(array, "detach") else array.reshape(-1)
+
+
+def _note_written(array: Array) -> None:
+    """Tells autograd that the engine writes a tensor's memory, so that a stale use of it raises."""
+    if hasattr(array, "_version"):
+        from torch.autograd.graph import increment_version
+
+        increment_version(array)

@@ -1,0 +1,145 @@
+"""``python -m hybridcomm.launch --nproc 4 --nodes 2 -m train.run``: ranks on this machine, nodes made up or not.
+
+For trying things out on one machine; across machines use torchrun, SLURM or Kubernetes. Ranks meet in a temporary
+directory, so no port is needed. When a rank fails, the others get a few seconds to say what they saw (their
+collectives raise, naming the culprit) and are then ended; the exit code is the first failing rank's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from types import FrameType
+
+from hybridcomm.errors import UnsupportedError
+
+__all__ = ["launch", "main"]
+
+_GRACE_S = 10.0
+_PR_SET_PDEATHSIG = 1
+
+
+def launch(
+    command: Sequence[str], *, nproc: int, nodes: int | None = None, env: Mapping[str, str] | None = None
+) -> int:
+    """Runs ``command`` (an argument list after ``python``) as ``nproc`` ranks; returns the exit code.
+
+    ``nodes``: virtual nodes to spread them over (default: what the machine is, one node). Raises
+    `UnsupportedError` for counts that do not fit.
+    """
+    if nproc < 1:
+        raise UnsupportedError(f"--nproc {nproc}: must be at least 1")
+    if nodes is not None and not 1 <= nodes <= nproc:
+        raise UnsupportedError(f"--nodes {nodes}: must be between 1 and the {nproc} ranks of --nproc")
+    with tempfile.TemporaryDirectory(prefix="hybridcomm-") as directory:
+        job = _Job(command, nproc, _environment(directory, nproc, nodes, env))
+        with job:
+            return job.wait()
+
+
+def _environment(
+    directory: str, nproc: int, nodes: int | None, env: Mapping[str, str] | None
+) -> dict[str, str]:
+    environment = {**os.environ, **(env or {})}
+    environment.update(HYBRIDCOMM_STORE=directory, WORLD_SIZE=str(nproc), LOCAL_WORLD_SIZE=str(nproc))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
+    environment.pop("HYBRIDCOMM_NODES", None)
+    if nodes is not None:
+        environment["HYBRIDCOMM_NODES"] = str(nodes)
+    return environment
+
+
+class _Job:
+    def __init__(self, command: Sequence[str], nproc: int, environment: Mapping[str, str]) -> None:
+        self._argv, self._nproc, self._environment = [sys.executable, *command], nproc, environment
+        self._ranks: list[subprocess.Popen[bytes]] = []
+        self._signal = 0
+        self._handlers: dict[int, object] = {}
+
+    def __enter__(self) -> _Job:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._handlers[number] = signal.signal(number, self._on_signal)
+            except ValueError:  # not the main thread: the caller's own handlers stay
+                break
+        for rank in range(self._nproc):
+            environment = {**self._environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self._ranks.append(
+                subprocess.Popen(self._argv, env=environment, preexec_fn=_die_with_parent)  # noqa: PLW1509
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end(signal.SIGTERM, 2.0)
+        self._end(signal.SIGKILL, 5.0)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self._signal = number
+
+    def wait(self) -> int:
+        """Until all ranks ended, one failed, or a signal came."""
+        while not self._signal:
+            codes = [rank.poll() for rank in self._ranks]
+            if all(code == 0 for code in codes):
+                return 0
+            failed = next((rank for rank, code in enumerate(codes) if code), None)
+            if failed is not None:
+                return self._after_failure(failed)
+            time.sleep(0.05)
+        self._end(signal.Signals(self._signal), _GRACE_S)
+        return 128 + self._signal
+
+    def _after_failure(self, failed: int) -> int:
+        code = self._ranks[failed].poll() or 1
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        if code != 2:  # usage errors have said all there is to say
+            print(f"hybridcomm.launch: rank {failed} {how}", file=sys.stderr, flush=True)
+        deadline = time.monotonic() + _GRACE_S
+        while time.monotonic() < deadline and any(rank.poll() is None for rank in self._ranks):
+            if self._signal:
+                break
+            time.sleep(0.05)
+        return code if code > 0 else 128 - code
+
+    def _end(self, number: int, limit: float) -> None:
+        alive = [rank for rank in self._ranks if rank.poll() is None]
+        for rank in alive:
+            rank.send_signal(number)
+        deadline = time.monotonic() + limit
+        for rank in alive:
+            try:
+                rank.wait(max(deadline - time.monotonic(), 0.01))
+            except subprocess.TimeoutExpired:
+                return
+
+
+def _die_with_parent() -> None:
+    """A killed launcher (kill -9) takes its ranks along."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m hybridcomm.launch", description=__doc__)
+    parser.add_argument("--nproc", type=int, required=True, help="ranks to start")
+    parser.add_argument("--nodes", type=int, default=None, help="virtual nodes to spread them over (default: one)")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="script.py ARGS, or -m module ARGS")
+    options = parser.parse_args(argv)
+    if not options.command:
+        parser.error("nothing to run: give a script, or -m and a module")
+    try:
+        return launch(options.command, nproc=options.nproc, nodes=options.nodes)
+    except UnsupportedError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,290 @@
+"""From a plan to one rank's program for the engine.
+
+A step names a collective act of a group; lowering writes down this rank's part in it:
+
+    reduce            owner: reduce from lanes           others: put into the lane to the owner
+    compress          encode
+    exchange_payload  send to and receive from every other owner
+    exchange_reduce   root: receive from all, then sum   others: send to root
+    exchange_gather   root: send to all                  others: receive in place
+    decompress        decode
+    gather            owner: publish                     others: get
+
+Operations of one stream are issued in plan order. Receive buffers live in a ring of engine scratch: a message may
+arrive while the one before it is still being summed, but not more than ``RING`` of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from typing import TYPE_CHECKING
+
+from hybridcomm import _C, policy
+from hybridcomm.errors import DataTypeError, PlanError
+
+if TYPE_CHECKING:
+    from hybridcomm.compress import Compressor
+    from hybridcomm.plan import Plan, Region, Step
+
+__all__ = ["CODECS", "COLLECTIVES", "DTYPES", "OPS", "lower"]
+
+# Codes of the wire format; csrc/tag.cpp holds the same lists.
+COLLECTIVES = ("allreduce", "broadcast", "all_gather", "reduce_scatter", "barrier")
+DTYPES = ("float32", "bfloat16", "float16", "int64", "uint8", "float64", "int32")
+OPS = ("sum", "mean", "none")
+CODECS = ("none", "topk")
+
+RING = 16  # messages on the way per purpose; at 256 KiB each, 4 MiB cover 10 Gbit/s at 3 ms
+_ALIGN = 64  # bytes: every scratch buffer begins on its own cache line
+
+
+def lower(plan: Plan, rank: int, compressor: Compressor | None) -> _C.Program:
+    """The program that makes ``rank`` do its part of ``plan``; a pure function of its arguments.
+
+    Raises `DataTypeError` for a dtype that the engine does not sum, `PlanError` for a step it cannot run.
+    """
+    if plan.dtype == "uint8" and plan.op != "none":
+        raise DataTypeError("uint8 tensors are moved, never summed; convert to int32 or int64")
+    return _Lowering(plan, rank, compressor).program
+
+
+class _Slot:
+    """A piece of scratch: the operations that use it now, and those of its last use, which must be over."""
+
+    def __init__(self, offset: int) -> None:
+        self.offset = offset
+        self.before: list[int] = []
+        self.users: list[int] = []
+
+
+class _Ring:
+    def __init__(self, begin: int, nbytes: int) -> None:
+        self.stride = -(-nbytes // _ALIGN) * _ALIGN
+        self._slots = [_Slot(begin + i * self.stride) for i in range(RING)]
+        self._turn = 0
+
+    @property
+    def end(self) -> int:
+        return self._slots[-1].offset + self.stride
+
+    def take(self) -> _Slot:
+        slot = self._slots[self._turn % RING]
+        self._turn += 1
+        slot.before, slot.users = slot.users, []
+        return slot
+
+
+class _Lowering:
+    def __init__(self, plan: Plan, rank: int, compressor: Compressor | None) -> None:
+        self.plan, self.rank, self.compressor = plan, rank, compressor
+        self.node = plan.topology.nodes[plan.topology.node_of(rank)]
+        self.itemsize = policy.itemsize(plan.dtype)
+        self.streams: dict[Hashable, int] = {}
+        self.done_by: dict[int, list[int]] = {}  # step -> operations that complete it here
+        self.payloads: dict[tuple[int, int], _Slot] = {}  # (shard, chunk) -> where its payloads lie
+        self.residual_offset = _offsets(plan.residual_regions(rank))
+        self.program = self._new_program()
+        steps = plan.for_rank(rank)
+        inter = max((s.region.numel * (len(s.group) - 1) for s in steps if s.op == "exchange_reduce"), default=0)
+        self.receive_ring = _Ring(0, inter * self.itemsize)
+        self.payload_ring = _Ring(self.receive_ring.end, self._payload_set_nbytes(steps))
+        self.program.scratch_nbytes = self.payload_ring.end
+        for step in steps:
+            getattr(self, f"_{step.op}")(step)
+
+    def _new_program(self) -> _C.Program:
+        plan, codec = self.plan, {}
+        if self.compressor is not None and plan.compressor != "none":
+            block, k, value_bits = self.compressor.spec.layout
+            codec = {"codec": CODECS.index("topk"), "block": block, "k": k, "value_bits": value_bits}
+        program = _C.Program(
+            digest=plan.digest,
+            numel=plan.numel,
+            collective=COLLECTIVES.index(plan.collective),
+            dtype=DTYPES.index(plan.dtype),
+            op=OPS.index(plan.op),
+            **codec,
+        )
+        program.residual_numel = sum(region.numel for region in plan.residual_regions(self.rank))
+        return program
+
+    def _add(
+        self,
+        kind: _C.Kind,
+        stream: Hashable,
+        step: Step,
+        *,
+        after: Iterable[int] = (),
+        peer: int = -1,
+        in_scratch: bool = False,
+        offset: int = 0,
+        nbytes: int = 0,
+        residual: int = 0,
+        divisor: int = 1,
+        sources: Iterable[int] = (),
+    ) -> int:
+        return self.program.add(
+            kind,
+            stream=self.streams.setdefault(stream, len(self.streams)),
+            step=step.id,
+            begin=step.region.begin,
+            count=step.region.numel,
+            after=sorted(set(after)),
+            peer=peer,
+            in_scratch=in_scratch,
+            offset=offset,
+            nbytes=nbytes,
+            residual=residual,
+            divisor=divisor,
+            sources=list(sources),
+        )
+
+    def _after(self, step: Step) -> list[int]:
+        return [op for before in step.after for op in self.done_by.get(before, ())]
+
+    def _local(self, rank: int) -> int:
+        return self.node.index(rank)
+
+    # -- inside the node: shared memory --------------------------------------------------------------------
+
+    def _whole_node(self, step: Step) -> None:
+        if step.group != self.node:
+            raise PlanError(f"step {step.id}: {step.op} runs over whole nodes, got ranks {step.group}")
+
+    def _reduce(self, step: Step) -> None:
+        self._whole_node(step)
+        if step.root == self.rank:
+            sources = [self._local(rank) for rank in step.group]
+            op = self._add(
+                _C.Kind.reduce, "reduce", step, after=self._after(step), sources=sources, divisor=step.divisor
+            )
+        else:
+            lane = self._local(step.root)
+            op = self._add(_C.Kind.put, ("put", lane), step, after=self._after(step), peer=lane)
+        self.done_by[step.id] = [op]
+
+    def _gather(self, step: Step) -> None:
+        self._whole_node(step)
+        if step.root == self.rank:
+            op = self._add(_C.Kind.publish, "publish", step, after=self._after(step))
+        else:
+            lane = self._local(step.root)
+            op = self._add(_C.Kind.get, ("get", lane), step, after=self._after(step), peer=lane)
+        self.done_by[step.id] = [op]
+
+    # -- between nodes, dense ------------------------------------------------------------------------------
+
+    def _region_bytes(self, region: Region) -> dict[str, int]:
+        return {"offset": region.begin * self.itemsize, "nbytes": region.numel * self.itemsize}
+
+    def _exchange_reduce(self, step: Step) -> None:
+        region = self._region_bytes(step.region)
+        if step.root != self.rank:
+            op = self._add(
+                _C.Kind.send, ("send", step.root), step, after=self._after(step), peer=step.root, **region
+            )
+            self.done_by[step.id] = [op]
+            return
+        slot = self.receive_ring.take()
+        receives, sources, offset = [], [], slot.offset
+        for rank in step.group:
+            if rank == self.rank:
+                sources.append(_C.OWN_REGION)
+                continue
+            message = {"offset": offset, "nbytes": region["nbytes"], "in_scratch": True}
+            receives.append(self._add(_C.Kind.receive, ("receive", rank), step, after=slot.before, peer=rank, **message))
+            sources.append(offset)
+            offset += region["nbytes"]
+        op = self._add(
+            _C.Kind.sum,
+            "exchange",
+            step,
+            after=[*self._after(step), *receives],
+            sources=sources,
+            divisor=step.divisor,
+        )
+        slot.users = [op]
+        self.done_by[step.id] = [op]
+
+    def _exchange_gather(self, step: Step) -> None:
+        region, after = self._region_bytes(step.region), self._after(step)
+        if step.root == self.rank:
+            others = [rank for rank in step.group if rank != self.rank]
+            for rank in others:
+                self._add(_C.Kind.send, ("send", rank), step, after=after, peer=rank, **region)
+            # Sending does not change the region: what follows need not wait for the sends, only for their data.
+            self.done_by[step.id] = after
+        else:
+            root = step.root
+            op = self._add(_C.Kind.receive, ("receive", root), step, after=after, peer=root, **region)
+            self.done_by[step.id] = [op]
+
+    # -- between nodes, compressed -------------------------------------------------------------------------
+
+    def _payload_nbytes(self, region: Region) -> int:
+        if self.compressor is None:
+            raise PlanError(f"a plan compressed by {self.plan.compressor} needs its compressor to be lowered")
+        return self.compressor.nbytes(region.numel)
+
+    def _payload_set_nbytes(self, steps: Iterable[Step]) -> int:
+        """The payloads of one chunk, one per node."""
+        sizes = (self._payload_nbytes(s.region) * len(s.group) for s in steps if s.op == "exchange_payload")
+        return max(sizes, default=0)
+
+    def _payload_offset(self, step: Step, node: int) -> int:
+        return self.payloads[step.shard, step.chunk].offset + node * self._payload_nbytes(step.region)
+
+    def _compress(self, step: Step) -> None:
+        slot = self.payload_ring.take()
+        self.payloads[step.shard, step.chunk] = slot
+        node = self.plan.topology.node_of(self.rank)
+        op = self._add(
+            _C.Kind.encode,
+            "compress",
+            step,
+            after=[*self._after(step), *slot.before],
+            offset=self._payload_offset(step, node),
+            nbytes=self._payload_nbytes(step.region),
+            residual=self.residual_offset[step.region],
+        )
+        slot.users.append(op)
+        self.done_by[step.id] = [op]
+
+    def _exchange_payload(self, step: Step) -> None:
+        slot = self.payloads[step.shard, step.chunk]
+        nbytes, done = self._payload_nbytes(step.region), []
+        for node, rank in enumerate(step.group):
+            if rank == self.rank:
+                continue
+            receive = {"offset": self._payload_offset(step, node), "nbytes": nbytes, "in_scratch": True}
+            done.append(self._add(_C.Kind.receive, ("receive", rank), step, after=slot.before, peer=rank, **receive))
+        own = self._payload_offset(step, step.group.index(self.rank))
+        for rank in step.group:
+            if rank != self.rank:
+                send = {"offset": own, "nbytes": nbytes, "in_scratch": True}
+                after = self._after(step)
+                slot.users.append(self._add(_C.Kind.send, ("send", rank), step, after=after, peer=rank, **send))
+        self.done_by[step.id] = [*self._after(step), *done]
+
+    def _decompress(self, step: Step) -> None:
+        slot = self.payloads.pop((step.shard, step.chunk))
+        nodes = range(len(self.plan.topology.nodes))
+        nbytes = self._payload_nbytes(step.region)
+        op = self._add(
+            _C.Kind.decode,
+            "decompress",
+            step,
+            after=self._after(step),
+            sources=[slot.offset + node * nbytes for node in nodes],
+            divisor=step.divisor,
+        )
+        slot.users.append(op)
+        self.done_by[step.id] = [op]
+
+
+def _offsets(regions: Iterable[Region]) -> dict[Region, int]:
+    offsets, total = {}, 0
+    for region in regions:
+        offsets[region] = total
+        total += region.numel
+    return offsets

@@ -240,11 +240,10 @@ void Executor::start_decode(const Op& op) {
     payloads_.push_back(reinterpret_cast<const uint8_t*>(scratch_.data() + source));
   }
   auto* out = reinterpret_cast<float*>(tensor_at(op));
-  std::memset(out, 0, region_nbytes(op));
   uint32_t flags = 0;
   const float weight = 1.0f / static_cast<float>(op.divisor);
   const kernels::Status status =
-      kernels::topk_decode_add(program_->codec, payloads_.data(), payloads_.size(), out, op.count, weight,
+      kernels::topk_decode(program_->codec, payloads_.data(), payloads_.size(), out, op.count, weight,
                                program_->tag.digest, &flags);
   if (status != kernels::Status::ok) {
     throw Error(Code::payload, "step " + std::to_string(op.step) + " of " + describe(program_->tag) +

@@ -236,9 +236,7 @@ def _check_dependencies(plan: Plan, atoms: _Atoms) -> None:
                         readers.setdefault(place, []).append(step.id)
             missing = need - _behind(plan, step, rank, min(need, default=0))
             if missing:
-                raise _fail(
-                    step, f"on rank {rank} needs step {min(missing)} done first, `after` does not say so"
-                )
+                raise _fail(step, f"on rank {rank} needs step {min(missing)} first; `after` misses it")
 
 
 def _behind(plan: Plan, step: Step, rank: int, oldest: int) -> set[int]:

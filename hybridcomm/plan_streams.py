@@ -1,11 +1,11 @@
 """Does a set of per-rank programs run to its end? FIFO streams with bounded lanes, simulated without data.
 
-Each rank runs the steps of each stream in program order; a step starts when it is at the head of its stream and
-the steps it waits for are done on this rank. Then:
+Each rank runs the steps of each stream in program order; a step starts when it is at the head of its stream
+and the steps it waits for are done on this rank. Then:
 
-    reduce         a rank hands its chunk to the lane (rank -> root) if fewer than ``slots`` chunks wait there;
+    reduce         a rank hands its chunk to the lane (rank -> root) if fewer than ``slots`` chunks wait;
                    the root is done when every lane has brought its chunk
-    gather         the root publishes if its slowest reader is fewer than ``slots`` chunks behind; readers take
+    gather         the root publishes if its slowest reader is fewer than ``slots`` behind; readers take
     exchange_*     all of the group meet (no buffering: what ends so ends with any amount of it)
     (de)compress   alone
 """
@@ -23,7 +23,11 @@ __all__ = ["check_progress"]
 
 
 def check_progress(programs: Mapping[int, Sequence[Step]], *, slots: int = 4) -> None:
-    """Raises `PlanError` with every rank's stuck steps if the programs (rank -> its steps) cannot finish."""
+    """Plays programs through to their end.
+
+    Raises `PlanError` with every rank's stuck steps if the programs (rank -> its steps) cannot finish, and the
+    step that one side lacks if a rank hands out what nobody takes.
+    """
     _Machine(programs, slots).run()
 
 
@@ -58,6 +62,11 @@ class _Machine:
         if stuck:
             lines = "\n".join(f"    rank {rank} waits in {step}" for rank, step in stuck)
             raise PlanError(f"deadlock: {len(stuck)} streams cannot go on\n{lines}")
+        for (kind, source, target), lane in self.lanes.items():
+            if lane:
+                raise PlanError(
+                    f"rank {target} never takes what rank {source} hands out in {kind} step {lane[0]}"
+                )
 
     def _advance(self, place: tuple[int, str]) -> bool:
         """Runs the head of a stream if it can run; True if it did."""

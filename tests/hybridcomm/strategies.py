@@ -1,0 +1,61 @@
+"""Topologies, sizes and plans that the tests of this folder run over."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from hybridcomm import collective_plans
+from hybridcomm.compress import Compressor, resolve
+from hybridcomm.plan import Plan
+from hybridcomm.topology import Topology
+
+NAMED = {
+    "1x1": Topology.virtual(1, 1),
+    "1x4": Topology.virtual(1, 4),
+    "2x2": Topology.virtual(2, 2),
+    "4x1": Topology.virtual(4, 1),
+    "2+1": Topology.from_sizes([2, 1]),
+    "3+2": Topology.from_sizes([3, 2]),
+    "2+1+1": Topology.from_sizes([2, 1, 1]),
+    "interleaved": Topology(nodes=((0, 2, 3), (1, 4))),
+}
+
+SIZES = (0, 1, 2, 15, 16, 17, 97, 1023, 1025, 4096, 40_009)
+"""Empty, single, around alignment and block edges, primes, and several chunks of each shard."""
+
+
+@st.composite
+def topologies(draw: st.DrawFn) -> Topology:
+    """Up to 4 nodes of up to 4 ranks, ranks dealt out in any order."""
+    sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    ranks = draw(st.permutations(range(sum(sizes))))
+    nodes, begin = [], 0
+    for size in sizes:
+        nodes.append(tuple(sorted(ranks[begin : begin + size])))
+        begin += size
+    return Topology(nodes=tuple(sorted(nodes)))
+
+
+def topk(ratio: float = 0.1, block: int = 64) -> Compressor:
+    compressor = resolve(f"topk:{ratio}/b{block}")
+    assert compressor is not None
+    return compressor
+
+
+def every_plan(topology: Topology, numel: int) -> list[Plan]:
+    """One plan of each builder (numel rounded up to parts where parts must be equal), with several chunks."""
+    world = topology.world_size
+    parts = -(-numel // world) * world
+    codec = topk()
+    plans = [
+        collective_plans.allreduce(topology, numel, op=op, compressor=compressor, chunk_elems=1024)
+        for op in ("sum", "mean")
+        for compressor in (None, codec)
+    ]
+    plans += [
+        collective_plans.broadcast(topology, numel, root=world - 1, chunk_elems=1024),
+        collective_plans.all_gather(topology, parts, chunk_elems=1024),
+        collective_plans.reduce_scatter(topology, parts, op="mean", chunk_elems=1024),
+        collective_plans.barrier(topology),
+    ]
+    return plans

@@ -1,0 +1,263 @@
+"""Good plans pass; every planted bug is caught, and by the question that is meant to catch it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybridcomm import collective_plans as build
+from hybridcomm.errors import PlanError
+from hybridcomm.plan import Plan, Region, Step
+from hybridcomm.plan_streams import check_progress
+from hybridcomm.topology import Topology
+from tests.hybridcomm.strategies import NAMED, SIZES, every_plan, topk, topologies
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_every_builder_passes_on_named_topologies(name: str) -> None:
+    for numel in SIZES:
+        for plan in every_plan(NAMED[name], numel):
+            plan.check()
+            plan.check(slots=1)
+
+
+@given(topology=topologies(), numel=st.integers(0, 5000))
+@settings(max_examples=40, deadline=None)
+def test_every_builder_passes_on_random_topologies(topology: Topology, numel: int) -> None:
+    for plan in every_plan(topology, numel):
+        plan.check()
+
+
+def renumbered(plan: Plan, steps: Sequence[Step]) -> Plan:
+    """The plan with other steps: ids are given anew, waits for dropped steps go."""
+    ids = {step.id: place for place, step in enumerate(steps)}
+    return dataclasses.replace(
+        plan,
+        steps=tuple(
+            dataclasses.replace(
+                step, id=place, after=tuple(sorted(ids[before] for before in step.after if before in ids))
+            )
+            for place, step in enumerate(steps)
+        ),
+    )
+
+
+def changed(plan: Plan, place: int, **fields: object) -> Plan:
+    steps = list(plan.steps)
+    steps[place] = dataclasses.replace(steps[place], **fields)  # type: ignore[arg-type]
+    return dataclasses.replace(plan, steps=tuple(steps))
+
+
+def dense() -> Plan:
+    return build.allreduce(NAMED["3+2"], 9000, op="mean", chunk_elems=1024)
+
+
+def compressed() -> Plan:
+    return build.allreduce(NAMED["3+2"], 9000, op="mean", compressor=topk(), chunk_elems=1024)
+
+
+def others() -> list[Plan]:
+    topology = NAMED["3+2"]
+    return [
+        build.broadcast(topology, 9000, root=4, chunk_elems=1024),
+        build.all_gather(topology, 9000, chunk_elems=1024),
+        build.reduce_scatter(topology, 9000, op="mean", chunk_elems=1024),
+    ]
+
+
+def find(plan: Plan, op: str, nth: int = 0) -> int:
+    return [step.id for step in plan.steps if step.op == op][nth]
+
+
+@pytest.mark.parametrize("make", [dense, compressed])
+def test_each_dropped_step_is_caught(make: Callable[[], Plan]) -> None:
+    plan = make()
+    for victim in plan.steps:
+        with pytest.raises(PlanError):
+            renumbered(plan, [step for step in plan.steps if step is not victim]).check()
+
+
+def test_each_dropped_step_of_the_other_collectives_is_caught() -> None:
+    for plan in others():
+        for victim in plan.steps:
+            with pytest.raises(PlanError):
+                renumbered(plan, [step for step in plan.steps if step is not victim]).check()
+
+
+@pytest.mark.parametrize("make", [dense, compressed])
+def test_each_doubled_step_is_caught(make: Callable[[], Plan]) -> None:
+    """A step that runs twice counts ranks twice, averages twice, or is an unordered second write."""
+    plan = make()
+    for victim in plan.steps:
+        twice = [*plan.steps[: victim.id + 1], victim, *plan.steps[victim.id + 1 :]]
+        ids = dataclasses.replace(plan, steps=tuple(
+            dataclasses.replace(
+                step,
+                id=place,
+                after=tuple(b if b <= victim.id else b + 1 for b in step.after),
+            )
+            for place, step in enumerate(twice)
+        ))  # fmt: skip
+        with pytest.raises(PlanError):
+            ids.check()
+
+
+def needed_waits(plan: Plan) -> list[tuple[int, int]]:
+    """(step, before) pairs that no other path of waits implies, on some rank that takes part in both.
+
+    An independent oracle: reachability by breadth-first search over one rank's steps, edge left out.
+    """
+    out = []
+    for step in plan.steps:
+        for before in step.after:
+            for rank in set(step.group) & set(plan.steps[before].group):
+                seen: set[int] = set()
+                todo = [b for b in step.after if b != before]
+                while todo:
+                    at = todo.pop()
+                    if at not in seen and rank in plan.steps[at].group:
+                        seen.add(at)
+                        todo += plan.steps[at].after
+                if before not in seen:
+                    out.append((step.id, before))
+                    break
+    return out
+
+
+@pytest.mark.parametrize("make", [dense, compressed])
+def test_each_missing_wait_is_caught_and_no_harmless_one_flagged(make: Callable[[], Plan]) -> None:
+    plan = make()
+    needed = set(needed_waits(plan))
+    waits = [(step.id, before) for step in plan.steps for before in step.after]
+    assert needed
+    for place, before in waits:
+        after = tuple(b for b in plan.steps[place].after if b != before)
+        mutant = changed(plan, place, after=after)
+        if (place, before) in needed:
+            with pytest.raises(PlanError, match="misses it"):
+                mutant.check()
+        else:
+            mutant.check()
+
+
+def test_wrong_owner_is_caught() -> None:
+    plan = compressed()
+    for op in ("reduce", "compress", "decompress", "gather"):
+        place = find(plan, op)
+        step = plan.steps[place]
+        other = next(
+            rank
+            for rank in range(5)
+            if rank != step.root and rank in (step.group if len(step.group) > 1 else (1, 2))
+        )
+        group = step.group if len(step.group) > 1 else (other,)
+        with pytest.raises(PlanError, match=r"does not own shard|shares no rank"):
+            changed(plan, place, root=other, group=group).check()
+
+
+def test_swapped_peers_and_sends_are_caught() -> None:
+    plan = dense()
+    place = find(plan, "exchange_reduce")
+    step = plan.steps[place]
+    for fields in (
+        {"group": step.group[::-1]},  # the order of summation, and so the result, would differ
+        {"root": next(rank for rank in step.group if rank != step.root)},  # the other owner sums it
+        {"group": (step.group[0],)},
+        {"group": (0, 1)},  # both on one node
+    ):
+        with pytest.raises(PlanError):
+            changed(plan, place, **fields).check()
+    gather = find(plan, "exchange_gather")
+    wrong = next(rank for rank in plan.steps[gather].group if rank != plan.steps[gather].root)
+    with pytest.raises(PlanError, match=r"ends with ranks|counts rank"):
+        changed(plan, gather, root=wrong).check()
+
+
+def test_overlapping_or_short_slices_are_caught() -> None:
+    plan = dense()
+    place = find(plan, "exchange_reduce")
+    begin, end = plan.steps[place].region
+    for region in (Region(begin, end + 16), Region(begin, end - 16), Region(begin + 16, end + 16)):
+        with pytest.raises(PlanError):
+            changed(plan, place, region=region).check()
+    with pytest.raises(PlanError, match="not within"):
+        changed(plan, place, region=Region(begin, plan.numel + 1)).check()
+    with pytest.raises(PlanError, match="empty"):
+        changed(plan, place, region=Region(begin, begin)).check()
+
+
+def test_averaging_twice_or_never_is_caught() -> None:
+    plan = dense()
+    with pytest.raises(PlanError, match="adds means to sums"):
+        changed(plan, find(plan, "reduce"), divisor=5).check()
+    every = [
+        dataclasses.replace(s, divisor=5) if s.op in ("reduce", "exchange_reduce") else s for s in plan.steps
+    ]
+    with pytest.raises(PlanError, match=r"adds means to sums|/ 25"):
+        dataclasses.replace(plan, steps=tuple(every)).check()
+    with pytest.raises(PlanError, match=r"ends with ranks .* / 1"):
+        changed(plan, find(plan, "exchange_reduce"), divisor=1).check()
+    with pytest.raises(PlanError, match="divisor 3"):
+        changed(plan, find(plan, "exchange_reduce"), divisor=3).check()
+
+
+def test_cycles_and_order_are_caught() -> None:
+    plan = dense()
+    first, last = find(plan, "reduce"), find(plan, "gather")
+    with pytest.raises(PlanError, match="cycle or wrong order"):
+        changed(plan, first, after=(last,)).check()
+    swapped = list(plan.steps)
+    swapped[0], swapped[1] = swapped[1], swapped[0]
+    with pytest.raises(PlanError, match="places in the global order"):
+        dataclasses.replace(plan, steps=tuple(swapped)).check()
+
+
+def programs(plan: Plan) -> dict[int, list[Step]]:
+    return {rank: list(plan.for_rank(rank)) for rank in range(plan.topology.world_size)}
+
+
+def test_ranks_with_other_exchange_orders_deadlock() -> None:
+    for plan in (dense(), compressed()):
+        mixed = programs(plan)
+        order = [i for i, step in enumerate(mixed[0]) if step.stream == "exchange"]
+        first, second = order[0], order[-1]
+        mixed[0][first], mixed[0][second] = mixed[0][second], mixed[0][first]
+        check_progress(programs(plan))
+        with pytest.raises(PlanError, match="deadlock"):
+            check_progress(mixed)
+
+
+def test_a_program_that_misses_a_step_deadlocks() -> None:
+    plan = dense()
+    for rank in range(5):
+        for victim in plan.for_rank(rank):
+            mixed = programs(plan)
+            mixed[rank].remove(victim)
+            with pytest.raises(PlanError, match=r"deadlock|never takes"):
+                check_progress(mixed)
+
+
+def test_lanes_without_slots_deadlock_and_errors_name_the_stuck_ranks() -> None:
+    with pytest.raises(PlanError, match="rank 1 waits in 0 reduce"):
+        check_progress(programs(build.allreduce(NAMED["1x4"], 100)), slots=0)
+
+
+def test_lanes_bound_how_far_a_rank_runs_ahead() -> None:
+    """Rank 0 takes no chunk before rank 1 has handed out five: five slots let them pass, four do not."""
+    fields = {"bucket": 0, "shard": 0, "group": (0, 1), "divisor": 1}
+    chunks = [
+        Step(id=i, op="reduce", chunk=i, region=Region(16 * i, 16 * i + 16), root=0, after=(), **fields)  # type: ignore[arg-type]
+        for i in range(5)
+    ]
+    signal = Step(id=9, op="gather", chunk=9, region=Region(96, 112), root=1, after=(4,), **fields)  # type: ignore[arg-type]
+    ours = {
+        0: [dataclasses.replace(signal, after=()), *(dataclasses.replace(c, after=(9,)) for c in chunks)],
+        1: [*chunks, signal],
+    }
+    check_progress(ours, slots=5)
+    with pytest.raises(PlanError, match="deadlock"):
+        check_progress(ours, slots=4)

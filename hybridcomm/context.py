@@ -42,6 +42,7 @@ class Context:
         self.topology = topology
         self.timeout = timeout
         self._engine = engine
+        self._store: Any = None
         self._programs: OrderedDict[tuple[Any, ...], tuple[Plan, _C.Program]] = OrderedDict()
         self._running: deque[Work] = deque()  # keeps tensors alive when the caller drops its handle
         self._closer = weakref.finalize(self, engine.close)  # also at interpreter exit
@@ -64,7 +65,10 @@ class Context:
             raise UnsupportedError(f"chunk_nbytes={chunk_nbytes}: must be a positive multiple of 4096")
         world = bootstrap.find_world(rank, world_size, store)
         member = bootstrap.join(world, topology=topology, chunk_nbytes=chunk_nbytes, timeout=timeout)
-        return cls(rank=world.rank, topology=member.topology, engine=member.engine, timeout=timeout)
+        context = cls(rank=world.rank, topology=member.topology, engine=member.engine, timeout=timeout)
+        context._store = world.store  # the rank that hosts a store must not end it while others still read
+        context.barrier()
+        return context
 
     @property
     def world_size(self) -> int:

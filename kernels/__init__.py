@@ -1,4 +1,4 @@
-"""The leaf of the library: payload format, its numpy oracle, host kernels (C++ SIMD), device kernels (Triton).
+"""The leaf of the library: payload format, its numpy oracle, host kernels (C++), device kernels (Triton).
 
 Installed as ``hybridcomm.kernels``; nothing here imports the rest of the library, torch or triton. Start with
 ``spec.py`` (what a payload is), then ``reference.py`` (what every kernel must compute, bit for bit), then

@@ -85,7 +85,7 @@ def select(acc: Floats, k: int) -> Ints:
 
 
 def quantise(spec: TopKSpec, kept: Floats) -> tuple[Ints, Ints, Floats]:
-    """Phases 3 and 4 on kept values (nblocks, k): scale bytes (nblocks,), codes and decoded values (nblocks, k)."""
+    """Phases 3 and 4 on kept values (nblocks, k): scale bytes (nblocks,), codes and values (nblocks, k)."""
     largest = keys(kept).max(axis=1).astype(np.int64)
     scales = np.maximum((largest >> 23) + 2 - spec.layout[2], 1)
     with np.errstate(under="ignore"):
@@ -106,8 +106,8 @@ def encode(
 
     Shapes: grad, e_in, e_out (numel,) fp32, contiguous; payload (spec.nbytes(numel),) u8. ``e_in=None`` is
     memoryless, ``e_out=None`` drops the rest; e_out may be e_in itself. Returns the flags. With
-    ``FLAG_NONFINITE`` nothing is sent: the body is zero and e_out is e_in (zero when memoryless), so a skipped
-    step loses nothing.
+    ``FLAG_NONFINITE`` nothing is sent: the body is zero and e_out is e_in (zero when memoryless), so that a
+    skipped step loses nothing.
     Source: error feedback, Seide et al. 2014 and Karimireddy et al., arXiv 1901.09847.
     """
     numel, (block, k, value_bits) = grad.size, spec.layout
@@ -185,8 +185,8 @@ def decode_add(
 ) -> int:
     """Add ``weight`` times each payload into ``out`` (numel,) fp32, in list order; returns all flags or-ed.
 
-    Each record is ``out[i] = out[i] + (float(q) * scale) * weight`` with every operation rounded to fp32. If any
-    payload is flagged non-finite, all of ``out`` becomes the quiet NaN 0x7fc00000.
+    Each record is ``out[i] = out[i] + (float(q) * scale) * weight`` with every operation rounded to fp32. If
+    any payload is flagged non-finite, all of ``out`` becomes the quiet NaN 0x7fc00000.
 
     Raises:
         PayloadFormatError: a payload is not what spec, size and digest say; ``out`` is then untouched.

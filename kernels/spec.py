@@ -96,8 +96,8 @@ class TopKSpec:
     """Block-wise top-k with error feedback: of each ``block`` elements the ``k`` largest magnitudes are sent.
 
     Give ``ratio`` (k = max(1, round(ratio * block))) or ``k``; both only if they agree. A record is 16 bits:
-    index in the low log2(block) bits, quantised value (two's complement) in the high ``value_bits``, by default
-    all that is left.
+    index in the low log2(block) bits, quantised value (two's complement) in the high ``value_bits``, by
+    default all that is left.
 
     Raises:
         SpecError: the block is not a power of two in [16, 4096], or ratio, k or value_bits is out of range.

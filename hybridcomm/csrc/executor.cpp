@@ -240,12 +240,10 @@ void Executor::start_decode(const Op& op) {
     payloads_.push_back(reinterpret_cast<const uint8_t*>(scratch_.data() + source));
   }
   auto* out = reinterpret_cast<float*>(tensor_at(op));
-  std::memset(out, 0, region_nbytes(op));
   uint32_t flags = 0;
   const float weight = 1.0f / static_cast<float>(op.divisor);
-  const kernels::Status status =
-      kernels::topk_decode_add(program_->codec, payloads_.data(), payloads_.size(), out, op.count, weight,
-                               program_->tag.digest, &flags);
+  const kernels::Status status = kernels::topk_decode(program_->codec, payloads_.data(), payloads_.size(),
+                                                      out, op.count, weight, program_->tag.digest, &flags);
   if (status != kernels::Status::ok) {
     throw Error(Code::payload, "step " + std::to_string(op.step) + " of " + describe(program_->tag) +
                                    ": a payload is not what the plan says (status " +
@@ -349,17 +347,17 @@ void Executor::look_up() {
   if (abort_requested_.load())
     throw Error(Code::aborted, "the context was aborted on this rank", mesh_.rank());
   if (*interrupted_) (*interrupted_)();
-  for (int rank : waiting_for()) {
-    // What a peer sent before it left still counts, so look once more before giving up on it.
-    if (mesh_.control(rank).state() == ControlChannel::State::left && !pass() && !poll_sockets(0)) {
-      throw Error(Code::peer_lost,
-                  "rank " + std::to_string(rank) + " has closed its context, but " + describe(program_->tag) +
-                      " on rank " + std::to_string(mesh_.rank()) +
-                      " still needs it: all ranks must make the same calls",
-                  rank);
-    }
-  }
+  check_departed();
   if (Clock::now() - last_progress_ > timeout_) stalled();
+}
+
+// A local peer that has left published all it ever will; what one on another node sent may still be on its
+// way, and ends with the end of its data sockets (progress_link blames then).
+void Executor::check_departed() {
+  for (int rank : waiting_for()) {
+    const ControlChannel& control = mesh_.control(rank);
+    if (control.local() && control.state() == ControlChannel::State::left && !pass()) blame(rank);
+  }
 }
 
 void Executor::check_peers() {
@@ -372,6 +370,13 @@ void Executor::check_peers() {
 void Executor::blame(int peer) {
   ControlChannel& control = mesh_.control(peer);
   control.drain_to_the_end(seconds(2));
+  if (!control.aborted() && control.state() == ControlChannel::State::left) {
+    throw Error(Code::peer_lost,
+                "rank " + std::to_string(peer) + " has closed its context, but " + describe(program_->tag) +
+                    " on rank " + std::to_string(mesh_.rank()) +
+                    " still needs it: all ranks must make the same calls",
+                peer);
+  }
   if (!control.aborted()) {
     throw Error(Code::peer_lost,
                 "rank " + std::to_string(peer) +

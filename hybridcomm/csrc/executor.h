@@ -52,6 +52,7 @@ class Executor final : private Completion {
   bool progress_link(Link& link, int channel);
   void sleep();
   void look_up();
+  void check_departed();
   void check_peers();
   [[noreturn]] void blame(int peer);
   [[noreturn]] void stalled();

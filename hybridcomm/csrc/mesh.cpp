@@ -168,6 +168,8 @@ Link& Mesh::link(int rank) {
 }
 
 void Mesh::disconnect() {
+  // A socket closed with unread bytes resets the connection, and what it sent last may be lost.
+  for (auto& control : controls_) control.drain();
   links_.clear();
   controls_.clear();
 }

@@ -1,0 +1,104 @@
+"""All-reduce between shaped nodes: gloo, DDP's hooks and ours in one run, interleaved, beside the wire limit.
+
+``python -m benchmarks.bench_allreduce`` takes 64 MiB of fp32 on 2 nodes x 2 ranks at 1 Gbit/s. Needs root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cluster import Cluster, ClusterError
+from benchmarks.table import table
+from benchmarks.timing import wire_limit
+
+_PEERS = "gloo,fp16,powersgd,topk-naive,ours,ours-topk"
+_BASELINE = {"ours": "ours", "gloo": "ours"}
+"""Which of our lines a peer is compared with: compressed peers with ours compressed."""
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_allreduce", description=__doc__)
+    parser.add_argument("--sizes", type=float, nargs="+", default=[64], help="MiB of fp32 (default 64)")
+    parser.add_argument("--rates", nargs="+", default=["1gbit"], help="rates of the links (default 1gbit)")
+    parser.add_argument("--nodes", type=int, default=2)
+    parser.add_argument("--per-node", default="2", help="ranks per node, or one number per node: 2+1+1")
+    parser.add_argument("--rounds", type=int, default=7, help="timed calls of each peer (default 7)")
+    parser.add_argument("--peers", default=_PEERS, help=f"comma-separated (default {_PEERS}; also ddp)")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    return parser.parse_args()
+
+
+def _row(line: dict[str, Any], result: dict[str, Any], limit: float) -> list[str]:
+    ms, by_key = line["ms"], {other["key"]: other["ms"]["median"] for other in result["lines"]}
+    ours = by_key.get(_BASELINE.get(line["key"], "ours-topk"))
+    dense = line["key"] in _BASELINE
+    engine = line["engine_bytes"]
+    return [
+        line["name"],
+        f"{ms['median']:.1f}",
+        f"{ms['least']:.1f}",
+        f"{ms['greatest']:.1f}",
+        f"{ours:.1f}" if ours is not None else "",
+        f"{ms['median'] / ours:.2f}" if ours is not None else "",
+        f"{ms['median'] / 1e3 / limit:.2f}" if dense and limit else "",
+        f"{line['counted_bytes'] / 1e6:.2f}",
+        f"{engine / 1e6:.2f}" if engine else "",
+        f"{line['counted_bytes'] / engine:.3f}" if engine else "",
+    ]
+
+
+_HEADER = [
+    "peer",
+    "ms",
+    "min",
+    "max",
+    "ours ms",
+    "ratio",
+    "x limit",
+    "MB counted",
+    "MB engine",
+    "counted/engine",
+]
+
+
+def _print(result: dict[str, Any], cluster: Cluster) -> None:
+    shape = cluster.shape
+    limit = wire_limit(len(cluster.ranks_of), result["numel"] * 4, shape.rate) if shape is not None else 0.0
+    result["limit_ms"] = limit * 1e3
+    layout = "+".join(map(str, cluster.ranks_of))
+    print(f"\n{result['numel'] * 4 / 2**20:g} MiB fp32, ranks {layout}; {shape or 'unshaped'}")
+    print(f"dense wire limit 2(M-1)/M * S/rate = {limit * 1e3:.1f} ms; {result['rounds']} interleaved rounds")
+    rows = [_row(line, result, limit) for line in result["lines"] if line["key"] != "local"]
+    print(table(_HEADER, rows), flush=True)
+
+
+def main() -> int:
+    """Build a cluster per rate, measure, print the tables."""
+    arguments = _arguments()
+    counts = [int(part) for part in arguments.per_node.split("+")]
+    per_node = counts[0] if len(counts) == 1 else counts
+    argv = [sys.executable, "-m", "benchmarks.allreduce_worker", "--peers", arguments.peers]
+    argv += ["--rounds", str(arguments.rounds), "--sizes", *map(str, arguments.sizes)]
+    results: list[dict[str, Any]] = []
+    try:
+        for rate in arguments.rates:
+            with Cluster(arguments.nodes, per_node, None if rate == "none" else rate) as cluster:
+                done = cluster.run(argv, timeout=900)
+                for line in done.stdout[0].splitlines():
+                    result = {"rate": rate, "ranks_of": cluster.ranks_of, **json.loads(line)}
+                    _print(result, cluster)
+                    results.append(result)
+    except ClusterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

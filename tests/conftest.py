@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from hybridcomm.topology import Topology
+from tests.engine_ranks import close_all, make_engine_contexts
 from tests.fake_context import make_fake_contexts
 
 MakeContexts = Callable[[Topology], list[Any]]
 
-FACTORIES: dict[str, MakeContexts] = {"fake": make_fake_contexts}
+FACTORIES: dict[str, MakeContexts] = {"fake": make_fake_contexts, "engine": make_engine_contexts}
 """Name -> factory of one context per rank; every test that takes ``make_contexts`` runs once per entry."""
 
 
 @pytest.fixture(params=list(FACTORIES))
-def make_contexts(request: pytest.FixtureRequest) -> MakeContexts:
+def make_contexts(request: pytest.FixtureRequest) -> Iterator[MakeContexts]:
     """``make_contexts(topology)``: a list of contexts, one per rank, for ranks that are threads."""
-    return FACTORIES[request.param]
+    made: list[list[Any]] = []
+
+    def make(topology: Topology) -> list[Any]:
+        made.append(FACTORIES[request.param](topology))
+        return made[-1]
+
+    yield make
+    for contexts in made:
+        close_all([context for context in contexts if hasattr(context, "close")])

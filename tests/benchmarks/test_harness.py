@@ -85,3 +85,10 @@ def test_all_reduce_benchmark_measures_every_peer(tmp_path: Path) -> None:
     assert dense <= lines["ours"]["engine_bytes"] <= 1.05 * dense
     assert lines["ours"]["counted_bytes"] == pytest.approx(lines["ours"]["engine_bytes"], rel=0.07)
     assert lines["ours-topk"]["engine_bytes"] < lines["ours"]["engine_bytes"] / 50
+
+
+def test_in_host_benchmark_prints_both_peers() -> None:
+    argv = [sys.executable, "-m", "pytest", "benchmarks/bench_inhost.py", "-q", "-k", "2-ranks and 64KiB"]
+    done = subprocess.run(argv, cwd=_ROOT, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| 2 ranks 64 KiB |" in done.stdout

@@ -1,6 +1,4 @@
-"""The recommender: a small LLaMA-style decoder over a user's item sequence."""
+"""The recommender: a small LLaMA-style decoder over a user's item sequence.
 
-from model.config import ModelConfig
-from model.recommender import Recommender
-
-__all__ = ["ModelConfig", "Recommender"]
+``model.config`` needs no torch, so that a command line can be checked without loading it.
+"""

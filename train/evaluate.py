@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import Recommender
+from model.recommender import Recommender
 from train.batch import pack, rank_share
 from train.data import Dataset, Split
 from train.errors import EvaluationError

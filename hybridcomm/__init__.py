@@ -15,7 +15,8 @@ The route of a gradient, and the file of each step:
     6 decompress payloads -> sum or mean in the shard                  kernels/host/topk.h
     7 gather     shards back to all ranks of the node                  csrc/executor.cpp
 
-What runs when is a plan (plan.py), built by collective_plans.py, lowered per rank by lower.py, executed by csrc/.
+What runs when is a plan (plan.py), built by collective_plans.py, lowered per rank by lower.py, executed by
+csrc/.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ try:
     from hybridcomm import _C  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "hybridcomm's compiled engine is not beside this source folder. In a checkout, run `make install` (or "
-        "`pip install -e .`), or start Python in another directory to use the installed package. "
+        "hybridcomm's compiled engine is not beside this source folder. In a checkout, run `make install` "
+        "(or `pip install -e .`), or start Python in another directory to use the installed package. "
         f"[{error}]"
     ) from error
 
@@ -78,12 +79,13 @@ def init(
 ) -> Context:
     """Joins the job and makes its context the default one.
 
-    Under torchrun or ``python -m hybridcomm.launch`` no argument is needed; with neither it is a world of one rank.
+    Under torchrun or ``python -m hybridcomm.launch`` no argument is needed; with neither it is a world of one
+    rank.
 
-    ``topology``: which rank stands on which node; default: by hostname and boot id, or HYBRIDCOMM_NODES virtual
-    nodes. ``store``: any ``torch.distributed`` store, with ``rank`` and ``world_size``. ``timeout``: s without
-    progress after which a collective (or this call) raises. ``chunk_nbytes``: the unit of pipelining, and the size
-    of a shared-memory slot; a rank allocates 4 slots per rank of its node.
+    ``topology``: which rank stands on which node; default: by hostname and boot id, or HYBRIDCOMM_NODES
+    virtual nodes. ``store``: any ``torch.distributed`` store, with ``rank`` and ``world_size``. ``timeout``:
+    s without progress after which a collective (or this call) raises. ``chunk_nbytes``: the unit of
+    pipelining, and the size of a shared-memory slot; a rank allocates 4 slots per rank of its node.
 
     Raises `BootstrapError` naming the ranks that did not come, `TopologyError` where ranks disagree, and
     `SharedMemoryError` when there is no memory for the slots.
@@ -120,14 +122,15 @@ def allreduce(
     group: Context | None = None,
     async_op: bool = False,
 ) -> Work | None:
-    """Sums (or averages) ``t`` over all ranks, in place; with ``compress`` but no ``residual`` what is not sent is lost.
+    """Sums or averages ``t`` over all ranks in place; ``compress`` without ``residual`` loses what is not sent.
 
-    ``t``: a contiguous CPU tensor (torch or numpy): float32, bfloat16 and float16 (both accumulated in float32),
-    float64, int32, int64. ``op``: "sum" or "mean" (floating point only). ``compress``: None (dense) or "topk:0.01"
-    (block-wise top 1 %, quantised; float32 only). It acts between nodes; with one node there is nothing to compress.
-    ``residual``: keeps what compression left out and adds it to the next call (error feedback, Karimireddy et al.
-    2019); the law it keeps stands in ``residual.py``. ``group``: a context (default: that of `init`).
-    ``async_op``: return a `Work` at once; otherwise None is returned when ``t`` holds the result.
+    ``t``: a contiguous CPU tensor (torch or numpy): float32, bfloat16 and float16 (both accumulated in
+    float32), float64, int32, int64. ``op``: "sum" or "mean" (floating point only). ``compress``: None (dense)
+    or "topk:0.01" (block-wise top 1 %, quantised; float32 only). It acts between nodes; with one node there
+    is nothing to compress. ``residual``: keeps what compression left out and adds it to the next call (error
+    feedback, Karimireddy et al. 2019); the law it keeps stands in ``residual.py``. ``group``: a context
+    (default: that of `init`). ``async_op``: return a `Work` at once; otherwise None is returned when ``t``
+    holds the result.
 
     Every rank gets the same bits, whatever the timing. Raises `DataTypeError`, `UnsupportedError` and
     `CompressorError` before anything is sent; `PlanMismatchError` when ranks call different things;
@@ -146,10 +149,8 @@ def broadcast(
     return _context(group).broadcast(t, root, async_op=async_op)
 
 
-def all_gather(
-    out: Array, t: Array, *, group: Context | None = None, async_op: bool = False
-) -> Work | None:
-    """Gathers every rank's ``t`` into ``out`` (world_size x t.numel() elements, in rank order) on all ranks."""
+def all_gather(out: Array, t: Array, *, group: Context | None = None, async_op: bool = False) -> Work | None:
+    """Gathers every rank's ``t`` into ``out`` (world_size x t.numel() elements, rank order) on all ranks."""
     return _context(group).all_gather(out, t, async_op=async_op)
 
 

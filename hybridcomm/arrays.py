@@ -70,4 +70,6 @@ def _numpy_view(array: np.ndarray[Any, Any], what: str) -> View:
 
 def _check_dtype(dtype: str, what: str) -> None:
     if dtype not in _DTYPES:
-        raise DataTypeError(f"{what}: dtype {dtype} cannot be communicated; convert to one of {', '.join(_DTYPES)}")
+        raise DataTypeError(
+            f"{what}: dtype {dtype} cannot be communicated; convert to one of {', '.join(_DTYPES)}"
+        )

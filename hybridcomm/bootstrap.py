@@ -86,22 +86,25 @@ def _store_from_env(rank: int, world_size: int) -> Store:
             "`python -m hybridcomm.launch`, or pass store="
         )
     try:
-        import torch.distributed as dist
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+        from torch.distributed.rendezvous import rendezvous
     except ImportError as error:
-        raise BootstrapError("meeting through MASTER_ADDR needs torch: pip install 'hybridcomm[torch]'") from error
+        raise BootstrapError(
+            "meeting through MASTER_ADDR needs torch: pip install 'hybridcomm[torch]'"
+        ) from error
     try:
-        store, _, _ = next(dist.rendezvous("env://", rank, world_size))
+        store, _, _ = next(rendezvous("env://", rank, world_size))
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']} port {os.environ.get('MASTER_PORT')}"
-        raise BootstrapError(f"rank {rank}: no rendezvous at {where} (is the port in use?): {error}") from error
+        raise BootstrapError(
+            f"rank {rank}: no rendezvous at {where} (is the port in use?): {error}"
+        ) from error
     run = os.environ.get("TORCHELASTIC_RUN_ID", "run")
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return C10dStore(dist.PrefixStore(f"hybridcomm/{run}/{restart}", store))
+    return C10dStore(PrefixStore(f"hybridcomm/{run}/{restart}", store))
 
 
-def join(
-    world: World, *, topology: Topology | None, chunk_nbytes: int, timeout: float
-) -> Membership:
+def join(world: World, *, topology: Topology | None, chunk_nbytes: int, timeout: float) -> Membership:
     """Meets the other ranks and connects to those this rank will work with; ``timeout`` in s.
 
     Raises `BootstrapError` naming the ranks that never came, `TopologyError` where ranks disagree.
@@ -131,7 +134,9 @@ def join(
     engine = _C.Engine(
         rank=world.rank,
         local_ranks=list(agreed.nodes[agreed.node_of(world.rank)]),
-        remote_peers=[(peer, entries[peer]["host"], entries[peer]["port"]) for peer in _peers(agreed, world.rank)],
+        remote_peers=[
+            (peer, entries[peer]["host"], entries[peer]["port"]) for peer in _peers(agreed, world.rank)
+        ],
         token=token,
         name=f"hybridcomm-{token.hex()}",
         slot_nbytes=chunk_nbytes,
@@ -196,13 +201,15 @@ def _agree(world: World, entries: list[dict[str, Any]], topology: Topology | Non
     if topology is None:
         topology = _topology_from_env(world) or Topology.from_hosts([entry["node"] for entry in entries])
     if topology.world_size != world.world_size:
-        raise TopologyError(f"topology {topology} has {topology.world_size} ranks, the world {world.world_size}")
+        raise TopologyError(
+            f"topology {topology} has {topology.world_size} ranks, the world {world.world_size}"
+        )
     for node in topology.nodes:
         hosts = {entries[rank]["node"] for rank in node}
         if len(hosts) > 1:
             raise TopologyError(
-                f"topology {topology} puts ranks {node} on one node, but they run on {sorted(hosts)} and share no "
-                "memory; leave topology to detection, or use more nodes"
+                f"topology {topology} puts ranks {node} on one node, but they run on {sorted(hosts)} and "
+                "share no memory; leave topology to detection, or use more nodes"
             )
     return topology
 
@@ -241,8 +248,8 @@ def _host_id() -> str:
 
 
 def _own_address() -> str:
-    """The numeric address other nodes reach this one at: HYBRIDCOMM_HOST, that of HYBRIDCOMM_IFACE, or the one
-    that packets to the master leave from.
+    """The numeric address other nodes reach this one at: HYBRIDCOMM_HOST, that of HYBRIDCOMM_IFACE, or the
+    one that packets to the master leave from.
     """
     host, interface = os.environ.get("HYBRIDCOMM_HOST"), os.environ.get("HYBRIDCOMM_IFACE")
     if host:
@@ -273,5 +280,7 @@ def _interface_address(name: str) -> str:
             answer = fcntl.ioctl(probe.fileno(), 0x8915, request)  # SIOCGIFADDR
         except OSError as error:
             known = ", ".join(interface for _, interface in socket.if_nameindex())
-            raise BootstrapError(f"HYBRIDCOMM_IFACE={name}: no IPv4 address ({error}); there are: {known}") from error
+            raise BootstrapError(
+                f"HYBRIDCOMM_IFACE={name}: no IPv4 address ({error}); there are: {known}"
+            ) from error
     return socket.inet_ntoa(answer[20:24])

@@ -1,7 +1,8 @@
 """A rank's membership in a group of ranks, and the collectives it takes part in.
 
-A `Context` is what `hybridcomm.init` returns. Contexts are independent: a process may hold several, one per thread
-if it likes. The module-level functions of `hybridcomm` use the context of the last `init` in this process.
+A `Context` is what `hybridcomm.init` returns. Contexts are independent: a process may hold several, one per
+thread if it likes. The module-level functions of `hybridcomm` use the context of the last `init` in this
+process.
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ class Context:
     ) -> Work | None:
         """Sums (or averages) ``t`` over all ranks, in place; see `hybridcomm.allreduce`.
 
-        ``residual_key`` and ``spans`` name the tensor and its parameters within ``residual``, for callers that
-        keep one `Residual` for many buckets.
+        ``residual_key`` and ``spans`` name the tensor and its parameters within ``residual``, for callers
+        that keep one `Residual` for many buckets.
         """
         target = view(t)
         compressor = compressors.resolve(compress)
@@ -131,7 +132,7 @@ class Context:
         return self._launch(program, target, async_op)
 
     def all_gather(self, out: Array, t: Array, *, async_op: bool = False) -> Work | None:
-        """Gathers every rank's ``t`` into ``out`` (world_size x t.numel() elements, in rank order) on all ranks."""
+        """Gathers every rank's ``t`` into ``out`` (world_size x t.numel() elements, by rank) on all ranks."""
         target, own = view(out, "out"), view(t)
         self._check_parts(whole=target, part=own, names=("out", "t"))
         _flat(out)[self.rank * own.numel : (self.rank + 1) * own.numel] = _flat(t)
@@ -141,9 +142,7 @@ class Context:
         )
         return self._launch(program, target, async_op)
 
-    def reduce_scatter(
-        self, out: Array, t: Array, *, op: Op = "sum", async_op: bool = False
-    ) -> Work | None:
+    def reduce_scatter(self, out: Array, t: Array, *, op: Op = "sum", async_op: bool = False) -> Work | None:
         """Reduces ``t`` (world_size x out.numel() elements) over all ranks; rank r gets part r in ``out``.
 
         ``t`` is left as it was: the partial sums live in a copy.
@@ -177,8 +176,8 @@ class Context:
         return collective_plans.allreduce(self.topology, numel, dtype=dtype, op=op, compressor=compressor)
 
     def counters(self) -> dict[str, int]:
-        """Bytes since the start: ``wire_tx_bytes`` and ``wire_rx_bytes`` to and from other nodes (message headers
-        included, TCP/IP headers not), ``shm_bytes`` written to shared memory.
+        """Bytes since the start: ``wire_tx_bytes`` and ``wire_rx_bytes`` to and from other nodes (message
+        headers included, TCP/IP headers not), ``shm_bytes`` written to shared memory.
         """
         return dict(self._engine.counters())
 
@@ -202,7 +201,9 @@ class Context:
 
     def _check_parts(self, *, whole: View, part: View, names: tuple[str, str]) -> None:
         if whole.dtype != part.dtype:
-            raise DataTypeError(f"{names[0]} is {whole.dtype}, {names[1]} is {part.dtype}: they must be the same")
+            raise DataTypeError(
+                f"{names[0]} is {whole.dtype}, {names[1]} is {part.dtype}: they must be the same"
+            )
         if whole.numel != part.numel * self.world_size:
             raise UnsupportedError(
                 f"{names[0]} has {whole.numel} elements; with {part.numel} in {names[1]} and "
@@ -233,7 +234,11 @@ class Context:
         keep: Sequence[Array] = (),
     ) -> Work | None:
         e_in, e_out = residual
-        addresses = (target.address, 0 if e_in is None else e_in.ctypes.data, 0 if e_out is None else e_out.ctypes.data)
+        addresses = (
+            target.address,
+            0 if e_in is None else e_in.ctypes.data,
+            0 if e_out is None else e_out.ctypes.data,
+        )
         _note_written(target.owner)
         if not async_op:
             self._engine.run(program, *addresses)

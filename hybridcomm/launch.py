@@ -1,8 +1,9 @@
-"""``python -m hybridcomm.launch --nproc 4 --nodes 2 -m train.run``: ranks on this machine, nodes made up or not.
+"""``python -m hybridcomm.launch --nproc 4 --nodes 2 -m train.run``: ranks on this machine, on virtual nodes.
 
-For trying things out on one machine; across machines use torchrun, SLURM or Kubernetes. Ranks meet in a temporary
-directory, so no port is needed. When a rank fails, the others get a few seconds to say what they saw (their
-collectives raise, naming the culprit) and are then ended; the exit code is the first failing rank's.
+For trying things out on one machine; across machines use torchrun, SLURM or Kubernetes. Ranks meet in a
+temporary directory, so no port is needed. When a rank fails, the others get a few seconds to say what they
+saw (their collectives raise, naming the culprit) and are then ended; the exit code is the first failing
+rank's.
 """
 
 from __future__ import annotations
@@ -130,7 +131,9 @@ def _die_with_parent() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m hybridcomm.launch", description=__doc__)
     parser.add_argument("--nproc", type=int, required=True, help="ranks to start")
-    parser.add_argument("--nodes", type=int, default=None, help="virtual nodes to spread them over (default: one)")
+    parser.add_argument(
+        "--nodes", type=int, default=None, help="virtual nodes to spread them over (default: one)"
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="script.py ARGS, or -m module ARGS")
     options = parser.parse_args(argv)
     if not options.command:

@@ -10,14 +10,14 @@ A step names a collective act of a group; lowering writes down this rank's part 
     decompress        decode
     gather            owner: publish                     others: get
 
-Operations of one stream are issued in plan order. Receive buffers live in a ring of engine scratch: a message may
-arrive while the one before it is still being summed, but not more than ``RING`` of them.
+Operations of one stream are issued in plan order. Receive buffers live in a ring of engine scratch: a message
+may arrive while the one before it is still being summed, but not more than ``RING`` of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from hybridcomm import _C, policy
 from hybridcomm.errors import DataTypeError, PlanError
@@ -46,6 +46,14 @@ def lower(plan: Plan, rank: int, compressor: Compressor | None) -> _C.Program:
     if plan.dtype == "uint8" and plan.op != "none":
         raise DataTypeError("uint8 tensors are moved, never summed; convert to int32 or int64")
     return _Lowering(plan, rank, compressor).program
+
+
+class _Bytes(TypedDict):
+    """Where a message's data lies: bytes into the tensor, or into scratch."""
+
+    offset: int
+    nbytes: int
+    in_scratch: bool
 
 
 class _Slot:
@@ -85,7 +93,9 @@ class _Lowering:
         self.residual_offset = _offsets(plan.residual_regions(rank))
         self.program = self._new_program()
         steps = plan.for_rank(rank)
-        inter = max((s.region.numel * (len(s.group) - 1) for s in steps if s.op == "exchange_reduce"), default=0)
+        inter = max(
+            (s.region.numel * (len(s.group) - 1) for s in steps if s.op == "exchange_reduce"), default=0
+        )
         self.receive_ring = _Ring(0, inter * self.itemsize)
         self.payload_ring = _Ring(self.receive_ring.end, self._payload_set_nbytes(steps))
         self.program.scratch_nbytes = self.payload_ring.end
@@ -174,8 +184,9 @@ class _Lowering:
 
     # -- between nodes, dense ------------------------------------------------------------------------------
 
-    def _region_bytes(self, region: Region) -> dict[str, int]:
-        return {"offset": region.begin * self.itemsize, "nbytes": region.numel * self.itemsize}
+    def _region_bytes(self, region: Region) -> _Bytes:
+        begin, count = region.begin * self.itemsize, region.numel * self.itemsize
+        return {"offset": begin, "nbytes": count, "in_scratch": False}
 
     def _exchange_reduce(self, step: Step) -> None:
         region = self._region_bytes(step.region)
@@ -191,8 +202,10 @@ class _Lowering:
             if rank == self.rank:
                 sources.append(_C.OWN_REGION)
                 continue
-            message = {"offset": offset, "nbytes": region["nbytes"], "in_scratch": True}
-            receives.append(self._add(_C.Kind.receive, ("receive", rank), step, after=slot.before, peer=rank, **message))
+            message: _Bytes = {"offset": offset, "nbytes": region["nbytes"], "in_scratch": True}
+            receives.append(
+                self._add(_C.Kind.receive, ("receive", rank), step, after=slot.before, peer=rank, **message)
+            )
             sources.append(offset)
             offset += region["nbytes"]
         op = self._add(
@@ -212,7 +225,7 @@ class _Lowering:
             others = [rank for rank in step.group if rank != self.rank]
             for rank in others:
                 self._add(_C.Kind.send, ("send", rank), step, after=after, peer=rank, **region)
-            # Sending does not change the region: what follows need not wait for the sends, only for their data.
+            # Sending does not change the region: what follows waits for the data alone, not for the sends.
             self.done_by[step.id] = after
         else:
             root = step.root
@@ -256,14 +269,22 @@ class _Lowering:
         for node, rank in enumerate(step.group):
             if rank == self.rank:
                 continue
-            receive = {"offset": self._payload_offset(step, node), "nbytes": nbytes, "in_scratch": True}
-            done.append(self._add(_C.Kind.receive, ("receive", rank), step, after=slot.before, peer=rank, **receive))
+            receive: _Bytes = {
+                "offset": self._payload_offset(step, node),
+                "nbytes": nbytes,
+                "in_scratch": True,
+            }
+            done.append(
+                self._add(_C.Kind.receive, ("receive", rank), step, after=slot.before, peer=rank, **receive)
+            )
         own = self._payload_offset(step, step.group.index(self.rank))
         for rank in step.group:
             if rank != self.rank:
-                send = {"offset": own, "nbytes": nbytes, "in_scratch": True}
+                send: _Bytes = {"offset": own, "nbytes": nbytes, "in_scratch": True}
                 after = self._after(step)
-                slot.users.append(self._add(_C.Kind.send, ("send", rank), step, after=after, peer=rank, **send))
+                slot.users.append(
+                    self._add(_C.Kind.send, ("send", rank), step, after=after, peer=rank, **send)
+                )
         self.done_by[step.id] = [*self._after(step), *done]
 
     def _decompress(self, step: Step) -> None:

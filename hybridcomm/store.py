@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from hybridcomm.errors import BootstrapError
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
+    from torch._C._distributed_c10d import Store as TorchStore
 
 __all__ = ["C10dStore", "DirectoryStore", "Store"]
 
@@ -36,7 +36,9 @@ class DirectoryStore:
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
         if not self._path.is_dir():
-            raise BootstrapError(f"store directory {self._path} does not exist; was the launcher's job ended?")
+            raise BootstrapError(
+                f"store directory {self._path} does not exist; was the launcher's job ended?"
+            )
 
     def _file(self, key: str) -> Path:
         return self._path / key.replace("/", "-")
@@ -67,7 +69,7 @@ class DirectoryStore:
 class C10dStore:
     """Any ``torch.distributed`` store (TCPStore, FileStore, HashStore, PrefixStore, ...)."""
 
-    def __init__(self, store: dist.Store) -> None:
+    def __init__(self, store: TorchStore) -> None:
         self._store = store
 
     def set(self, key: str, value: bytes) -> None:

@@ -1,0 +1,101 @@
+"""The engine's Python face (csrc/bind_*.cpp). Addresses are those of caller-owned memory: see arrays.py."""
+
+from collections.abc import Sequence
+from typing import final
+
+OWN_REGION: int
+"""Among the sources of a sum: this rank's own tensor."""
+
+def describe(collective: int, dtype: int, op: int, codec: int, numel: int) -> str: ...
+
+@final
+class Kind:
+    put: Kind
+    reduce: Kind
+    encode: Kind
+    send: Kind
+    receive: Kind
+    sum: Kind
+    decode: Kind
+    publish: Kind
+    get: Kind
+    __members__: dict[str, Kind]
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+    def __init__(self, value: int) -> None: ...
+    def __int__(self) -> int: ...
+    def __index__(self) -> int: ...
+    def __hash__(self) -> int: ...
+
+class Program:
+    scratch_nbytes: int
+    residual_numel: int
+    def __init__(
+        self,
+        *,
+        digest: int,
+        numel: int,
+        collective: int,
+        dtype: int,
+        op: int,
+        codec: int = 0,
+        block: int = 0,
+        k: int = 0,
+        value_bits: int = 0,
+    ) -> None: ...
+    @property
+    def size(self) -> int: ...
+    def add(
+        self,
+        kind: Kind,
+        *,
+        stream: int,
+        step: int,
+        peer: int = -1,
+        begin: int = 0,
+        count: int = 0,
+        in_scratch: bool = False,
+        offset: int = 0,
+        nbytes: int = 0,
+        residual: int = 0,
+        divisor: int = 1,
+        after: Sequence[int] = ...,
+        sources: Sequence[int] = ...,
+    ) -> int: ...
+
+class Listener:
+    def __init__(self, host: str, port: int) -> None: ...
+    @property
+    def port(self) -> int: ...
+
+class Work:
+    """No constructor: an engine makes it."""
+
+    def is_completed(self) -> bool: ...
+    def wait(self, limit_s: float, /) -> bool: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def wire_nbytes(self) -> int: ...
+
+class Engine:
+    def __init__(
+        self,
+        *,
+        rank: int,
+        local_ranks: Sequence[int],
+        remote_peers: Sequence[tuple[int, str, int]],
+        token: bytes,
+        name: str,
+        slot_nbytes: int,
+        timeout_s: float,
+        crowded: bool,
+        listener: Listener,
+    ) -> None: ...
+    def run(self, program: Program, tensor: int, residual_in: int = 0, residual_out: int = 0) -> Work: ...
+    def submit(self, program: Program, tensor: int, residual_in: int = 0, residual_out: int = 0) -> Work: ...
+    def close(self) -> None: ...
+    def abort(self) -> None: ...
+    def counters(self) -> dict[str, int]: ...

@@ -30,7 +30,10 @@ DISAGREEMENTS: dict[str, tuple[Call, Call]] = {
     "numel": (lambda c: c.allreduce(zeros(1000)), lambda c: c.allreduce(zeros(1001))),
     "dtype": (lambda c: c.allreduce(zeros(1000)), lambda c: c.allreduce(zeros(1000, "int32"))),
     "op": (lambda c: c.allreduce(zeros(1000)), lambda c: c.allreduce(zeros(1000), op="mean")),
-    "collective": (lambda c: c.allreduce(zeros(960)), lambda c: c.all_gather(zeros(960 * c.world_size), zeros(960))),
+    "collective": (
+        lambda c: c.allreduce(zeros(960)),
+        lambda c: c.all_gather(zeros(960 * c.world_size), zeros(960)),
+    ),
     "root": (lambda c: c.broadcast(zeros(1000), 0), lambda c: c.broadcast(zeros(1000), 1)),
     "empty": (lambda c: c.allreduce(zeros(0)), lambda c: c.allreduce(zeros(1000))),
     "order": (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import contextlib
 import os
 import random
@@ -168,5 +167,3 @@ print("done")
 """
     with rank_processes(script, 8, nodes=2) as job:
         assert job.wait(100) == [0] * 8, [job.log(rank) for rank in range(8)]
-
-

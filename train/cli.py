@@ -82,9 +82,7 @@ def _plain(said: str) -> str:
     """tyro's framed message as one line."""
     text = " ".join(re.sub(r"[╭╮╰╯│─]+|\x1b\[[0-9;]*m", " ", said).split())
     found = re.search(r"Error parsing (\S+): \d+ validation errors? for \w+ (.*?) \[type=", text)
-    if (
-        found
-    ):  # pydantic's own message: "Value error, ..." for a whole group, "field what is wrong" for a field
+    if found:  # pydantic: "Value error, ..." of a whole group, or "field what is wrong" of a field
         group = "" if found[1] == "TrainConfig" else f"{found[1]}."
         whole, _, message = found[2].partition("Value error, ")
         field, _, problem = found[2].partition(" ")

@@ -103,7 +103,9 @@ class TrainConfig(BaseModel):
         ):
             raise ValueError("--optim.final-lr does nothing with --optim.schedule constant")
         if self.nodes > self.nproc:
-            raise ValueError(f"--nodes {self.nodes} needs at least as many ranks; --nproc is {self.nproc}")
+            raise ValueError(
+                f"--nodes {self.nodes} needs as many ranks or more, --nproc is {self.nproc}; pass both"
+            )
         return self
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict
 import torch
 import torch.distributed as dist
 
+import hybridcomm
 from benchmarks.ours import ours
 from benchmarks.peers import GlooAllReduce, Peer, hooks
 from benchmarks.timing import Timing, link_bytes, slowest
@@ -90,11 +91,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    hybridcomm.init()
     for mebibytes in arguments.sizes:
         result = _measure(arguments.peers.split(","), int(mebibytes * 2**18), arguments.rounds)
         if dist.get_rank() == 0:
             print(json.dumps(result), flush=True)
         gc.collect()
+    hybridcomm.shutdown()
     dist.destroy_process_group()
 
 

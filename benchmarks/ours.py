@@ -1,11 +1,132 @@
-"""The library's own lines in the tables."""
+"""The library's own lines in the tables: dense and compressed, straight through ``Context.allreduce``."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
-from benchmarks.peers import Peer
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import hybridcomm
+from benchmarks.peers import Peer, heavy_tailed, integers
+
+__all__ = ["OursDense", "OursTopK", "ours"]
+
+_UNIT = 2.0**-24  # half a unit in the last place of fp32
+
+
+class OursDense:
+    """Dense sum, results checked exactly."""
+
+    name = "hybridcomm dense"
+    less_local = False
+
+    def __init__(self, numel: int, context: hybridcomm.Context) -> None:
+        self._context = context
+        self._own = integers(numel, context.rank)
+        self._expected = torch.stack([integers(numel, rank) for rank in range(context.world_size)]).sum(0)
+        self._tensor = torch.empty(numel)
+
+    @property
+    def wire_nbytes(self) -> int:
+        """Bytes this rank has sent to other nodes, by the engine's count."""
+        return self._context.counters()["wire_tx_bytes"]
+
+    def rewrite(self, turn: int) -> None:
+        """Another multiple of the seeded input for each turn."""
+        torch.mul(self._own, float(turn + 1), out=self._tensor)
+
+    def call(self) -> None:
+        """One blocking all-reduce."""
+        self._context.allreduce(self._tensor, op="sum")
+
+    def check(self, turn: int) -> None:
+        """Exact equality with the sum of all ranks' inputs."""
+        if not torch.equal(self._tensor, self._expected * float(turn + 1)):
+            raise AssertionError(f"{self.name}: wrong sum in turn {turn}")
+
+    def finish(self) -> None:
+        """Nothing is kept between calls."""
+
+
+class OursTopK:
+    """Compressed sum with error feedback, checked against the residual law over all calls."""
+
+    less_local = False
+
+    def __init__(self, numel: int, context: hybridcomm.Context, compress: str = "topk:0.01") -> None:
+        self.name = f"hybridcomm {compress}"
+        self._compress = compress
+        self._context = context
+        self._residual = hybridcomm.Residual()
+        self._own = heavy_tailed(numel, context.rank)
+        self._tensor = torch.empty(numel)
+        self._applied = torch.zeros(numel, dtype=torch.float64)
+        self._factor = 0.0
+
+    @property
+    def wire_nbytes(self) -> int:
+        """Bytes this rank has sent to other nodes, by the engine's count."""
+        return self._context.counters()["wire_tx_bytes"]
+
+    def rewrite(self, turn: int) -> None:
+        """Another multiple of the seeded input for each turn."""
+        torch.mul(self._own, float(turn + 1), out=self._tensor)
+
+    def call(self) -> None:
+        """One blocking all-reduce, from gradient to sum and new residual."""
+        self._context.allreduce(self._tensor, op="sum", compress=self._compress, residual=self._residual)
+
+    def check(self, turn: int) -> None:
+        """Finite and not all zero; adds to the books that ``finish`` closes."""
+        self._residual.commit()
+        if not bool(torch.isfinite(self._tensor).all()) or not bool(self._tensor.any()):
+            raise AssertionError(f"{self.name}: no result in turn {turn}")
+        self._applied += self._tensor
+        self._factor += turn + 1
+
+    def finish(self) -> None:
+        """Law: the sum of all inputs is the sum of all results plus the nodes' residuals.
+
+        The tolerance is the rounding of fp32: per call and element at most world_size + 2 additions of terms
+        that are below the sum over calls and ranks of absolute inputs.
+        """
+        world, turns = self._context.world_size, self._calls()
+        given = torch.zeros_like(self._applied)
+        size = torch.zeros_like(self._applied)
+        for rank in range(world):
+            values = heavy_tailed(len(given), rank).double()
+            given += values * self._factor
+            size += values.abs() * self._factor
+        left = torch.zeros_like(self._applied)
+        for key, values in self._residual.state_dict().items():
+            left[_slice(key)] += torch.from_numpy(values.astype(np.float64))
+        dist.all_reduce(left)
+        error = (given - self._applied - left).abs()
+        allowed = size * (_UNIT * turns * (world + 2))
+        if bool((error > allowed).any()):
+            worst = int((error - allowed).argmax())
+            raise AssertionError(
+                f"{self.name}: the residual law is off at element {worst} by {float(error[worst]):g}, "
+                f"allowed {float(allowed[worst]):g}"
+            )
+
+    def _calls(self) -> int:
+        """Number of calls behind 1 + 2 + ... + n = factor."""
+        return round(((8 * self._factor + 1) ** 0.5 - 1) / 2)
+
+
+def _slice(key: str) -> slice:
+    match = re.fullmatch(r".*\[(\d+):(\d+)\]", key)
+    assert match is not None, key
+    return slice(int(match[1]), int(match[2]))
 
 
 def ours(numel: int) -> dict[str, Callable[[], Peer]]:
-    return {}
+    """Our lines by the name they are asked for; they use the default context."""
+    return {
+        "ours": lambda: OursDense(numel, hybridcomm.default_context()),
+        "ours-topk": lambda: OursTopK(numel, hybridcomm.default_context()),
+    }

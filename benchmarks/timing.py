@@ -23,7 +23,7 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: Sequence[float], minus: float = 0.0) -> Timing:
-    """Bytes this node has sent by the interface counter of its kernel; 0 without such a device."""
+        """From times in seconds; ``minus`` (seconds) is taken off each, for a part of no interest."""
         values = [(value - minus) * 1e3 for value in seconds]
         return cls(median=statistics.median(values), least=min(values), greatest=max(values))
 

@@ -146,7 +146,7 @@ class Bucket:
         if self.state is not BucketState.FILLING or name not in self._missing:
             raise HybridCommError(
                 f"bucket {self.layout.index}: parameter {name!r} got a second gradient while the bucket is "
-                f"{self.state.value}; run all backward passes but the last under no_sync()"
+                f"{self.state.value}; call finalize() after each backward, and accumulate under no_sync()"
             )
         del self._missing[name]
         if not self._missing:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
 
 from hybridcomm.errors import PlanError
+from hybridcomm.policy import itemsize
 from hybridcomm.topology import Topology
 
 __all__ = ["OPS", "STREAMS", "WORDS", "Plan", "Region", "Step"]
@@ -128,6 +130,23 @@ class Plan:
     def residual_regions(self, rank: int) -> tuple[Region, ...]:
         """The regions, ascending, whose residual lives on ``rank``: those that it compresses."""
         return tuple(sorted(step.region for step in self.for_rank(rank) if step.op == "compress"))
+
+    def wire_nbytes(self, payload_nbytes: Callable[[int], int] | None = None) -> int:
+        """Bytes that all ranks together send between nodes, without framing.
+
+        ``payload_nbytes`` gives the size of a payload of so many elements (`Compressor.nbytes`).
+        """
+        size = itemsize(self.dtype)
+        total = 0
+        for step in self.steps:
+            peers = len(step.group) - 1
+            if step.op in ("exchange_reduce", "exchange_gather"):
+                total += peers * step.region.numel * size
+            elif step.op == "exchange_payload":
+                if payload_nbytes is None:
+                    raise PlanError(f"compressor {self.compressor}: give payload_nbytes to size its payloads")
+                total += len(step.group) * peers * payload_nbytes(step.region.numel)
+        return total
 
     @cached_property
     def text(self) -> str:

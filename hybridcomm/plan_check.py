@@ -240,7 +240,7 @@ def _check_dependencies(plan: Plan, atoms: _Atoms) -> None:
 
 
 def _behind(plan: Plan, step: Step, rank: int, oldest: int) -> set[int]:
-    """Ids, not older than ``oldest``, that ``step`` waits for on ``rank``, directly or through other steps."""
+    """Ids, not older than ``oldest``, that ``step`` waits for on ``rank``, directly or through others."""
     seen: set[int] = set()
     todo = [before for before in step.after if before >= oldest]
     while todo:

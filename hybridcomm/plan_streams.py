@@ -25,8 +25,8 @@ __all__ = ["check_progress"]
 def check_progress(programs: Mapping[int, Sequence[Step]], *, slots: int = 4) -> None:
     """Plays programs through to their end.
 
-    Raises `PlanError` with every rank's stuck steps if the programs (rank -> its steps) cannot finish, and the
-    step that one side lacks if a rank hands out what nobody takes.
+    Raises `PlanError` with every rank's stuck steps if the programs (rank -> its steps) cannot finish, and
+    the step that one side lacks if a rank hands out what nobody takes.
     """
     _Machine(programs, slots).run()
 

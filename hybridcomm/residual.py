@@ -110,6 +110,17 @@ class Residual:
         for entry in self._entries.values():
             entry.staged = False
 
+    def rekey(self) -> None:
+        """Forgets the layout of all entries and keeps their values by parameter span, for other buckets to
+        claim.
+
+        What was staged is rolled back. The next `stage` of each parameter must own the same elements.
+        """
+        if self._entries:
+            state = self.state_dict()
+            self._entries = {}
+            self.load_state_dict(state)
+
     @property
     def pending(self) -> bool:
         """Whether something is staged that was neither committed nor rolled back."""
@@ -142,9 +153,10 @@ class Residual:
         return state
 
     def load_state_dict(self, state: Mapping[str, FloatArray]) -> None:
-        """Replaces everything with a state of the same rank and topology; bucket sizes may differ.
+        """Replaces everything with a state of the same rank; buckets may have other names and chunk sizes.
 
-        Raises `ResidualError`, at once or at the next `stage`, where the state and the layout differ.
+        Raises `ResidualError`, at once or at the next `stage`, where this rank owns other elements than the
+        state holds: another topology, or shards that fall elsewhere.
         """
         loaded: dict[str, list[tuple[int, FloatArray]]] = {}
         for key, values in state.items():

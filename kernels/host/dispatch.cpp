@@ -54,7 +54,7 @@ const Kernels& kernels_of(Isa isa) {
 constexpr float kQuietNan = __builtin_nanf("");
 
 // Non-temporal stores pay off once e_out would not stay in the caches until it is read again.
-constexpr size_t kStreamNumel = size_t{1} << 20;
+constexpr size_t kStreamNumel = size_t{1} << 14;
 
 Status decode(const TopKParams& params, const uint8_t* const* payloads, size_t count, float* out,
               size_t numel, float weight, uint64_t digest, uint32_t* flags_out, Isa isa, bool clear) {

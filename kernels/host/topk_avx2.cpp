@@ -10,6 +10,7 @@ namespace {
 
 struct Avx2 {
   static constexpr uint32_t kGroups = 64;  // eight vectors of maxima
+  static constexpr uint32_t kAhead = 640;  // elements; keeps memory busy while a block is selected (measured)
 
   static __m256i magnitude(__m256 x) {
     return _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7FFFFFFF));
@@ -20,46 +21,40 @@ struct Avx2 {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(key, below))));
   }
 
-  static uint32_t total(const uint64_t* masks, uint32_t block) {
+  // Masks are put together in a register: a 64-bit load right after eight 8-bit stores would wait for all of
+  // them.
+  template <bool kResidual>
+  static uint32_t accumulate_words(const float* grad, const float* e_in, uint32_t block, __m256i below,
+                                   Scratch& s) {
+    __m256i top[8];
+    for (__m256i& maximum : top) maximum = _mm256_setzero_si256();
     uint32_t count = 0;
-    for (uint32_t w = 0; w * 64 < block; ++w) count += static_cast<uint32_t>(__builtin_popcountll(masks[w]));
+    for (uint32_t w = 0; w * 64 < block; ++w) {
+      uint64_t word = 0;
+      for (uint32_t u = 0; u < 8 && w * 64 + u * 8 < block; ++u) {
+        const uint32_t i = w * 64 + u * 8;
+        if (u % 2 == 0) {
+          _mm_prefetch(reinterpret_cast<const char*>(grad + i + kAhead), _MM_HINT_T0);
+          if (kResidual) _mm_prefetch(reinterpret_cast<const char*>(e_in + i + kAhead), _MM_HINT_T0);
+        }
+        __m256 acc = _mm256_loadu_ps(grad + i);
+        if (kResidual) acc = _mm256_add_ps(acc, _mm256_loadu_ps(e_in + i));
+        _mm256_store_ps(s.acc + i, acc);
+        const __m256i key = magnitude(acc);
+        top[u] = _mm256_max_epi32(top[u], key);
+        word |= uint64_t{reached(key, below)} << (8 * u);
+      }
+      s.masks[w] = word;
+      count += static_cast<uint32_t>(__builtin_popcountll(word));
+    }
+    for (uint32_t u = 0; u < 8; ++u) _mm256_store_si256(reinterpret_cast<__m256i*>(s.maxima) + u, top[u]);
     return count;
   }
 
-  template <bool kResidual, uint32_t kUnroll>
-  static void accumulate_rows(const float* grad, const float* e_in, uint32_t block, __m256i below,
-                              Scratch& s) {
-    uint8_t* masks = reinterpret_cast<uint8_t*>(s.masks);
-    __m256i top[kUnroll];
-    for (uint32_t u = 0; u < kUnroll; ++u) top[u] = _mm256_setzero_si256();
-    for (uint32_t i = 0; i < block; i += 8 * kUnroll) {
-      for (uint32_t u = 0; u < kUnroll; ++u) {
-        const uint32_t at = i + 8 * u;
-        __m256 acc = _mm256_loadu_ps(grad + at);
-        if (kResidual) acc = _mm256_add_ps(acc, _mm256_loadu_ps(e_in + at));
-        _mm256_store_ps(s.acc + at, acc);
-        const __m256i key = magnitude(acc);
-        top[u] = _mm256_max_epi32(top[u], key);
-        masks[at / 8] = static_cast<uint8_t>(reached(key, below));
-      }
-    }
-    for (uint32_t u = 0; u < 8; ++u) {
-      _mm256_store_si256(reinterpret_cast<__m256i*>(s.maxima) + u,
-                         u < kUnroll ? top[u] : _mm256_setzero_si256());
-    }
-  }
-
   static uint32_t accumulate(const float* grad, const float* e_in, uint32_t block, uint32_t t, Scratch& s) {
-    s.masks[(block - 1) / 64] = 0;  // blocks under 64 elements do not fill their word
     const __m256i below = _mm256_set1_epi32(static_cast<int>(t) - 1);
-    if (block < 64) {
-      e_in == nullptr ? accumulate_rows<false, 2>(grad, e_in, block, below, s)
-                      : accumulate_rows<true, 2>(grad, e_in, block, below, s);
-    } else {
-      e_in == nullptr ? accumulate_rows<false, 8>(grad, e_in, block, below, s)
-                      : accumulate_rows<true, 8>(grad, e_in, block, below, s);
-    }
-    return total(s.masks, block);
+    return e_in == nullptr ? accumulate_words<false>(grad, e_in, block, below, s)
+                           : accumulate_words<true>(grad, e_in, block, below, s);
   }
 
   static uint32_t count_ge(const void* keys, uint32_t n, uint32_t t) {
@@ -75,12 +70,16 @@ struct Avx2 {
 
   static uint32_t mask_ge(const float* acc, uint32_t block, uint32_t t, uint64_t* masks) {
     const __m256i below = _mm256_set1_epi32(static_cast<int>(t) - 1);
-    masks[(block - 1) / 64] = 0;
-    for (uint32_t i = 0; i < block; i += 8) {
-      reinterpret_cast<uint8_t*>(masks)[i / 8] =
-          static_cast<uint8_t>(reached(magnitude(_mm256_load_ps(acc + i)), below));
+    uint32_t count = 0;
+    for (uint32_t w = 0; w * 64 < block; ++w) {
+      uint64_t word = 0;
+      for (uint32_t u = 0; u < 8 && w * 64 + u * 8 < block; ++u) {
+        word |= uint64_t{reached(magnitude(_mm256_load_ps(acc + w * 64 + u * 8)), below)} << (8 * u);
+      }
+      masks[w] = word;
+      count += static_cast<uint32_t>(__builtin_popcountll(word));
     }
-    return total(masks, block);
+    return count;
   }
 
   static void write(const float* acc, float* e_out, uint32_t block, bool stream) {

@@ -12,49 +12,44 @@ namespace {
 
 struct Avx512 {
   static constexpr uint32_t kGroups = 64;  // four vectors of maxima
+  static constexpr uint32_t kAhead = 640;  // elements; keeps memory busy while a block is selected (measured)
 
   static __m512i magnitude(__m512 x) {
     return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7FFFFFFF));
   }
 
-  static uint32_t total(const uint64_t* masks, uint32_t block) {
-    uint32_t count = 0;
-    for (uint32_t w = 0; w * 64 < block; ++w) count += static_cast<uint32_t>(__builtin_popcountll(masks[w]));
-    return count;
-  }
-
+  // Masks are put together in a register: a 64-bit load right after four 16-bit stores would wait for all of
+  // them.
   template <bool kResidual>
-  static void accumulate4(const float* grad, const float* e_in, uint32_t block, __m512i t, Scratch& s,
-                          __m512i (&top)[4]) {
-    char* masks = reinterpret_cast<char*>(s.masks);
-    const uint32_t vectors = block / 16;
-    for (uint32_t v = 0; v < vectors; v += 4) {
-      for (uint32_t u = 0; u < 4; ++u) {
-        if (v + u >= vectors) break;
-        const uint32_t i = (v + u) * 16;
+  static uint32_t accumulate_words(const float* grad, const float* e_in, uint32_t block, __m512i t,
+                                   Scratch& s) {
+    __m512i top[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(),
+                      _mm512_setzero_si512()};
+    uint32_t count = 0;
+    for (uint32_t w = 0; w * 64 < block; ++w) {
+      uint64_t word = 0;
+      for (uint32_t u = 0; u < 4 && w * 64 + u * 16 < block; ++u) {
+        const uint32_t i = w * 64 + u * 16;
+        _mm_prefetch(reinterpret_cast<const char*>(grad + i + kAhead), _MM_HINT_T0);
+        if (kResidual) _mm_prefetch(reinterpret_cast<const char*>(e_in + i + kAhead), _MM_HINT_T0);
         __m512 acc = _mm512_loadu_ps(grad + i);
         if (kResidual) acc = _mm512_add_ps(acc, _mm512_loadu_ps(e_in + i));
         _mm512_store_ps(s.acc + i, acc);
         const __m512i key = magnitude(acc);
         top[u] = _mm512_max_epu32(top[u], key);
-        const uint16_t mask = _mm512_cmpge_epu32_mask(key, t);
-        std::memcpy(masks + 2 * (v + u), &mask, 2);
+        word |= uint64_t{_mm512_cmpge_epu32_mask(key, t)} << (16 * u);
       }
+      s.masks[w] = word;
+      count += static_cast<uint32_t>(__builtin_popcountll(word));
     }
+    for (uint32_t u = 0; u < 4; ++u) _mm512_store_si512(s.maxima + 16 * u, top[u]);
+    return count;
   }
 
   static uint32_t accumulate(const float* grad, const float* e_in, uint32_t block, uint32_t t, Scratch& s) {
-    __m512i top[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(),
-                      _mm512_setzero_si512()};
-    s.masks[(block - 1) / 64] = 0;  // blocks under 64 elements do not fill their word
     const __m512i threshold = _mm512_set1_epi32(static_cast<int>(t));
-    if (e_in == nullptr) {
-      accumulate4<false>(grad, e_in, block, threshold, s, top);
-    } else {
-      accumulate4<true>(grad, e_in, block, threshold, s, top);
-    }
-    for (uint32_t u = 0; u < 4; ++u) _mm512_store_si512(s.maxima + 16 * u, top[u]);
-    return total(s.masks, block);
+    return e_in == nullptr ? accumulate_words<false>(grad, e_in, block, threshold, s)
+                           : accumulate_words<true>(grad, e_in, block, threshold, s);
   }
 
   static uint32_t count_ge(const void* keys, uint32_t n, uint32_t t) {
@@ -70,12 +65,17 @@ struct Avx512 {
 
   static uint32_t mask_ge(const float* acc, uint32_t block, uint32_t t, uint64_t* masks) {
     const __m512i threshold = _mm512_set1_epi32(static_cast<int>(t));
-    masks[(block - 1) / 64] = 0;
-    for (uint32_t i = 0; i < block; i += 16) {
-      const uint16_t mask = _mm512_cmpge_epu32_mask(magnitude(_mm512_load_ps(acc + i)), threshold);
-      std::memcpy(reinterpret_cast<char*>(masks) + i / 8, &mask, 2);
+    uint32_t count = 0;
+    for (uint32_t w = 0; w * 64 < block; ++w) {
+      uint64_t word = 0;
+      for (uint32_t u = 0; u < 4 && w * 64 + u * 16 < block; ++u) {
+        const __m512i key = magnitude(_mm512_load_ps(acc + w * 64 + u * 16));
+        word |= uint64_t{_mm512_cmpge_epu32_mask(key, threshold)} << (16 * u);
+      }
+      masks[w] = word;
+      count += static_cast<uint32_t>(__builtin_popcountll(word));
     }
-    return total(masks, block);
+    return count;
   }
 
   static void write(const float* acc, float* e_out, uint32_t block, bool stream) {

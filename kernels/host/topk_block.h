@@ -25,6 +25,7 @@ namespace {
 
 constexpr uint32_t kMagnitude = 0x7FFFFFFFu;
 constexpr uint32_t kMaxGroups = 64;
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds |x| < 2^22 half to even
 constexpr uint32_t kMargin = 1u << 21;  // a quarter of an octave below the last block's k-th largest
 
 inline uint32_t bits_of(float value) {
@@ -42,7 +43,7 @@ inline float float_of(uint32_t bits) {
 struct Scratch {
   alignas(64) float acc[kMaxBlock];
   alignas(64) uint32_t keys[kMaxBlock + 16];  // survivors, in index order, zero after the last
-  alignas(64) uint16_t index[kMaxBlock];
+  alignas(64) uint16_t index[kMaxBlock + 4];
   alignas(64) uint64_t masks[kMaxBlock / 64];
   alignas(64) uint32_t maxima[kMaxGroups];
   alignas(64) float padded[2][kMaxBlock];  // the last block, when it is not whole
@@ -62,16 +63,25 @@ uint32_t bisect(const void* keys, uint32_t n, uint32_t k, uint32_t lo, uint32_t 
   return lo;
 }
 
-// Indices and keys of the elements whose mask bit is set, ascending; returns how many.
+// Indices and keys of the elements whose mask bit is set, ascending; returns how many. Few bits are set in
+// most words: four are taken without asking (what is too many is overwritten), so that the processor has
+// nothing to guess.
 inline uint32_t extract(Scratch& s, uint32_t block) {
+  constexpr uint64_t kSentinel = uint64_t{1} << 63;
   uint32_t n = 0;
   for (uint32_t w = 0; w * 64 < block; ++w) {
-    for (uint64_t mask = s.masks[w]; mask != 0; mask &= mask - 1) {
-      const uint32_t i = w * 64 + static_cast<uint32_t>(__builtin_ctzll(mask));
-      s.index[n] = static_cast<uint16_t>(i);
-      s.keys[n++] = bits_of(s.acc[i]) & kMagnitude;
+    uint64_t mask = s.masks[w];
+    const uint32_t count = static_cast<uint32_t>(__builtin_popcountll(mask));
+    uint16_t* index = s.index + n;
+    for (uint32_t j = 0; j < 4; ++j, mask &= mask - 1) {
+      index[j] = static_cast<uint16_t>(w * 64 + static_cast<uint32_t>(__builtin_ctzll(mask | kSentinel)));
     }
+    for (uint32_t j = 4; j < count; ++j, mask &= mask - 1) {
+      index[j] = static_cast<uint16_t>(w * 64 + static_cast<uint32_t>(__builtin_ctzll(mask)));
+    }
+    n += count;
   }
+  for (uint32_t j = 0; j < n; ++j) s.keys[j] = bits_of(s.acc[s.index[j]]) & kMagnitude;
   for (uint32_t j = 0; j < 16; ++j) s.keys[n + j] = 0;
   return n;
 }
@@ -93,8 +103,15 @@ uint32_t select(Scratch& s, uint32_t block, uint32_t k, uint32_t t, uint32_t n, 
   n = extract(s, block);
   if (n == k) return t;
   t = bisect<V>(s.keys, n, k, t, largest + 1);
-  uint32_t ties = k - V::count_ge(s.keys, n, t + 1);
   uint32_t kept = 0;
+  if (V::count_ge(s.keys, n, t) == k) {
+    for (uint32_t j = 0; j < n; ++j) {
+      s.index[kept] = s.index[j];
+      kept += s.keys[j] >= t;
+    }
+    return t;
+  }
+  uint32_t ties = k - V::count_ge(s.keys, n, t + 1);
   for (uint32_t j = 0; j < n; ++j) {
     const bool tie = s.keys[j] == t && ties > 0;
     ties -= tie;
@@ -115,7 +132,7 @@ inline void quantise(Scratch& s, const TopKParams& p, uint32_t largest, uint32_t
   for (uint32_t j = 0; j < p.k; ++j) {
     const uint32_t i = s.index[j];
     const float acc = s.acc[i];
-    int32_t q = static_cast<int32_t>(__builtin_lrintf(acc * inverse));
+    int32_t q = static_cast<int32_t>((acc * inverse + kRound) - kRound);
     q = q > qmax ? qmax : q < -qmax ? -qmax : q;
     s.acc[i] = acc - static_cast<float>(q) * scale;
     const uint16_t record = static_cast<uint16_t>((static_cast<uint32_t>(q) << (16 - p.value_bits)) | i);

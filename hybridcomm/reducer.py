@@ -1,0 +1,328 @@
+"""Step 1 of 7: ready.
+
+In: a module whose backward is about to run. Out: ``p.grad`` of every parameter is the mean over all ranks, by
+way of buckets that are all-reduced while backward goes on.
+
+A hook fires when a parameter's gradient is complete and copies it into its bucket. Buckets are launched in
+index order on all ranks, whatever order the hooks fire in: a full bucket waits for those before it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hybridcomm import reducer_report as report
+from hybridcomm import reducer_setup as setup
+from hybridcomm.bucket import Bucket, BucketLayout, BucketState
+from hybridcomm.compress import Compressor, resolve
+from hybridcomm.errors import DataTypeError, HybridCommError, ResidualError, UnsupportedError
+from hybridcomm.reducer_report import ReducerStats
+from hybridcomm.reducer_setup import ContextLike, WorkLike
+from hybridcomm.residual import Residual
+from hybridcomm.step_guard import StepGuard
+
+if TYPE_CHECKING:
+    from torch.amp.grad_scaler import GradScaler
+
+__all__ = ["Reducer", "ReducerStats"]
+
+
+class Reducer:
+    """Averages the gradients of ``module`` over all ranks of ``ctx`` during backward.
+
+    Call `finalize` after each synchronised backward and before clipping or stepping; `attach` the optimizer
+    so that its steps commit the residual. Parameters (and buffers) start as rank 0's unless
+    ``sync_parameters=False``.
+
+    ``compress``: as in `allreduce`, for every bucket; buckets are then fp32. ``bucket_cap_mb``: MiB per
+    bucket, None lets policy choose. ``unused``: what to do with parameters that got no gradient, "error" or
+    "zero" (their share of the mean is zero). Raises typed errors naming rank and parameters.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        *,
+        ctx: ContextLike,
+        compress: str | Compressor | None = None,
+        bucket_cap_mb: float | None = None,
+        residual: Residual | None = None,
+        unused: str = "error",
+        sync_parameters: bool = True,
+    ) -> None:
+        if unused not in ("error", "zero"):
+            raise UnsupportedError(f"unused={unused!r}: use 'error' or 'zero'")
+        self.ctx = ctx
+        self.requested = "none" if compress is None else str(compress)
+        self.compressor = resolve(compress)
+        if residual is not None and self.compressor is None:
+            raise UnsupportedError("residual= has nothing to do without compress=")
+        self.residual = Residual() if residual is None else residual
+        self.residual.rekey()
+        self._guard = StepGuard(self.residual)
+        self._unused = unused
+        self._sync = True
+        self._scaler: GradScaler | None = None
+        self._scale = 1.0
+        self._parameters = setup.trainable(module)
+        self.layouts = setup.layouts_of(self._parameters, self.compressor, bucket_cap_mb)
+        setup.check_agreement(ctx, self.layouts, self.compressor)
+        if sync_parameters:
+            setup.sync_parameters(ctx, module)
+        device = next(iter(self._parameters.values())).device
+        self._buckets = [Bucket(layout) for layout in self.layouts]
+        self._flats = [setup.flat_buffer(layout, device) for layout in self.layouts]
+        self._works: list[WorkLike] = []
+        self._running = False
+        self._place: dict[str, tuple[int, torch.Tensor]] = {}
+        for layout, flat in zip(self.layouts, self._flats, strict=True):
+            for span in layout.spans:
+                shape = self._parameters[span.name].shape
+                self._place[span.name] = layout.index, flat[span.begin : span.end].view(shape)
+        self._steps = self._wire = self._total_wire = 0
+        self.exposed_seconds = self._total_exposed = 0.0
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._hook(name))  # type: ignore[no-untyped-call]
+            for name, parameter in self._parameters.items()
+        ]
+
+    # -- set-up --------------------------------------------------------------------------
+
+    def attach(self, optimizer: torch.optim.Optimizer, *, scaler: GradScaler | None = None) -> None:
+        """Commits the residual after each applied step of ``optimizer``, rolls back after a skipped one.
+
+        With ``scaler`` gradients are reduced in unscaled units, so that a scale that grows or backs off keeps
+        the residual law; its scale must stay a power of two. Several optimizers may be attached: all must
+        step.
+        """
+        number = self._guard.attach()
+        if scaler is not None:
+            if self._scaler is not None and self._scaler is not scaler:
+                raise UnsupportedError("attach(): one reducer takes one GradScaler")
+            self._scaler = scaler
+
+        def before(*_: object) -> None:
+            if self._running:
+                raise HybridCommError(
+                    f"rank {self.ctx.rank}: optimizer step before finalize(); call it after each backward"
+                )
+
+        def after(stepped: torch.optim.Optimizer, *_: object) -> None:
+            found = getattr(stepped, "found_inf", None)  # fused optimizers are called, and skip inside
+            self._guard.stepped(number, applied=found is None or not bool(found))
+
+        self._hooks += [
+            optimizer.register_step_pre_hook(before),
+            optimizer.register_step_post_hook(after),
+        ]
+
+    def close(self) -> None:
+        """Removes all hooks; the module and the optimizer are as before."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    # -- backward ------------------------------------------------------------------------
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes inside only accumulate into ``p.grad``; the next one outside reduces the total."""
+        before, self._sync = self._sync, False
+        try:
+            yield
+        finally:
+            self._sync = before
+
+    def _hook(self, name: str) -> Any:
+        def ready(parameter: torch.Tensor) -> None:
+            if self._sync:
+                self._on_ready(name, parameter)
+
+        return ready
+
+    def _on_ready(self, name: str, parameter: torch.Tensor) -> None:
+        if not self._running:
+            self._begin()
+        index, view = self._place[name]
+        grad = parameter.grad
+        if grad is None or grad.is_sparse:
+            raise DataTypeError(f"rank {self.ctx.rank}: gradient of {name!r} is not dense; use sparse=False")
+        self._buckets[index].mark_ready(name)
+        with torch.no_grad():
+            view.copy_(grad)
+            if self._scale != 1.0:
+                view.mul_(1.0 / self._scale)
+        self._launch_ready()
+
+    def _begin(self) -> None:
+        self._guard.begin(self._was_skipped)
+        self._scale = self._unit()
+        for bucket, flat in zip(self._buckets, self._flats, strict=True):
+            bucket.reset()
+            flat[bucket.layout.used :].zero_()  # a skipped step may have left NaN in the padding
+        self._works.clear()
+        self._running = True
+
+    def _unit(self) -> float:
+        """The loss scale to take out of the gradients: residuals are kept in unscaled units."""
+        if self._scaler is None or not self._scaler.is_enabled() or self.compressor is None:
+            return 1.0
+        scale = float(self._scaler.get_scale())
+        if scale <= 0 or float.hex(scale).partition("p")[0] != "0x1.0000000000000":
+            raise UnsupportedError(
+                f"rank {self.ctx.rank}: loss scale {scale} is no power of two, so dividing by it "
+                "would round; use a power of two as init_scale, growth_factor=2.0 and backoff_factor=0.5"
+            )
+        return scale
+
+    def _launch_ready(self) -> None:
+        """Launches full buckets in index order; a gap stops it until the gap is filled."""
+        while len(self._works) < len(self._buckets):
+            bucket = self._buckets[len(self._works)]
+            if bucket.state is not BucketState.READY:
+                return
+            bucket.advance(BucketState.IN_FLIGHT)
+            self._works.append(self._launch(bucket.layout))
+
+    def _launch(self, layout: BucketLayout) -> Any:
+        flat = self._flats[layout.index]
+        if self.compressor is None:
+            return self.ctx.allreduce(flat, op="mean", async_op=True)
+        return self.ctx.allreduce(
+            flat,
+            op="mean",
+            compress=self.compressor,
+            residual=self.residual,
+            async_op=True,
+            residual_key=layout.key,
+            spans=layout.spans,
+        )
+
+    # -- after backward ------------------------------------------------------------------
+
+    def finalize(self) -> None:
+        """Waits for all buckets and writes the means into ``p.grad``; call it after each synchronised
+        backward.
+
+        Raises `UnsupportedError` naming the parameters that got no gradient (unless ``unused="zero"``). After
+        any error the residual is rolled back and the next backward starts afresh.
+        """
+        if not self._running:
+            raise HybridCommError(
+                f"rank {self.ctx.rank}: finalize() without a synchronised backward before it "
+                "(none ran since the last one, or it ran under no_sync())"
+            )
+        try:
+            self._fill_unused()
+            exposed, wire = 0.0, 0
+            for bucket, flat, work in zip(self._buckets, self._flats, self._works, strict=True):
+                begin = time.perf_counter()
+                work.wait()
+                exposed += time.perf_counter() - begin
+                wire += work.wire_nbytes
+                bucket.advance(BucketState.DONE)
+                self._unpack(bucket.layout, flat)
+            self._check_claimed()
+        except BaseException:
+            self._abandon()
+            raise
+        self._running = False
+        self._steps += 1
+        self.exposed_seconds, self._wire = exposed, wire
+        self._total_exposed += exposed
+        self._total_wire += wire
+
+    def _fill_unused(self) -> None:
+        missing = [name for bucket in self._buckets for name in bucket.missing]
+        if missing and self._unused == "error":
+            raise UnsupportedError(
+                f"rank {self.ctx.rank}: {len(missing)} parameters got no gradient in this backward: "
+                f"{', '.join(missing[:20])}{', ...' if len(missing) > 20 else ''}; use them in the loss, set "
+                "requires_grad=False before building the Reducer, or pass unused='zero'"
+            )
+        for name in missing:
+            index, view = self._place[name]
+            view.zero_()
+            self._buckets[index].mark_ready(name)
+        self._launch_ready()
+
+    def _check_claimed(self) -> None:
+        if self.residual.unclaimed:
+            raise ResidualError(
+                f"rank {self.ctx.rank}: the loaded residual holds parameters that this module does "
+                f"not train: {', '.join(self.residual.unclaimed[:20])}; load the state of this model"
+            )
+
+    def _unpack(self, layout: BucketLayout, flat: torch.Tensor) -> None:
+        if self._scale != 1.0:
+            flat.mul_(self._scale)
+        targets, sources = [], []
+        for name in layout.names:
+            parameter, view = self._parameters[name], self._place[name][1]
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+            targets.append(parameter.grad)
+            sources.append(view)
+        with torch.no_grad():
+            torch._foreach_copy_(targets, sources)
+
+    def _abandon(self) -> None:
+        """A step failed: let what is in flight end, then forget the step."""
+        for work in self._works:
+            try:
+                work.wait()
+            except HybridCommError:
+                continue  # the first error is already on its way to the caller
+        self._works.clear()
+        self._running = False
+        self._guard.rollback()
+
+    # -- around the optimizer step -------------------------------------------------------
+
+    def commit(self) -> None:
+        """The reduced gradients were applied; only needed without `attach`."""
+        self._guard.commit()
+
+    def rollback(self) -> None:
+        """The reduced gradients were not applied (a skipped step): the residuals of all buckets go back."""
+        if self._running:
+            self._abandon()
+        else:
+            self._guard.rollback()
+
+    def _was_skipped(self) -> bool:
+        """Whether the last reduced step must have been skipped: not finite, or the loss scale backed off."""
+        if self._scaler is not None and self._scaler.get_scale() < self._scale:
+            return True
+        return not all(self._finite(name) for name in self._parameters)
+
+    def _finite(self, name: str) -> bool:
+        view = self._place[name][1]
+        if not bool(torch.isfinite(view.sum())) and not bool(torch.isfinite(view).all()):
+            return False
+        limit = torch.finfo(self._parameters[name].dtype).max
+        return limit >= torch.finfo(view.dtype).max or bool((view.abs() <= limit).all())
+
+    # -- reports -------------------------------------------------------------------------
+
+    def table(self) -> str:
+        """Text: per link, what was requested, what is active, and the ratio of bytes; then the buckets."""
+        return report.table(self.ctx.topology, self.layouts, self.requested, self.compressor)
+
+    def stats(self) -> ReducerStats:
+        """Counters; see `ReducerStats`."""
+        return ReducerStats(
+            steps=self._steps,
+            applied=self._guard.applied,
+            skipped=self._guard.skipped,
+            exposed_seconds=self.exposed_seconds,
+            total_exposed_seconds=self._total_exposed,
+            wire_nbytes=self._wire,
+            total_wire_nbytes=self._total_wire,
+            residual_nbytes=self.residual.nbytes,
+        )

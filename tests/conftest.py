@@ -1,0 +1,22 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from hybridcomm.topology import Topology
+from tests.fake_context import make_fake_contexts
+
+MakeContexts = Callable[[Topology], list[Any]]
+
+FACTORIES: dict[str, MakeContexts] = {"fake": make_fake_contexts}
+"""Name -> factory of one context per rank; every test that takes ``make_contexts`` runs once per entry."""
+
+
+@pytest.fixture(params=list(FACTORIES))
+def make_contexts(request: pytest.FixtureRequest) -> MakeContexts:
+    """``make_contexts(topology)``: a list of contexts, one per rank, for ranks that are threads."""
+    return FACTORIES[request.param]

@@ -1,0 +1,176 @@
+"""A context in one process: ranks are threads, a collective is one run of the plan interpreter.
+
+The n-th call of each rank meets the n-th call of all others, as on a real engine; calls that differ raise
+`PlanMismatchError` on all ranks. Slow and simple: the oracle, not a transport.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from hybridcomm import collective_plans as plans
+from hybridcomm.bucket import Span
+from hybridcomm.compress import Compressor, resolve
+from hybridcomm.errors import AbortedError, HybridCommError, PlanMismatchError, StallError
+from hybridcomm.plan import Plan
+from hybridcomm.residual import Residual
+from hybridcomm.topology import Topology
+from tests.interpreter import Interpreter
+
+
+class _Call:
+    def __init__(self, plan: Plan, signature: object) -> None:
+        self.plan, self.signature = plan, signature
+        self.buffers: dict[int, np.ndarray[Any, Any]] = {}
+        self.residuals: dict[int, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = {}
+        self.wire: dict[int, int] = {}
+        self.done = threading.Event()
+        self.error: HybridCommError | None = None
+
+    def run(self) -> None:
+        interpreter = Interpreter(self.plan)
+        try:
+            interpreter.run([self.buffers[rank] for rank in range(len(self.buffers))], self.residuals)
+        except Exception as error:
+            self.error = HybridCommError(f"interpreter: {error!r}")
+        self.wire = interpreter.wire_nbytes
+        self.done.set()
+
+
+class FakeWorld:
+    """What the ranks of one fake job share."""
+
+    def __init__(self, topology: Topology, timeout: float) -> None:
+        self.topology, self.timeout = topology, timeout
+        self.lock = threading.Lock()
+        self.calls: list[_Call] = []
+        self.aborted = False
+
+
+class FakeWork:
+    """Async handle; the result is written back when it is waited for."""
+
+    def __init__(self, world: FakeWorld, call: _Call, rank: int, tensor: Any) -> None:
+        self._world, self._call, self._rank, self._tensor = world, call, rank, tensor
+        self.wire_nbytes = 0
+        self.seconds = 0.0
+
+    def wait(self) -> None:
+        if not self._call.done.wait(self._world.timeout):
+            missing = tuple(set(range(self._world.topology.world_size)) - set(self._call.buffers))
+            raise StallError(f"rank {self._rank}: ranks {missing} never joined", missing)
+        if self._call.error is not None:
+            raise self._call.error
+        result = self._call.buffers[self._rank]
+        if isinstance(self._tensor, torch.Tensor):
+            self._tensor.copy_(torch.from_numpy(result))
+        else:
+            self._tensor[...] = result
+        self.wire_nbytes = self._call.wire[self._rank]
+
+    def is_completed(self) -> bool:
+        return self._call.done.is_set()
+
+
+class FakeContext:
+    """One rank's view; ``issued`` lists (collective, numel, key) in the order of its calls."""
+
+    def __init__(self, world: FakeWorld, rank: int) -> None:
+        self._world = world
+        self.rank = rank
+        self.topology = world.topology
+        self.world_size = world.topology.world_size
+        self.issued: list[tuple[str, int, str | None]] = []
+
+    def allreduce(
+        self,
+        tensor: Any,
+        *,
+        op: str = "sum",
+        compress: str | Compressor | None = None,
+        residual: Residual | None = None,
+        async_op: bool = False,
+        residual_key: str | None = None,
+        spans: Sequence[Span] | None = None,
+    ) -> Any:
+        array = _numpy(tensor)
+        plan = plans.allreduce(
+            self.topology, array.size, dtype=str(array.dtype), op=op, compressor=resolve(compress)
+        )
+        staged = None
+        regions = plan.residual_regions(self.rank)
+        if residual is not None and regions:
+            key = residual_key or "tensor"
+            staged = residual.stage(key, numel=array.size, regions=regions, spans=spans)
+        return self._issue(plan, tensor, array, async_op=async_op, staged=staged, key=residual_key)
+
+    def broadcast(self, tensor: Any, root: int, *, async_op: bool = False) -> Any:
+        array = _numpy(tensor)
+        plan = plans.broadcast(self.topology, array.size, dtype=str(array.dtype), root=root)
+        return self._issue(plan, tensor, array, async_op=async_op)
+
+    def barrier(self) -> None:
+        array = np.ones(1, np.int64)
+        self._issue(plans.barrier(self.topology), array, array.copy(), async_op=False)
+
+    def abort(self) -> None:
+        """Ends every call that is under way, on all ranks."""
+        with self._world.lock:
+            self._world.aborted = True
+            for call in self._world.calls:
+                if not call.done.is_set():
+                    call.error = AbortedError("a rank aborted")
+                    call.done.set()
+
+    def _issue(
+        self,
+        plan: Plan,
+        tensor: Any,
+        array: np.ndarray[Any, Any],
+        *,
+        async_op: bool,
+        staged: Any = None,
+        key: str | None = None,
+    ) -> Any:
+        world, place = self._world, len(self.issued)
+        self.issued.append((plan.collective, array.size, key))
+        with world.lock:
+            if world.aborted:
+                raise AbortedError(f"rank {self.rank}: a rank aborted")
+            if place == len(world.calls):
+                world.calls.append(_Call(plan, (plan.digest, key)))
+            call = world.calls[place]
+            call.buffers[self.rank] = array
+            if staged is not None:
+                call.residuals[self.rank] = staged
+            if call.signature != (plan.digest, key) and call.error is None:
+                call.error = PlanMismatchError(
+                    f"call {place}: rank {self.rank} {self.issued[-1]}, others {call.plan.collective} "
+                    f"of {call.plan.numel}"
+                )
+                call.done.set()
+            elif len(call.buffers) == self.world_size and call.error is None:
+                call.run()
+        work = FakeWork(world, call, self.rank, tensor)
+        if async_op:
+            return work
+        work.wait()
+        return tensor
+
+
+def _numpy(tensor: Any) -> np.ndarray[Any, Any]:
+    """A copy as numpy; bfloat16 as float32, which holds it (sums of exact inputs are exact in both)."""
+    if isinstance(tensor, torch.Tensor):
+        tensor = tensor.detach().reshape(-1)
+        return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy().copy()
+    return np.array(tensor).reshape(-1)
+
+
+def make_fake_contexts(topology: Topology, timeout: float = 20.0) -> list[FakeContext]:
+    world = FakeWorld(topology, timeout)
+    return [FakeContext(world, rank) for rank in range(topology.world_size)]

@@ -1,0 +1,1 @@
+"""The slim training stack: ``python -m train.run``."""

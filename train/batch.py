@@ -1,0 +1,101 @@
+"""Batches: which users a rank takes in a step, and how their sequences are packed into rows.
+
+Histories are short and of uneven length, so several users share a row; ``segments`` keeps them apart. The sampler is
+exact: in an epoch each user is drawn once at any number of ranks, and what a step holds does not depend on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from train.data import Dataset, Split
+
+__all__ = ["Packed", "epoch_order", "pack", "rank_share", "step_users", "train_batch"]
+
+_WIDTH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """Token tensors of packed sequences, all int64: three of [rows, width], and the N picked tokens.
+
+    ``picks`` [N] are flat indices of the tokens to score and ``targets`` [N] the items that follow them.
+    """
+
+    items: Tensor
+    segments: Tensor
+    positions: Tensor
+    picks: Tensor
+    targets: Tensor
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.items, self.segments, self.positions, self.picks
+
+
+def epoch_order(num: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of ``num`` users in an epoch: the same on every rank."""
+    return np.random.default_rng((seed, epoch)).permutation(num)
+
+
+def step_users(order: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+    """Slices of the epoch's order, one per optimizer step; the last may be shorter."""
+    for begin in range(0, len(order), batch_size):
+        yield order[begin : begin + batch_size]
+
+
+def rank_share(users: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+    """The contiguous part of a step's users that belongs to a rank; parts differ by at most one user."""
+    return users[len(users) * rank // world_size : len(users) * (rank + 1) // world_size]
+
+
+def pack(histories: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> Packed:
+    """Packs histories into rows, next-fit in the given order; targets[i] follow the last tokens of histories[i].
+
+    ``len(targets[i])`` tokens of history i are picked: its last ones. Padding is item 0 in segment -1.
+    """
+    width = max([_WIDTH, *(len(history) for history in histories)])
+    total = sum(len(history) for history in histories)
+    width = min(width, max(total, 1))
+    cursor, spots = 0, []
+    for history in histories:
+        room = width - cursor % width
+        if len(history) > room:
+            cursor += room
+        spots.append(cursor)
+        cursor += len(history)
+    rows = max(1, -(-cursor // width))
+    items = np.zeros(rows * width, dtype=np.int64)
+    segments = np.full(rows * width, -1, dtype=np.int64)
+    positions = np.zeros(rows * width, dtype=np.int64)
+    picks = []
+    for index, (spot, history, target) in enumerate(zip(spots, histories, targets, strict=True)):
+        end = spot + len(history)
+        items[spot:end] = history
+        segments[spot:end] = index
+        positions[spot:end] = np.arange(len(history))
+        picks.append(np.arange(end - len(target), end))
+    shape = (rows, width)
+    none = np.zeros(0, dtype=np.int64)
+    return Packed(
+        items=torch.from_numpy(items.reshape(shape)),
+        segments=torch.from_numpy(segments.reshape(shape)),
+        positions=torch.from_numpy(positions.reshape(shape)),
+        picks=torch.from_numpy(np.concatenate([none, *picks])),
+        targets=torch.from_numpy(np.concatenate([none, *targets])),
+    )
+
+
+def train_batch(data: Dataset, split: Split, users: np.ndarray, max_len: int) -> Packed:
+    """Every next-item prediction inside the users' training prefixes (the most recent ``max_len`` of each)."""
+    histories, targets = [], []
+    for user in users:
+        prefix = data.sequence(user)[: split.train_ends[user]][-(max_len + 1) :]
+        histories.append(prefix[:-1])
+        targets.append(prefix[1:])
+    return pack(histories, targets)

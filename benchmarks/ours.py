@@ -101,8 +101,8 @@ class OursTopK:
             given += values * self._factor
             size += values.abs() * self._factor
         left = torch.zeros_like(self._applied)
-        for key, values in self._residual.state_dict().items():
-            left[_slice(key)] += torch.from_numpy(values.astype(np.float64))
+        for key, part in self._residual.state_dict().items():
+            left[_slice(key)] += torch.from_numpy(part.astype(np.float64))
         dist.all_reduce(left)
         error = (given - self._applied - left).abs()
         allowed = size * (_UNIT * turns * (world + 2))

@@ -28,7 +28,7 @@ def _build(names: Sequence[str], numel: int) -> dict[str, Peer]:
         **ours(numel),
     }
     wanted = list(names)
-    if any(name in hooks(numel) for name in wanted) and "local" not in wanted:
+    if any(name in hooks(numel) or name == "ours-reducer" for name in wanted) and "local" not in wanted:
         wanted.append("local")
     return {name: makers[name]() for name in wanted}
 

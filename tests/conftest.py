@@ -9,6 +9,7 @@ import pytest
 
 from hybridcomm.topology import Topology
 from tests.fake_context import make_fake_contexts
+from tests.floor import pytest_configure, pytest_sessionfinish, pytest_terminal_summary  # noqa: F401
 
 MakeContexts = Callable[[Topology], list[Any]]
 

@@ -95,11 +95,13 @@ class Context:
         async_op: bool = False,
         residual_key: str = "tensor",
         spans: Sequence[Span] | None = None,
+        bucket: int = 0,
     ) -> Work | None:
         """Sums (or averages) ``t`` over all ranks, in place; see `hybridcomm.allreduce`.
 
         ``residual_key`` and ``spans`` name the tensor and its parameters within ``residual``, for callers
-        that keep one `Residual` for many buckets.
+        that keep one `Residual` for many buckets. ``bucket`` numbers tensors of one size, so that ranks
+        which mix them up get an error: it is part of the plan, and so of every header.
         """
         target = view(t)
         compressor = compressors.resolve(compress)
@@ -108,9 +110,14 @@ class Context:
         if compressor is not None:
             compressors.check_compressible(compressor, dtype=target.dtype, op=op)
         plan, program = self._program(
-            ("allreduce", target.numel, target.dtype, op, str(compressor)),
+            ("allreduce", target.numel, target.dtype, op, str(compressor), bucket),
             lambda: collective_plans.allreduce(
-                self.topology, target.numel, dtype=target.dtype, op=op, compressor=compressor
+                self.topology,
+                target.numel,
+                dtype=target.dtype,
+                op=op,
+                compressor=compressor,
+                bucket=bucket,
             ),
             compressor,
         )

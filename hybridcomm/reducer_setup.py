@@ -57,8 +57,9 @@ class ContextLike(Protocol):
         compress: str | Compressor | None = ...,
         residual: Residual | None = ...,
         async_op: bool = ...,
-        residual_key: str | None = ...,
+        residual_key: str = ...,
         spans: Sequence[Span] | None = ...,
+        bucket: int = ...,
     ) -> Any: ...
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> Any: ...

@@ -1,7 +1,9 @@
-"""Full-ranking evaluation: HR@10 and NDCG@10 of each user's target among all items that are not in the history.
+"""Full-ranking evaluation: HR@10 and NDCG@10 of each user's target among all items that are not in the
+history.
 
-Ties go to the lower item index. A target that is itself in the history cannot be recommended and counts as a miss. Each
-user is counted exactly once at any number of ranks: sums, not means, are added over the ranks.
+Ties go to the lower item index. A target that is itself in the history cannot be recommended and counts
+as a miss. Each user is counted exactly once at any number of ranks: sums, not means, are added over the
+ranks.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class Metrics:
 def target_ranks(scores: Tensor, targets: Tensor, histories: list[np.ndarray]) -> Tensor:
     """Rank (1 = best) of each row's target; scores [N, V], targets [N], one history per row -> int64 [N].
 
-    Raises EvaluationError on scores that are not finite: NaN compares false with everything and would rank first.
+    Raises EvaluationError on scores that are not finite: NaN compares false with everything and would
+    rank first.
     """
     if not torch.isfinite(scores).all():
         raise EvaluationError("the model's scores are not finite; the training has diverged")
@@ -71,8 +74,9 @@ def evaluate_scores(
 ) -> Metrics:
     """Metrics of any scorer (histories -> [N, items]) on the validation or test targets.
 
-    ``which`` is ``"validation"`` or ``"test"``; the test history includes the validation item. ``reduce`` adds an fp64
-    or int64 array over all ranks. Raises EvaluationError when the users counted are not all users once.
+    ``which`` is ``"validation"`` or ``"test"``; the test history includes the validation item. ``reduce``
+    adds an fp64 or int64 array over all ranks. Raises EvaluationError when the users counted are not all
+    users once.
     """
     offset = {"validation": 0, "test": 1}[which]
     total = torch.zeros(3, dtype=torch.float64)
@@ -82,7 +86,8 @@ def evaluate_scores(
         histories = [data.sequence(user)[: split.train_ends[user] + offset] for user in users]
         targets = torch.from_numpy(data.items[data.starts[users] + split.train_ends[users] + offset])
         total += _sums(target_ranks(score(histories), targets, histories))
-    # The gains travel as integers of 2**-40: integer sums are exact, so every number of ranks gives the same result.
+    # The gains travel as integers of 2**-40: integer sums are exact, so every number of ranks gives the
+    # same result.
     fixed = np.array([total[0].item(), round(total[1].item() * 2**40), total[2].item()]).astype(np.int64)
     hits, gain, users_seen = (reduce(fixed) if reduce is not None else fixed).tolist()
     if users_seen != len(split.users):
@@ -112,7 +117,9 @@ def evaluate_model(
             return model(*batch.inputs)
 
     try:
-        return evaluate_scores(score, data, split, which=which, rank=rank, world_size=world_size, reduce=reduce)
+        return evaluate_scores(
+            score, data, split, which=which, rank=rank, world_size=world_size, reduce=reduce
+        )
     finally:
         model.train(was_training)
 

@@ -13,6 +13,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -56,11 +57,14 @@ def _tf_idf(texts: Sequence[str]) -> Tensor:
         columns.extend(row)
         starts.append(len(columns))
     return torch.sparse_csr_tensor(
-        torch.tensor(starts), torch.tensor(columns, dtype=torch.int64), torch.cat(values), size=(len(texts), _COLUMNS)
+        torch.tensor(starts),
+        torch.tensor(columns, dtype=torch.int64),
+        torch.cat(values),
+        size=(len(texts), _COLUMNS),
     )
 
 
 def _hashed_tokens(text: str) -> list[int]:
     words = _WORD.findall(text.lower())
-    pairs = [f"{first} {second}" for first, second in zip(words, words[1:], strict=False)]
+    pairs = [f"{first} {second}" for first, second in pairwise(words)]
     return [zlib.crc32(token.encode()) % _COLUMNS for token in words + pairs]

@@ -34,13 +34,20 @@ def too_long(text: str) -> list[str]:
 
 
 def checks(node: ast.AST) -> bool:
-    """Whether a statement can fail a test: assert, raise, pytest.raises or fail, assert_*/check_* calls."""
+    """Whether a statement can fail a test: assert, raise, pytest.raises, assert_*/check_* calls, check=True.
+
+    ``guarded*``: memory between guard pages, where touching one byte too many ends the process.
+    """
     if isinstance(node, (ast.Assert, ast.Raise)):
         return True
     if not isinstance(node, ast.Call):
         return False
     name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-    return name in ("raises", "fail", "warns") or name.lstrip("_").startswith(("assert", "check", "expect"))
+    return (
+        name in ("raises", "fail", "warns")
+        or name.lstrip("_").lower().startswith(("assert", "check", "expect", "guarded"))
+        or any(k.arg == "check" and getattr(k.value, "value", None) is True for k in node.keywords)
+    )
 
 
 def vacuous_tests(text: str) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-MANTISSA_BITS = {"float32": 24, "bfloat16": 8, "float16": 11, "float64": 53, "int64": 63}
+MANTISSA_BITS = {"float32": 24, "bfloat16": 8, "float16": 11, "float64": 53, "int64": 63, "int32": 31}
 
 
 def exact_ints(

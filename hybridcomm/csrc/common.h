@@ -30,8 +30,10 @@ std::string errno_text(const std::string& what);
 std::string join_ranks(const std::vector<int>& ranks);
 
 using Clock = std::chrono::steady_clock;
+// At most thirty years, so that no sum with a time point overflows.
 inline Clock::duration seconds(double value) {
-  return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(value));
+  const std::chrono::duration<double> limited(value < 1e9 ? value : 1e9);
+  return std::chrono::duration_cast<Clock::duration>(limited);
 }
 
 class Fd {

@@ -20,6 +20,10 @@ void ControlChannel::take(const Frame& frame) {
     reason_ = static_cast<Code>(frame.reason);
   } else if (frame.type == kBye) {
     state_ = State::left;
+  } else if (frame.type == kProbe) {
+    send(kHere, -1, Code::aborted);
+  } else if (frame.type == kHere) {
+    answered_ = true;
   }
 }
 

@@ -1,4 +1,4 @@
-// The control channel to one peer: doorbells, goodbyes and who is to blame.
+// The control channel to one peer: doorbells, goodbyes, "are you there?" and who is to blame.
 //
 // Every peer that a rank works with has one (a unix socket inside a node, a TCP socket between nodes). Its
 // end of file without a word before it is how a dead process is noticed; a rank that fails for another's sake
@@ -26,6 +26,12 @@ class ControlChannel {
   void ring() { send(kDoorbell, -1, Code::aborted); }
   void send_abort(int culprit, Code reason) { send(kAbort, culprit, reason); }
   void send_bye() { send(kBye, -1, Code::aborted); }
+  // Asks whether the peer is in a call now: an engine reads its channels, and so answers, only then.
+  void probe() {
+    answered_ = false;
+    send(kProbe, -1, Code::aborted);
+  }
+  bool answered() const { return answered_; }
 
   // Reads what has arrived; never blocks.
   void drain();
@@ -33,7 +39,7 @@ class ControlChannel {
   void drain_to_the_end(Clock::duration limit);
 
  private:
-  enum Type : uint32_t { kDoorbell = 1, kAbort = 2, kBye = 3 };
+  enum Type : uint32_t { kDoorbell = 1, kAbort = 2, kBye = 3, kProbe = 4, kHere = 5 };
   struct Frame {
     uint32_t type = 0;
     int32_t rank = -1;
@@ -48,6 +54,7 @@ class ControlChannel {
   bool local_;
   State state_ = State::open;
   bool aborted_ = false;
+  bool answered_ = false;
   int culprit_ = -1;
   Code reason_ = Code::aborted;
   Frame partial_;

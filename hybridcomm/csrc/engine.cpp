@@ -9,6 +9,16 @@ bool Work::is_completed() const {
   return done_;
 }
 
+double Work::seconds() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return done_ ? seconds_ : 0;
+}
+
+uint64_t Work::wire_nbytes() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return done_ ? wire_nbytes_ : 0;
+}
+
 bool Work::wait(double limit_s) {
   std::unique_lock<std::mutex> lock(mutex_);
   if (!finished_.wait_for(lock, hybridcomm::seconds(limit_s), [this] { return done_; })) return false;
@@ -111,10 +121,12 @@ void Engine::execute(Work& work, const std::function<void()>& interrupted) {
   work.wire_nbytes_ = counters().tx_bytes.load(std::memory_order_relaxed) - sent;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
+    // An abort that came too late for the executor to notice: the peers must learn of it all the same.
+    if (!failure && executor_->abort_requested()) executor_->tell_abort(mesh_->rank(), Code::aborted);
     busy_ = false;
   }
-  changed_.notify_all();
   finish(work, failure);
+  changed_.notify_all();
 }
 
 void Engine::finish(Work& work, std::exception_ptr failure) {
@@ -168,12 +180,11 @@ void Engine::close() {
 
 void Engine::abort() {
   executor_->request_abort();
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (!broken_) broken_ = Error(Code::aborted, "the context was aborted on this rank", mesh_->rank());
-    if (busy_) return;  // the running call notices, and tells the peers
-  }
-  executor_->tell_abort(mesh_->rank(), Code::aborted);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!broken_) broken_ = Error(Code::aborted, "the context was aborted on this rank", mesh_->rank());
+  if (busy_) return;  // the running call notices, and tells the peers
+  // With the mutex held, so that close() cannot take the connections away meanwhile.
+  if (!closing_) executor_->tell_abort(mesh_->rank(), Code::aborted);
 }
 
 }  // namespace hybridcomm

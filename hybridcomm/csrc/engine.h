@@ -23,8 +23,8 @@ class Work {
   bool is_completed() const;
   // True when done; false when `limit_s` passed first. Rethrows what the collective failed with.
   bool wait(double limit_s);
-  double seconds() const { return seconds_; }            // spent running it
-  uint64_t wire_nbytes() const { return wire_nbytes_; }  // sent to other nodes for it
+  double seconds() const;        // spent running it; 0 until it is done
+  uint64_t wire_nbytes() const;  // sent to other nodes for it; 0 until it is done
 
  private:
   friend class Engine;

@@ -11,6 +11,7 @@ namespace {
 
 constexpr uint64_t kControlEvent = uint64_t{1} << 63;
 constexpr int kLookUpMs = 20;
+constexpr auto kGrace = std::chrono::seconds(1);  // to answer a probe
 
 void pause_cpu() {
 #if defined(__x86_64__)
@@ -158,7 +159,7 @@ void Executor::check_slot(const Segment::Slot& slot, int peer, const Tag& expect
 bool Executor::start_put(const Op& op) {
   const int me = mesh_.local_rank();
   uint64_t& count = put_[static_cast<size_t>(op.peer)];
-  if (count - mesh_.segment(op.peer).tail(me).load(std::memory_order_acquire) >=
+  if (count - mesh_.segment(op.peer).tail(me).load(std::memory_order_seq_cst) >=
       static_cast<uint64_t>(mesh_.slots())) {
     return false;
   }
@@ -179,7 +180,7 @@ bool Executor::start_reduce(const Op& op) {
     const int peer = static_cast<int>(source);
     if (peer == me) continue;
     const uint64_t at = reduced_[static_cast<size_t>(peer)];
-    if (mesh_.segment(peer).head(me).load(std::memory_order_acquire) <= at) return false;
+    if (mesh_.segment(peer).head(me).load(std::memory_order_seq_cst) <= at) return false;
     check_slot(mesh_.segment(peer).slot(me, at), peer, tag_of(op, nbytes));
   }
   sources_.clear();
@@ -254,7 +255,7 @@ void Executor::start_decode(const Op& op) {
 bool Executor::start_publish(const Op& op) {
   const int me = mesh_.local_rank();
   for (int peer = 0; peer < mesh_.local_size(); ++peer) {
-    if (peer != me && published_ - mesh_.segment(peer).shared_tail(me).load(std::memory_order_acquire) >=
+    if (peer != me && published_ - mesh_.segment(peer).shared_tail(me).load(std::memory_order_seq_cst) >=
                           static_cast<uint64_t>(mesh_.slots())) {
       return false;
     }
@@ -274,7 +275,7 @@ bool Executor::start_publish(const Op& op) {
 bool Executor::start_get(const Op& op) {
   uint64_t& count = got_[static_cast<size_t>(op.peer)];
   Segment& owner = mesh_.segment(op.peer);
-  if (owner.head(op.peer).load(std::memory_order_acquire) <= count) return false;
+  if (owner.head(op.peer).load(std::memory_order_seq_cst) <= count) return false;
   const uint64_t nbytes = region_nbytes(op);
   check_slot(owner.slot(op.peer, count), op.peer, tag_of(op, nbytes));
   std::memcpy(tensor_at(op), owner.slot_data(op.peer, count), nbytes);
@@ -313,42 +314,49 @@ bool Executor::poll_sockets(int timeout_ms) {
 }
 
 void Executor::sleep() {
+  bool moved = false;
   if (mesh_.local_size() == 1) {
-    if (!poll_sockets(kLookUpMs)) look_up();
-    return;
-  }
-  Segment& own = mesh_.own();
-  const bool network = in_flight_ > 0;
-  const uint32_t seen = own.doorbell().load(std::memory_order_seq_cst);
-  // Said before the last look: a peer that moves a counter after this look sees it and rings.
-  own.sleeping().store(network ? kOnEpoll : kOnFutex, std::memory_order_seq_cst);
-  bool moved = pass();
-  if (!moved) {
-    if (network) {
-      moved = poll_sockets(kLookUpMs);
-    } else {
-      futex_wait(own.doorbell(), seen, std::chrono::milliseconds(kLookUpMs));
-    }
-  }
-  own.sleeping().store(kAwake, std::memory_order_seq_cst);
-  if (moved) {
-    last_progress_ = Clock::now();
+    moved = poll_sockets(kLookUpMs);
   } else {
+    Segment& own = mesh_.own();
+    const bool network = in_flight_ > 0;
+    const uint32_t seen = own.doorbell().load(std::memory_order_seq_cst);
+    // Said before the last look: a peer that moves a counter after this look sees it and rings.
+    own.sleeping().store(network ? kOnEpoll : kOnFutex, std::memory_order_seq_cst);
+    moved = pass();
+    if (!moved) {
+      if (network) {
+        moved = poll_sockets(kLookUpMs);
+      } else {
+        futex_wait(own.doorbell(), seen, std::chrono::milliseconds(kLookUpMs));
+      }
+    }
+    own.sleeping().store(kAwake, std::memory_order_seq_cst);
+  }
+  const auto now = Clock::now();
+  if (moved) last_progress_ = now;
+  // Also when a slow link keeps bringing a little: an abort or Ctrl-C must not wait for its end.
+  if (!moved || now >= next_look_) {
+    next_look_ = now + std::chrono::milliseconds(kLookUpMs);
     look_up();
   }
 }
 
 void Executor::look_up() {
+  if (abort_requested())
+    throw Error(Code::aborted, "the context was aborted on this rank", mesh_.rank());
+  if (*interrupted_) (*interrupted_)();
   if (pass()) {
     last_progress_ = Clock::now();
     return;
   }
   check_peers();
-  if (abort_requested_.load())
-    throw Error(Code::aborted, "the context was aborted on this rank", mesh_.rank());
-  if (*interrupted_) (*interrupted_)();
   check_departed();
-  if (Clock::now() - last_progress_ > timeout_) stalled();
+  if (Clock::now() - last_progress_ > timeout_) {
+    stalled();
+  } else {
+    probed_.reset();
+  }
 }
 
 // A local peer that has left published all it ever will; what one on another node sent may still be on its
@@ -401,23 +409,37 @@ void Executor::blame(int peer) {
   }
 }
 
+// The time is over, but a rank this one waits for may itself be waiting. Ranks in a call answer a probe, so
+// silence tells the culprit from its victims; while all answer, the one that misses a silent rank will say so.
 void Executor::stalled() {
-  const std::vector<int> missing = waiting_for();
-  std::vector<int> absent;
-  for (int rank : missing) {
-    for (int local = 0; local < mesh_.local_size(); ++local) {
-      if (mesh_.global_rank(local) == rank &&
-          mesh_.segment(local).entered().load() < mesh_.own().entered().load()) {
-        absent.push_back(rank);
-      }
+  const auto now = Clock::now();
+  const std::vector<int> waiting = waiting_for();
+  if (!probed_ || now - *probed_ > kGrace) {
+    std::vector<int> silent;
+    for (int rank : waiting) {
+      if (!mesh_.control(rank).answered()) silent.push_back(rank);
     }
+    if (probed_ && (!silent.empty() || now - last_progress_ > 2 * timeout_ + kGrace)) give_up(waiting, silent);
+    probed_ = now;
+    for (int rank : waiting) mesh_.control(rank).probe();
   }
+}
+
+void Executor::give_up(const std::vector<int>& waiting, const std::vector<int>& silent) const {
   std::string text = "no progress for " +
                      std::to_string(std::chrono::duration_cast<std::chrono::seconds>(timeout_).count()) +
                      " s in " + describe(program_->tag) + " on rank " + std::to_string(mesh_.rank()) +
-                     ": waiting for " + join_ranks(missing);
-  if (!absent.empty()) text += "; " + join_ranks(absent) + " never entered this call";
-  throw Error(Code::stall, text, missing.empty() ? -1 : (absent.empty() ? missing : absent).front(), missing);
+                     ": waiting for " + join_ranks(waiting);
+  for (int rank : silent) {
+    const int local = mesh_.local_index(rank);
+    const bool known = local >= 0;
+    const bool entered = known && mesh_.segment(local).entered().load() >= mesh_.own().entered().load();
+    text += "; rank " + std::to_string(rank) +
+            (entered ? " is stopped" : known ? " never entered this call" : " never entered this call, or is stopped");
+  }
+  if (silent.empty()) text += "; all of them are in a call: look at the other ranks' errors";
+  const std::vector<int>& culprits = silent.empty() ? waiting : silent;
+  throw Error(Code::stall, text, culprits.empty() ? -1 : culprits.front(), culprits);
 }
 
 std::vector<int> Executor::waiting_for() const {

@@ -10,6 +10,7 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 
 #include "mesh.h"
 #include "program.h"
@@ -30,6 +31,7 @@ class Executor final : private Completion {
   void tell_abort(int culprit, Code reason);
   void tell_bye();
   void request_abort() { abort_requested_.store(true); }
+  bool abort_requested() const { return abort_requested_.load(); }
   const WireCounters& counters() const { return counters_; }
 
  private:
@@ -55,7 +57,8 @@ class Executor final : private Completion {
   void check_departed();
   void check_peers();
   [[noreturn]] void blame(int peer);
-  [[noreturn]] void stalled();
+  void stalled();
+  [[noreturn]] void give_up(const std::vector<int>& waiting, const std::vector<int>& silent) const;
   std::vector<int> waiting_for() const;
   void add_blockers(const Op& op, std::vector<int>& ranks) const;
 
@@ -87,7 +90,8 @@ class Executor final : private Completion {
   std::vector<const uint8_t*> payloads_;  // likewise
   size_t remaining_ = 0;
   size_t in_flight_ = 0;  // messages posted and not complete
-  Clock::time_point last_progress_;
+  Clock::time_point last_progress_, next_look_;
+  std::optional<Clock::time_point> probed_;  // since the stall began
   const std::function<void()>* interrupted_ = nullptr;
 };
 

@@ -46,6 +46,7 @@ class Mesh {
   int local_rank() const { return local_rank_; }
   int local_size() const { return static_cast<int>(config_.local_ranks.size()); }
   int global_rank(int local) const { return config_.local_ranks[static_cast<size_t>(local)]; }
+  int local_index(int rank) const;  // -1: on another node
   int slots() const { return config_.slots; }
   size_t slot_nbytes() const { return config_.slot_nbytes; }
 
@@ -71,7 +72,6 @@ class Mesh {
   void keep(Fd socket, const Hello& hello, bool local, Fd segment);
   std::string unix_name(int rank) const { return config_.name + "-" + std::to_string(rank); }
   std::vector<int> missing_peers() const;
-  int local_index(int rank) const;
   bool is_remote_peer(int rank) const;
 
   MeshConfig config_;

@@ -7,7 +7,9 @@
 // i of
 //    rank i is read by all others. A lane is a ring of slots; head and tails only grow, and each counter has
 //    one writer.
-// 3. A sleeping rank says so; whoever moves a counter it may wait for rings its doorbell.
+// 3. A sleeping rank says so; whoever moves a counter it may wait for rings its doorbell. Counters and `sleeping`
+//    are written and read sequentially consistent (free for loads on x86): either the sleeper's last look sees the
+//    counter, or the mover sees the sleeper.
 #pragma once
 
 #include <atomic>

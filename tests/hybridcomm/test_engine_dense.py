@@ -98,7 +98,11 @@ def test_numpy_arrays_of_any_shape(ranks: list[Any], dtype: str) -> None:
     world = len(ranks)
 
     def body(ctx: Any) -> None:
-        value = exact_ints(rank=ctx.rank, numel=3 * 5 * 7, world=world, dtype=dtype).astype(dtype).reshape(3, 5, 7)
+        value = (
+            exact_ints(rank=ctx.rank, numel=3 * 5 * 7, world=world, dtype=dtype)
+            .astype(dtype)
+            .reshape(3, 5, 7)
+        )
         ctx.allreduce(value)
         want = exact_sum(numel=3 * 5 * 7, world=world, dtype=dtype).astype(dtype)
         assert value.tobytes() == want.tobytes()
@@ -113,7 +117,9 @@ def test_broadcast_from_every_root(ranks: list[Any], dtype: str) -> None:
     def body(ctx: Any) -> None:
         for root in range(world):
             for numel in (0, 1, 17, 300_001):
-                value = (torch.arange(numel) * 7 + 31 * ctx.rank + root).remainder(97).to(getattr(torch, dtype))
+                value = (
+                    (torch.arange(numel) * 7 + 31 * ctx.rank + root).remainder(97).to(getattr(torch, dtype))
+                )
                 want = (torch.arange(numel) * 7 + 31 * root + root).remainder(97).to(getattr(torch, dtype))
                 ctx.broadcast(value, root)
                 assert same_bits(value, want), (ctx.rank, root, numel)
@@ -152,7 +158,9 @@ def test_reduce_scatter_gives_each_rank_its_part(ranks: list[Any], op: str) -> N
             before = whole.clone()
             out = torch.full((numel,), float("nan"))
             ctx.reduce_scatter(out, whole, op=op)
-            parts = [exact_ints(rank=rank, numel=world * numel, world=world * factor) for rank in range(world)]
+            parts = [
+                exact_ints(rank=rank, numel=world * numel, world=world * factor) for rank in range(world)
+            ]
             want = tensor(np.sum(parts, axis=0), "float32")[ctx.rank * numel : (ctx.rank + 1) * numel]
             assert same_bits(out, want), (ctx.rank, numel)
             assert same_bits(whole, before), "the input was written"

@@ -29,7 +29,7 @@ def histories(seed: int = 0) -> list[np.ndarray]:
 
 
 def packed(sequences: list[np.ndarray]) -> Packed:
-    return pack(sequences, [sequence for sequence in sequences])
+    return pack(sequences, list(sequences))
 
 
 def tolerance(scores: torch.Tensor) -> float:

@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.bench_training`` trains a model of 5 million parameters on 2 nodes x 2 ranks at
 1 Gbit/s. Bytes per step by interface counters are the difference of a long and a short run over that of their
-steps, which takes out start-up, weights sent at the start, and evaluation. Needs root.
+steps, which takes out start-up, weights sent at the start, and evaluation; ``headers`` is the part that
+packet headers and acknowledgements take. Needs root.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cluster import Cluster, ClusterError
+from benchmarks.cluster.shape import PACKET_HEADERS
 from benchmarks.runs import TrainingRun
 from benchmarks.table import table
 
@@ -51,8 +53,8 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
-def _run(cluster: Cluster, options: list[str], steps: int) -> tuple[TrainingRun, int]:
-    """(the run, bytes all nodes sent) of one training of ``steps`` steps."""
+def _run(cluster: Cluster, options: list[str], steps: int) -> tuple[TrainingRun, int, int]:
+    """(the run, bytes and packets all nodes sent) of one training of ``steps`` steps."""
     with tempfile.TemporaryDirectory(prefix="bench-training-") as name:
         run_dir = Path(name) / "run"
         length = ["--max-steps", str(steps), "--epochs", "1000", "--eval-every", "1000"]
@@ -61,14 +63,15 @@ def _run(cluster: Cluster, options: list[str], steps: int) -> tuple[TrainingRun,
         run = TrainingRun.read(run_dir)
     if run is None:
         raise ClusterError(f"the run left no final metrics\n{result.stdout[0]}\n{result.stderr[0]}")
-    return run, sum(result.tx_bytes)
+    return run, sum(result.tx_bytes), sum(result.tx_packets)
 
 
 def _measure(cluster: Cluster, key: str, base: list[str], steps: int) -> dict[str, Any]:
     name, options = _VARIANTS[key]
-    _, short = _run(cluster, [*base, *options], _SHORT)
-    run, long = _run(cluster, [*base, *options], steps)
+    _, short, short_packets = _run(cluster, [*base, *options], _SHORT)
+    run, long, long_packets = _run(cluster, [*base, *options], steps)
     counted = (long - short) / (steps - _SHORT)
+    headers = (long_packets - short_packets) / (steps - _SHORT) * PACKET_HEADERS
     engine = run.final["wire_nbytes_per_step"]
     return {
         "key": key,
@@ -80,6 +83,7 @@ def _measure(cluster: Cluster, key: str, base: list[str], steps: int) -> dict[st
         "hr": run.final["hr"],
         "samples_per_second": run.final["samples_per_second"],
         "counted_bytes": counted,
+        "header_bytes": headers,
         "engine_bytes": engine,
         "agreement": counted / engine - 1 if engine else None,
     }
@@ -95,6 +99,7 @@ def _row(line: dict[str, Any], ddp: dict[str, Any] | None) -> list[str]:
         f"{line['loss']:.3f}",
         f"{line['ndcg']:.4f}",
         f"{line['counted_bytes'] / 1e6:.3f}",
+        f"{line['header_bytes'] / 1e6:.3f}",
         f"{engine / 1e6:.3f}" if engine else "",
         f"{100 * agreement:+.1f} %" if agreement is not None else "",
     ]
@@ -108,6 +113,7 @@ _HEADER = [
     "loss",
     "NDCG@10",
     "MB/step counted",
+    "headers",
     "engine",
     "off",
 ]

@@ -23,10 +23,10 @@ class _FakeCluster(contextlib.nullcontext[None]):
 
 
 def _fake_run(engine: int | None) -> object:
-    def run(_: object, options: list[str], steps: int) -> tuple[TrainingRun, int]:
+    def run(_: object, options: list[str], steps: int) -> tuple[TrainingRun, int, int]:
         final = {"wire_nbytes_per_step": engine if "ddp" not in options else None, "loss": 8.0, "ndcg": 0.1}
         final |= {"hr": 0.2, "samples_per_second": 100.0, "exposed_share": 0.1, "step_seconds": 0.5}
-        return TrainingRun(final=final, step_seconds=[0.5] * steps), _START + _PER_STEP * steps
+        return TrainingRun(final=final, step_seconds=[0.5] * steps), _START + _PER_STEP * steps, 10 * steps
 
     return run
 

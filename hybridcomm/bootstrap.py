@@ -7,12 +7,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
 import socket
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,9 @@ class Membership:
     engine: _C.Engine
 
 
-def find_world(rank: int | None = None, world_size: int | None = None, store: Any = None) -> World:
+def find_world(
+    rank: int | None = None, world_size: int | None = None, store: Any = None, *, timeout: float = 300.0
+) -> World:
     """What the arguments say, else the environment (RANK, WORLD_SIZE and a store), else a world of one.
 
     ``store`` is a `Store` or any ``torch.distributed`` store. Raises `BootstrapError` where rank and size are
@@ -62,7 +66,7 @@ def find_world(rank: int | None = None, world_size: int | None = None, store: An
     elif world_size == 1:
         found = None
     else:
-        found = _store_from_env(rank, world_size)
+        found = _store_from_env(rank, world_size, timeout)
     return World(rank=rank, world_size=world_size, store=found)
 
 
@@ -76,7 +80,7 @@ def _from_env(name: str) -> int | None:
         raise BootstrapError(f"{name}={text!r}: expected a number") from None
 
 
-def _store_from_env(rank: int, world_size: int) -> Store:
+def _store_from_env(rank: int, world_size: int, timeout: float) -> Store:
     directory = os.environ.get("HYBRIDCOMM_STORE")
     if directory:
         return DirectoryStore(directory)
@@ -87,21 +91,34 @@ def _store_from_env(rank: int, world_size: int) -> Store:
         )
     try:
         from torch.distributed import PrefixStore  # type: ignore[attr-defined]
-        from torch.distributed.rendezvous import rendezvous
     except ImportError as error:
         raise BootstrapError(
             "meeting through MASTER_ADDR needs torch: pip install 'hybridcomm[torch]'"
         ) from error
-    try:
-        store, _, _ = next(rendezvous("env://", rank, world_size))
-    except (RuntimeError, ValueError) as error:
-        where = f"{os.environ['MASTER_ADDR']} port {os.environ.get('MASTER_PORT')}"
-        raise BootstrapError(
-            f"rank {rank}: no rendezvous at {where} (is the port in use?): {error}"
-        ) from error
+    where = f"{os.environ['MASTER_ADDR']} port {os.environ.get('MASTER_PORT')}"
+    if (rank, world_size, where) not in _rendezvous_stores:
+        _rendezvous_stores[rank, world_size, where] = _rendezvous(rank, world_size, timeout, where)
+    store = _rendezvous_stores[rank, world_size, where]
     run = os.environ.get("TORCHELASTIC_RUN_ID", "run")
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return C10dStore(PrefixStore(f"hybridcomm/{run}/{restart}", store))
+
+
+# Rank 0's store is the server: it must outlive every init() of the job, or a rank that comes back sooner than
+# rank 0 would meet the old one on its way out.
+_rendezvous_stores: dict[tuple[int, int, str], Any] = {}
+
+
+def _rendezvous(rank: int, world_size: int, timeout: float, where: str) -> Any:
+    from torch.distributed.rendezvous import rendezvous
+
+    limit = timedelta(seconds=min(timeout, 1e9))
+    try:
+        return next(rendezvous("env://", rank, world_size, timeout=limit))[0]
+    except (RuntimeError, ValueError) as error:
+        raise BootstrapError(
+            f"rank {rank}: no rendezvous at {where} (is the port in use? were all ranks started?): {error}"
+        ) from error
 
 
 def join(world: World, *, topology: Topology | None, chunk_nbytes: int, timeout: float) -> Membership:
@@ -112,7 +129,10 @@ def join(world: World, *, topology: Topology | None, chunk_nbytes: int, timeout:
     if world.store is None:
         return _alone(topology, chunk_nbytes, timeout)
     host = _own_address()
-    listener = _C.Listener(host, int(os.environ.get("HYBRIDCOMM_PORT", "0")))
+    port = _from_env("HYBRIDCOMM_PORT") or 0
+    if not 0 <= port < 1 << 16:
+        raise BootstrapError(f"HYBRIDCOMM_PORT={port}: must be between 0 (any free port) and 65535")
+    listener = _C.Listener(host, port)
     generation = world.store.count(f"generation/{world.rank}")
     prefix = f"init{generation}"  # every init() of a process meets under a name of its own
     if world.rank == 0:
@@ -123,11 +143,12 @@ def join(world: World, *, topology: Topology | None, chunk_nbytes: int, timeout:
         "node": _host_id(),
         "machine": _boot_id(),
         "version": _WIRE_VERSION,
+        "world_size": world.world_size,
         "topology": str(topology) if topology is not None else os.environ.get("HYBRIDCOMM_NODES", ""),
         "chunk_nbytes": chunk_nbytes,
     }
     world.store.set(f"{prefix}/rank{world.rank}", json.dumps(entry).encode())
-    entries = _collect(world, prefix, timeout)
+    entries = _collect(world, prefix, entry, timeout)
     token = world.store.get(f"{prefix}/token", timeout)
     agreed = _agree(world, entries, topology)
     machine = entry["machine"]
@@ -138,7 +159,8 @@ def join(world: World, *, topology: Topology | None, chunk_nbytes: int, timeout:
             (peer, entries[peer]["host"], entries[peer]["port"]) for peer in _peers(agreed, world.rank)
         ],
         token=token,
-        name=f"hybridcomm-{token.hex()}",
+        # Names of sockets can be read by every user of the machine, so they must not tell the token.
+        name=f"hybridcomm-{hashlib.blake2b(token, digest_size=12).hexdigest()}",
         slot_nbytes=chunk_nbytes,
         timeout_s=timeout,
         crowded=sum(e["machine"] == machine for e in entries) > len(os.sched_getaffinity(0)),
@@ -148,7 +170,7 @@ def join(world: World, *, topology: Topology | None, chunk_nbytes: int, timeout:
 
 
 def _alone(topology: Topology | None, chunk_nbytes: int, timeout: float) -> Membership:
-    single = Topology.virtual(1, 1)
+    single = _topology_from_env(World(rank=0, world_size=1, store=None)) or Topology.virtual(1, 1)
     if topology is not None and topology.world_size != 1:
         raise TopologyError(f"topology {topology} has {topology.world_size} ranks, this world has one")
     engine = _C.Engine(
@@ -165,7 +187,7 @@ def _alone(topology: Topology | None, chunk_nbytes: int, timeout: float) -> Memb
     return Membership(topology=single, engine=engine)
 
 
-def _collect(world: World, prefix: str, timeout: float) -> list[dict[str, Any]]:
+def _collect(world: World, prefix: str, own: dict[str, Any], timeout: float) -> list[dict[str, Any]]:
     deadline = time.monotonic() + timeout
     entries: dict[int, dict[str, Any]] = {}
     for rank in range(world.world_size):
@@ -173,6 +195,7 @@ def _collect(world: World, prefix: str, timeout: float) -> list[dict[str, Any]]:
             assert world.store is not None  # noqa: S101 (join() returned early without a store)
             left = max(deadline - time.monotonic(), 0.05)
             entries[rank] = json.loads(world.store.get(f"{prefix}/rank{rank}", left))
+            _compare(world.rank, own, rank, entries[rank])
         except TimeoutError as error:
             missing = [r for r in range(rank, world.world_size) if not _is_there(world, f"{prefix}/rank{r}")]
             raise BootstrapError(
@@ -180,6 +203,16 @@ def _collect(world: World, prefix: str, timeout: float) -> list[dict[str, Any]]:
                 f"{', '.join(map(str, missing)) or rank}; were they started, with this store and world size?"
             ) from error
     return [entries[rank] for rank in range(world.world_size)]
+
+
+def _compare(rank: int, own: dict[str, Any], peer: int, other: dict[str, Any]) -> None:
+    """At once, not when all have come: a rank with another world size waits for ranks that never will."""
+    for field in ("version", "world_size", "topology", "chunk_nbytes"):
+        if own[field] != other[field]:
+            raise TopologyError(
+                f"ranks disagree on {field}: rank {rank} has {own[field]!r}, rank {peer} has {other[field]!r}; "
+                "pass the same to init() everywhere"
+            )
 
 
 def _is_there(world: World, key: str) -> bool:
@@ -190,14 +223,6 @@ def _is_there(world: World, key: str) -> bool:
 
 
 def _agree(world: World, entries: list[dict[str, Any]], topology: Topology | None) -> Topology:
-    for field in ("version", "topology", "chunk_nbytes"):
-        values = [entry[field] for entry in entries]
-        if len(set(values)) > 1:
-            other = next(rank for rank, value in enumerate(values) if value != values[world.rank])
-            raise TopologyError(
-                f"ranks disagree on {field}: rank {world.rank} has {values[world.rank]!r}, rank {other} has "
-                f"{values[other]!r}; pass the same to init() everywhere"
-            )
     if topology is None:
         topology = _topology_from_env(world) or Topology.from_hosts([entry["node"] for entry in entries])
     if topology.world_size != world.world_size:

@@ -75,7 +75,7 @@ class Context:
             raise UnsupportedError(f"timeout={timeout}: must be a positive number of seconds")
         if chunk_nbytes < 4096 or chunk_nbytes % 4096:
             raise UnsupportedError(f"chunk_nbytes={chunk_nbytes}: must be a positive multiple of 4096")
-        world = bootstrap.find_world(rank, world_size, store)
+        world = bootstrap.find_world(rank, world_size, store, timeout=timeout)
         member = bootstrap.join(world, topology=topology, chunk_nbytes=chunk_nbytes, timeout=timeout)
         context = cls(
             rank=world.rank,

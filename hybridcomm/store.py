@@ -76,10 +76,18 @@ class C10dStore:
         self._store.set(key, value.hex())  # c10d stores take text
 
     def get(self, key: str, timeout: float) -> bytes:
-        try:
-            self._store.wait([key], timedelta(seconds=timeout))
-        except RuntimeError as error:  # DistStoreError: timeout, or the server is gone
-            raise TimeoutError(f"{key}: {error}") from error
+        deadline = time.monotonic() + timeout
+        while True:
+            # In slices, because torch's wait does not look at signals: Ctrl-C would have to wait for its end.
+            begin = time.monotonic()
+            limit = min(max(deadline - begin, 0.01), 0.5)
+            try:
+                self._store.wait([key], timedelta(seconds=limit))
+                break
+            except RuntimeError as error:
+                gone = time.monotonic() < begin + limit / 2  # no timeout: the server has ended
+                if gone or time.monotonic() >= deadline:
+                    raise TimeoutError(f"{key}: {error}") from error
         return bytes.fromhex(self._store.get(key).decode())
 
     def count(self, key: str) -> int:

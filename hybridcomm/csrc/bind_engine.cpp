@@ -38,6 +38,7 @@ std::shared_ptr<Engine> make_engine(int rank, std::vector<int> local_ranks,
   config.name = name;
   config.slot_nbytes = slot_nbytes;
   config.timeout_s = timeout_s;
+  config.interrupted = raise_pending_signals;
   const py::gil_scoped_release no_gil;
   return std::make_shared<Engine>(config, listener, crowded);
 }

@@ -7,8 +7,13 @@
 
 namespace hybridcomm {
 
-void ControlChannel::send(Type type, int rank, Code reason) {
-  const Frame frame{type, rank, static_cast<uint32_t>(reason), 0};
+void ControlChannel::ask(const Question& question) {
+  asked_ = true;
+  send(kProbe, -1, Code::aborted, question);
+}
+
+void ControlChannel::send(Type type, int rank, Code reason, const Question& question) {
+  const Frame frame{type, rank, static_cast<uint32_t>(reason), 0, question};
   // Best effort: a full socket already holds doorbells, and a closed one is noticed by drain().
   [[maybe_unused]] const ssize_t n = ::send(fd_.get(), &frame, sizeof(frame), MSG_DONTWAIT | MSG_NOSIGNAL);
 }
@@ -21,9 +26,9 @@ void ControlChannel::take(const Frame& frame) {
   } else if (frame.type == kBye) {
     state_ = State::left;
   } else if (frame.type == kProbe) {
-    send(kHere, -1, Code::aborted);
+    question_ = frame.question;
   } else if (frame.type == kHere) {
-    answered_ = true;
+    asked_ = false;
   }
 }
 

@@ -5,9 +5,17 @@
 // says whose before it closes, so the blame reaches all ranks unchanged.
 #pragma once
 
+#include <optional>
+
 #include "common.h"
+#include "tag.h"
 
 namespace hybridcomm {
+
+struct Question {
+  uint64_t call = 0;  // the calls of a context are numbered alike on all ranks
+  Tag tag;
+};
 
 class ControlChannel {
  public:
@@ -26,12 +34,12 @@ class ControlChannel {
   void ring() { send(kDoorbell, -1, Code::aborted); }
   void send_abort(int culprit, Code reason) { send(kAbort, culprit, reason); }
   void send_bye() { send(kBye, -1, Code::aborted); }
-  // Asks whether the peer is in a call now: an engine reads its channels, and so answers, only then.
-  void probe() {
-    answered_ = false;
-    send(kProbe, -1, Code::aborted);
-  }
-  bool answered() const { return answered_; }
+  // Asks whether the peer is in a call now (an engine reads its channels, and so answers, only then), and
+  // whether its call of that number was the same. One question at a time: `asked` until the answer has come.
+  void ask(const Question& question);
+  void answer() { send(kHere, -1, Code::aborted); }
+  bool asked() const { return asked_; }
+  std::optional<Question> take_question() { return std::exchange(question_, std::nullopt); }
 
   // Reads what has arrived; never blocks.
   void drain();
@@ -45,8 +53,9 @@ class ControlChannel {
     int32_t rank = -1;
     uint32_t reason = 0;
     uint32_t reserved = 0;
+    Question question;
   };
-  void send(Type type, int rank, Code reason);
+  void send(Type type, int rank, Code reason, const Question& question = {});
   void take(const Frame& frame);
 
   Fd fd_;
@@ -54,7 +63,8 @@ class ControlChannel {
   bool local_;
   State state_ = State::open;
   bool aborted_ = false;
-  bool answered_ = false;
+  bool asked_ = false;
+  std::optional<Question> question_;
   int culprit_ = -1;
   Code reason_ = Code::aborted;
   Frame partial_;

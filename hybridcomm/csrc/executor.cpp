@@ -78,6 +78,8 @@ void Executor::prepare(const Program& program) {
   complete_.assign(program.ops.size(), 0);
   remaining_ = program.ops.size();
   in_flight_ = 0;
+  recent_[++calls_ % kRemembered] = program.tag;
+  recent_[calls_ % kRemembered].tensor = buffers_.name;
   last_progress_ = Clock::now();
 }
 

@@ -7,9 +7,9 @@
 //    hit?
 #pragma once
 
+#include <array>
 #include <functional>
 #include <memory>
-#include <optional>
 
 #include "mesh.h"
 #include "program.h"
@@ -34,6 +34,7 @@ class Executor final : private Completion {
   const WireCounters& counters() const { return counters_; }
 
  private:
+  static constexpr size_t kRemembered = 64;
   void prepare(const Program& program);
   bool pass();
   bool advance(uint32_t stream);
@@ -56,7 +57,8 @@ class Executor final : private Completion {
   void check_departed();
   void check_peers();
   [[noreturn]] void blame(int peer);
-  void stalled();
+  void answer(ControlChannel& control) const;
+  void suspect(Clock::duration idle);
   [[noreturn]] void give_up(const std::vector<int>& waiting, const std::vector<int>& silent) const;
   std::vector<int> waiting_for() const;
   void add_blockers(const Op& op, std::vector<int>& ranks) const;
@@ -89,8 +91,9 @@ class Executor final : private Completion {
   std::vector<const uint8_t*> payloads_;  // likewise
   size_t remaining_ = 0;
   size_t in_flight_ = 0;  // messages posted and not complete
-  Clock::time_point last_progress_, next_look_;
-  std::optional<Clock::time_point> probed_;  // since the stall began
+  Clock::time_point last_progress_, next_look_, asked_at_;
+  uint64_t calls_ = 0;                   // begun so far
+  std::array<Tag, kRemembered> recent_;  // of the last calls, by number
   const std::function<void()>* interrupted_ = nullptr;
 };
 

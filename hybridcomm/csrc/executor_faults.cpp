@@ -19,11 +19,7 @@ void Executor::look_up() {
   }
   check_peers();
   check_departed();
-  if (Clock::now() - last_progress_ > timeout_) {
-    stalled();
-  } else {
-    probed_.reset();
-  }
+  suspect(Clock::now() - last_progress_);
 }
 
 // A local peer that has left published all it ever will; what one on another node sent may still be on its
@@ -38,6 +34,7 @@ void Executor::check_departed() {
 void Executor::check_peers() {
   for (auto& control : mesh_.controls()) {
     control.drain();
+    answer(control);
     if (control.aborted() || control.state() == ControlChannel::State::lost) blame(control.peer());
   }
 }
@@ -70,27 +67,46 @@ void Executor::blame(int peer) {
                       " until its timeout" + told,
                   culprit, {culprit});
     case Code::mismatch:
-      throw Error(Code::mismatch, "ranks disagree about the collective to run" + told, culprit);
+      throw Error(
+          Code::mismatch,
+          "ranks disagree about the collective to run: rank " + std::to_string(culprit) + " differs" + told,
+          culprit);
     default:
       throw Error(Code::aborted, "rank " + std::to_string(culprit) + " stopped the job" + told, culprit);
   }
 }
 
-// The time is over, but a rank this one waits for may itself be waiting. Ranks in a call answer a probe, so
-// silence tells the culprit from its victims; while all answer, the one that misses a silent rank will say
-// so.
-void Executor::stalled() {
+// A peer waits for this rank and asks: are both in the same call? Silence would tell it that this rank is not
+// in any.
+void Executor::answer(ControlChannel& control) const {
+  const std::optional<Question> question = control.take_question();
+  if (!question) return;
+  control.answer();
+  if (question->call > calls_ || calls_ - question->call >= kRemembered) return;
+  const Tag& mine = recent_[question->call % kRemembered];
+  if (mine.digest != question->tag.digest || mine.tensor != question->tag.tensor) {
+    throw Error(Code::mismatch, mismatch_text(control.peer(), question->tag, mine), control.peer());
+  }
+}
+
+// Nothing has moved for a while. The ranks this one waits for may themselves be waiting, or wait for another
+// call: ask them. When the time is over, a rank that did not answer is the culprit; while all answer, the
+// rank that misses a silent one will say so.
+void Executor::suspect(Clock::duration idle) {
   const auto now = Clock::now();
+  if (idle < kGrace || now - asked_at_ < kGrace) return;
   const std::vector<int> waiting = waiting_for();
-  if (!probed_ || now - *probed_ > kGrace) {
+  if (idle > timeout_ && asked_at_ > last_progress_) {
     std::vector<int> silent;
     for (int rank : waiting) {
-      if (!mesh_.control(rank).answered()) silent.push_back(rank);
+      if (mesh_.control(rank).asked()) silent.push_back(rank);
     }
-    if (probed_ && (!silent.empty() || now - last_progress_ > 2 * timeout_ + kGrace))
-      give_up(waiting, silent);
-    probed_ = now;
-    for (int rank : waiting) mesh_.control(rank).probe();
+    if (!silent.empty() || idle > 2 * timeout_ + 2 * kGrace) give_up(waiting, silent);
+  }
+  asked_at_ = now;
+  for (int rank : waiting) {
+    ControlChannel& control = mesh_.control(rank);
+    if (!control.asked()) control.ask({calls_, recent_[calls_ % kRemembered]});
   }
 }
 

@@ -31,22 +31,22 @@ bool Mesh::is_remote_peer(int rank) const {
 }
 
 void Mesh::connect(const Listener& listener) {
-  const auto deadline = Clock::now() + seconds(config_.timeout_s);
+  const Patience patience{Clock::now() + seconds(config_.timeout_s), config_.interrupted};
   Fd unix_listener;
   if (local_size() > 1) unix_listener = listen_unix(unix_name(config_.rank));
-  dial_lower_peers(deadline);
-  accept_higher_peers(listener, unix_listener, deadline);
-  collect_answers(deadline);
+  dial_lower_peers(patience);
+  accept_higher_peers(listener, unix_listener, patience);
+  collect_answers(patience);
 }
 
-void Mesh::dial_lower_peers(Clock::time_point deadline) {
+void Mesh::dial_lower_peers(const Patience& patience) {
   Hello hello;
   hello.token = config_.token;
   hello.rank = config_.rank;
   for (int rank : config_.local_ranks) {
     if (rank >= config_.rank) continue;
     hello.channel = 0;
-    Fd socket = dial_unix(unix_name(rank), rank, deadline);
+    Fd socket = dial_unix(unix_name(rank), rank, patience);
     send_hello(socket, hello, own().fd());
     dialled_.push_back({std::move(socket), rank, 0, true});
   }
@@ -54,7 +54,7 @@ void Mesh::dial_lower_peers(Clock::time_point deadline) {
     if (peer.rank >= config_.rank) continue;
     for (int channel = 0; channel <= config_.data_sockets; ++channel) {
       hello.channel = channel;
-      Fd socket = dial_tcp(peer, deadline);
+      Fd socket = dial_tcp(peer, patience);
       send_hello(socket, hello);
       dialled_.push_back({std::move(socket), peer.rank, channel, false});
     }
@@ -77,10 +77,9 @@ std::vector<int> Mesh::missing_peers() const {
   return missing;
 }
 
-void Mesh::accept_higher_peers(const Listener& listener, const Fd& unix_listener,
-                               Clock::time_point deadline) {
+void Mesh::accept_higher_peers(const Listener& listener, const Fd& unix_listener, const Patience& patience) {
   for (auto missing = missing_peers(); !missing.empty(); missing = missing_peers()) {
-    if (Clock::now() > deadline) {
+    if (patience.over()) {
       throw Error(Code::bootstrap,
                   join_ranks(missing) + " did not connect to rank " + std::to_string(config_.rank) +
                       " within " + std::to_string(static_cast<int>(config_.timeout_s)) +
@@ -93,13 +92,15 @@ void Mesh::accept_higher_peers(const Listener& listener, const Fd& unix_listener
       if ((entry.revents & POLLIN) == 0) continue;
       Fd socket(::accept4(entry.fd, nullptr, nullptr, SOCK_CLOEXEC));
       // A rank sends its hello right after connecting, so a silent stranger may cost the others two seconds.
-      if (socket) admit(std::move(socket), entry.fd == unix_listener.get(), Clock::now() + seconds(2));
+      if (socket)
+        admit(std::move(socket), entry.fd == unix_listener.get(),
+              {Clock::now() + seconds(2), config_.interrupted});
     }
   }
 }
 
-bool Mesh::admit(Fd socket, bool local, Clock::time_point deadline) {
-  std::optional<ReceivedHello> received = receive_hello(socket, deadline);
+bool Mesh::admit(Fd socket, bool local, const Patience& patience) {
+  std::optional<ReceivedHello> received = receive_hello(socket, patience);
   if (!received || received->hello.token != config_.token) return false;
   const Hello& hello = received->hello;
   const bool known = local ? local_index(hello.rank) > local_rank_ && received->descriptor
@@ -116,9 +117,9 @@ bool Mesh::admit(Fd socket, bool local, Clock::time_point deadline) {
   return true;
 }
 
-void Mesh::collect_answers(Clock::time_point deadline) {
+void Mesh::collect_answers(const Patience& patience) {
   for (Dialled& dialled : dialled_) {
-    std::optional<ReceivedHello> answer = receive_hello(dialled.socket, deadline);
+    std::optional<ReceivedHello> answer = receive_hello(dialled.socket, patience);
     const bool good = answer && answer->hello.token == config_.token && answer->hello.rank == dialled.rank &&
                       (!dialled.local || answer->descriptor);
     if (!good) {

@@ -25,6 +25,7 @@ struct MeshConfig {
   int slots = 4;
   int data_sockets = 2;
   double timeout_s = 300;
+  std::function<void()> interrupted;  // called now and then while connecting; may be empty, may throw
 };
 
 class Listener {
@@ -65,10 +66,10 @@ class Mesh {
 
  private:
   void connect(const Listener& listener);
-  void dial_lower_peers(Clock::time_point deadline);
-  void accept_higher_peers(const Listener& listener, const Fd& unix_listener, Clock::time_point deadline);
-  void collect_answers(Clock::time_point deadline);
-  bool admit(Fd socket, bool local, Clock::time_point deadline);
+  void dial_lower_peers(const Patience& patience);
+  void accept_higher_peers(const Listener& listener, const Fd& unix_listener, const Patience& patience);
+  void collect_answers(const Patience& patience);
+  bool admit(Fd socket, bool local, const Patience& patience);
   void keep(Fd socket, const Hello& hello, bool local, Fd segment);
   std::string unix_name(int rank) const { return config_.name + "-" + std::to_string(rank); }
   std::vector<int> missing_peers() const;

@@ -39,7 +39,8 @@ Segment Segment::create(const SegmentShape& shape) {
   if (!fd) throw Error(Code::shared_memory, errno_text("memfd_create failed (descriptor limit?)"));
   const size_t nbytes = total_nbytes(shape);
   // posix_fallocate returns its error; without it a full memory would be a SIGBUS at the first touch.
-  const int failed = ::posix_fallocate(fd.get(), 0, static_cast<off_t>(nbytes));
+  int failed = EINTR;
+  while (failed == EINTR) failed = ::posix_fallocate(fd.get(), 0, static_cast<off_t>(nbytes));
   if (failed != 0) {
     errno = failed;
     throw Error(Code::shared_memory,

@@ -57,13 +57,15 @@ Fd open_socket(int family) {
   return fd;
 }
 
-Fd dial(const Address& address, const std::string& who, int rank, Clock::time_point deadline) {
+Fd dial(const Address& address, const std::string& who, int rank, const Patience& patience) {
   for (;;) {
     Fd fd = open_socket(address.storage.ss_family);
     if (::connect(fd.get(), address.get(), address.size) == 0) return fd;
     const bool may_come = errno == ECONNREFUSED || errno == ETIMEDOUT || errno == EAGAIN || errno == EINTR ||
                           errno == EHOSTUNREACH || errno == ENETUNREACH;
-    if (!may_come || Clock::now() > deadline) {
+    const int failure = errno;
+    if (!may_come || patience.over()) {
+      errno = failure;
       throw Error(Code::bootstrap,
                   errno_text("no connection to rank " + std::to_string(rank) + " at " + who) +
                       "; is that rank alive, and is the address reachable? (HYBRIDCOMM_IFACE or "
@@ -79,6 +81,8 @@ Fd dial(const Address& address, const std::string& who, int rank, Clock::time_po
 Fd listen_tcp(const std::string& host, uint16_t port, uint16_t* actual_port) {
   Address address = tcp_address(host, port);
   Fd fd = open_socket(address.storage.ss_family);
+  const int on = 1;  // a fixed port may be used again while old connections linger; never by two listeners
+  ::setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
   if (::bind(fd.get(), address.get(), address.size) != 0) {
     throw Error(Code::bootstrap, errno_text("cannot listen on " + host + " port " + std::to_string(port)) +
                                      "; choose another with HYBRIDCOMM_PORT, or 0 for any free one");
@@ -101,15 +105,15 @@ Fd listen_unix(const std::string& name) {
   return fd;
 }
 
-Fd dial_tcp(const Endpoint& endpoint, Clock::time_point deadline) {
+Fd dial_tcp(const Endpoint& endpoint, const Patience& patience) {
   const std::string who = endpoint.host + " port " + std::to_string(endpoint.port);
-  Fd fd = dial(tcp_address(endpoint.host, endpoint.port), who, endpoint.rank, deadline);
+  Fd fd = dial(tcp_address(endpoint.host, endpoint.port), who, endpoint.rank, patience);
   tune_tcp(fd);
   return fd;
 }
 
-Fd dial_unix(const std::string& name, int rank, Clock::time_point deadline) {
-  return dial(unix_address(name), "unix socket " + name, rank, deadline);
+Fd dial_unix(const std::string& name, int rank, const Patience& patience) {
+  return dial(unix_address(name), "unix socket " + name, rank, patience);
 }
 
 void send_hello(const Fd& socket, const Hello& hello, int descriptor) {
@@ -132,17 +136,17 @@ void send_hello(const Fd& socket, const Hello& hello, int descriptor) {
   }
 }
 
-std::optional<ReceivedHello> receive_hello(const Fd& socket, Clock::time_point deadline) {
+std::optional<ReceivedHello> receive_hello(const Fd& socket, const Patience& patience) {
   ReceivedHello received;
   size_t got = 0;
   while (got < sizeof(Hello)) {
-    const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();
     pollfd ready{socket.get(), POLLIN, 0};
-    if (left <= 0 || ::poll(&ready, 1, static_cast<int>(std::min<int64_t>(left, 1000))) < 0) {
-      if (left <= 0 || errno != EINTR) return std::nullopt;
+    const int count = ::poll(&ready, 1, 100);
+    if (count < 0 && errno != EINTR) return std::nullopt;
+    if (count <= 0) {
+      if (patience.over()) return std::nullopt;
       continue;
     }
-    if (ready.revents == 0) continue;
     iovec data{reinterpret_cast<char*>(&received.hello) + got, sizeof(Hello) - got};
     alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
     msghdr message{};

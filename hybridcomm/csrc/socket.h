@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <functional>
 #include <optional>
 #include <string>
 
@@ -31,9 +32,19 @@ struct Endpoint {
 Fd listen_tcp(const std::string& host, uint16_t port, uint16_t* actual_port);
 Fd listen_unix(const std::string& name);  // abstract namespace: leaves no file
 
-// Both retry until `deadline` while nobody listens yet.
-Fd dial_tcp(const Endpoint& endpoint, Clock::time_point deadline);
-Fd dial_unix(const std::string& name, int rank, Clock::time_point deadline);
+// How long to wait, and what to call now and then meanwhile (may be empty; may throw, on Ctrl-C).
+struct Patience {
+  Clock::time_point deadline;
+  std::function<void()> interrupted;
+  bool over() const {
+    if (interrupted) interrupted();
+    return Clock::now() > deadline;
+  }
+};
+
+// Both retry while nobody listens yet.
+Fd dial_tcp(const Endpoint& endpoint, const Patience& patience);
+Fd dial_unix(const std::string& name, int rank, const Patience& patience);
 
 // A hello with, on unix sockets, a descriptor beside it. Small enough never to be split in practice: a short
 // send is an error.
@@ -43,7 +54,7 @@ struct ReceivedHello {
   Fd descriptor;
 };
 // Waits for one hello; nullopt if the peer closed, timed out or sent something else.
-std::optional<ReceivedHello> receive_hello(const Fd& socket, Clock::time_point deadline);
+std::optional<ReceivedHello> receive_hello(const Fd& socket, const Patience& patience);
 
 void set_nonblocking(const Fd& socket);
 void tune_tcp(const Fd& socket);

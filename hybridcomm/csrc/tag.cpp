@@ -32,6 +32,9 @@ std::string describe(const Tag& tag) {
 std::string mismatch_text(int peer, const Tag& seen, const Tag& expected) {
   std::string text =
       "rank " + std::to_string(peer) + " runs " + describe(seen) + ", this rank " + describe(expected);
+  if (seen.digest != expected.digest && describe(seen) == describe(expected)) {
+    text += " with another root, compress setting or chunk size";
+  }
   if (seen.digest == expected.digest && seen.tensor != expected.tensor) {
     return text + " of another name: all ranks must reduce the same buckets in the same order";
   }

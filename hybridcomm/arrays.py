@@ -50,10 +50,14 @@ def _torch_view(tensor: torch.Tensor, what: str) -> View:
         raise DataTypeError(
             f"{what}: is on {tensor.device}; the host engine takes CPU tensors, so move it with .cpu() first"
         )
+    if str(tensor.layout) != "torch.strided":
+        raise DataTypeError(f"{what}: has layout {tensor.layout}; pass tensor.to_dense()")
     dtype = str(tensor.dtype).removeprefix("torch.")
     _check_dtype(dtype, what)
     if not tensor.is_contiguous():
         raise DataTypeError(f"{what}: is not contiguous; pass tensor.contiguous() and copy the result back")
+    if tensor.is_neg():
+        raise DataTypeError(f"{what}: is a lazily negated view; pass tensor.resolve_neg()")
     if tensor.requires_grad and not tensor.is_leaf:
         raise DataTypeError(f"{what}: is part of an autograd graph; pass tensor.detach()")
     return View(address=tensor.data_ptr(), numel=tensor.numel(), dtype=dtype, owner=tensor)
@@ -61,6 +65,10 @@ def _torch_view(tensor: torch.Tensor, what: str) -> View:
 
 def _numpy_view(array: np.ndarray[Any, Any], what: str) -> View:
     _check_dtype(array.dtype.name, what)
+    if not array.dtype.isnative:
+        raise DataTypeError(
+            f"{what}: has the other byte order; pass array.astype(array.dtype.newbyteorder('='))"
+        )
     if not array.flags.c_contiguous or not array.flags.aligned:
         raise DataTypeError(f"{what}: is not C-contiguous; pass numpy.ascontiguousarray(...)")
     if not array.flags.writeable:

@@ -36,19 +36,21 @@ def allreduce(
     op: str = "sum",
     compressor: BlockCodec | None = None,
     chunk_elems: int | None = None,
+    chunk_nbytes: int = policy.MAX_CHUNK_NBYTES,
     bucket: int = 0,
 ) -> Plan:
     """Sum or mean of ``numel`` elements over all ranks, left on all ranks.
 
     With one node nothing crosses a slow link: the plan is dense whatever ``compressor`` is
-    (``plan.compressor`` tells). Raises :class:`UnsupportedError` for an op or dtype that cannot act.
+    (``plan.compressor`` tells). ``chunk_nbytes`` bounds the chunks that policy chooses (without
+    ``chunk_elems``). Raises :class:`UnsupportedError` for an op or dtype that cannot act.
     """
     _check_request(op, dtype, numel, compressor)
     nodes, world = len(topology.nodes), topology.world_size
     codec = compressor if nodes > 1 else None
     align = codec.block if codec is not None else policy.DENSE_ALIGN
     shards = shard_regions(numel, topology.K, align)
-    size = _chunk_size(chunk_elems, numel, dtype, len(shards), align)
+    size = _chunk_size(chunk_elems, chunk_nbytes, numel, dtype, len(shards), align)
     writer = Writer(topology, bucket)
     divisor = world if op == "mean" else 1
 
@@ -80,12 +82,18 @@ def barrier(topology: Topology) -> Plan:
 
 
 def broadcast(
-    topology: Topology, numel: int, *, root: int, dtype: str = "float32", chunk_elems: int | None = None
+    topology: Topology,
+    numel: int,
+    *,
+    root: int,
+    dtype: str = "float32",
+    chunk_elems: int | None = None,
+    chunk_nbytes: int = policy.MAX_CHUNK_NBYTES,
 ) -> Plan:
     """Copies ``root``'s ``numel`` elements to all ranks: to one leader per node, then inside the nodes."""
     policy.itemsize(dtype)
     align = policy.DENSE_ALIGN
-    size = _chunk_size(chunk_elems, numel, dtype, 1, align)
+    size = _chunk_size(chunk_elems, chunk_nbytes, numel, dtype, 1, align)
     leaders, home = topology.leaders(root), topology.node_of(root)
     chunks = [chunks_of(0, Region(0, numel), size, leaders)]
     writer = _copy_out(topology, chunks, [home])
@@ -93,11 +101,16 @@ def broadcast(
 
 
 def all_gather(
-    topology: Topology, numel: int, *, dtype: str = "float32", chunk_elems: int | None = None
+    topology: Topology,
+    numel: int,
+    *,
+    dtype: str = "float32",
+    chunk_elems: int | None = None,
+    chunk_nbytes: int = policy.MAX_CHUNK_NBYTES,
 ) -> Plan:
     """Part r of W equal parts goes from rank r to all ranks; ``numel`` is W * part."""
     parts = _parts(topology, numel, "all_gather")
-    size = _chunk_size(chunk_elems, numel, dtype, topology.world_size, policy.DENSE_ALIGN)
+    size = _chunk_size(chunk_elems, chunk_nbytes, numel, dtype, topology.world_size, policy.DENSE_ALIGN)
     chunks = [chunks_of(rank, part, size, topology.leaders(rank)) for rank, part in enumerate(parts)]
     homes = [topology.node_of(rank) for rank in range(topology.world_size)]
     writer = _copy_out(topology, chunks, homes)
@@ -111,6 +124,7 @@ def reduce_scatter(
     dtype: str = "float32",
     op: str = "sum",
     chunk_elems: int | None = None,
+    chunk_nbytes: int = policy.MAX_CHUNK_NBYTES,
 ) -> Plan:
     """Part r of W equal parts, summed over all ranks, ends on rank r; ``numel`` is W * part.
 
@@ -119,7 +133,7 @@ def reduce_scatter(
     _check_request(op, dtype, numel, None)
     nodes, world = len(topology.nodes), topology.world_size
     parts = _parts(topology, numel, "reduce_scatter")
-    size = _chunk_size(chunk_elems, numel, dtype, world, policy.DENSE_ALIGN)
+    size = _chunk_size(chunk_elems, chunk_nbytes, numel, dtype, world, policy.DENSE_ALIGN)
     writer = Writer(topology, 0)
     divisor = world if op == "mean" else 1
 
@@ -185,12 +199,18 @@ def _parts(topology: Topology, numel: int, collective: str) -> list[Region]:
     return [Region(rank * part, (rank + 1) * part) for rank in range(world)]
 
 
-def _chunk_size(asked: int | None, numel: int, dtype: str, shards: int, align: int) -> int:
-    if asked is None:
-        return policy.chunk_elems(numel=numel, dtype=dtype, shards=shards, align=align)
-    if asked <= 0 or asked % align:
-        raise UnsupportedError(f"chunk_elems={asked}: must be a positive multiple of {align}")
-    return asked
+def _chunk_size(asked: int | None, limit: int, numel: int, dtype: str, shards: int, align: int) -> int:
+    """``asked`` elements, or what policy says, within ``limit`` bytes (a slot of the shared memory)."""
+    if asked is not None:
+        if asked <= 0 or asked % align:
+            raise UnsupportedError(f"chunk_elems={asked}: must be a positive multiple of {align}")
+        return asked
+    most = limit // policy.itemsize(dtype) // align * align
+    if most == 0:
+        raise UnsupportedError(
+            f"chunk_nbytes={limit}: a chunk cannot hold one block of {align} {dtype}; raise it"
+        )
+    return min(policy.chunk_elems(numel=numel, dtype=dtype, shards=shards, align=align), most)
 
 
 def _check_request(op: str, dtype: str, numel: int, compressor: BlockCodec | None) -> None:

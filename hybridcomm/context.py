@@ -8,6 +8,7 @@ process.
 from __future__ import annotations
 
 import weakref
+import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,13 +34,23 @@ __all__ = ["Context"]
 Op = Literal["sum", "mean"]
 
 _CACHED_PLANS = 256
+_UNNAMED = "tensor"
 
 
 class Context:
     """One rank of a group; made by `Context.connect` (or `hybridcomm.init`)."""
 
-    def __init__(self, *, rank: int, topology: Topology, engine: _C.Engine, timeout: float) -> None:
+    def __init__(
+        self,
+        *,
+        rank: int,
+        topology: Topology,
+        engine: _C.Engine,
+        timeout: float,
+        chunk_nbytes: int = policy.MAX_CHUNK_NBYTES,
+    ) -> None:
         self.rank = rank
+        self.chunk_nbytes = chunk_nbytes
         self.topology = topology
         self.timeout = timeout
         self._engine = engine
@@ -60,13 +71,19 @@ class Context:
         chunk_nbytes: int = policy.MAX_CHUNK_NBYTES,
     ) -> Context:
         """Meets the other ranks and connects to them; see `hybridcomm.init` for the arguments."""
-        if timeout <= 0:
+        if not timeout > 0:
             raise UnsupportedError(f"timeout={timeout}: must be a positive number of seconds")
         if chunk_nbytes < 4096 or chunk_nbytes % 4096:
             raise UnsupportedError(f"chunk_nbytes={chunk_nbytes}: must be a positive multiple of 4096")
         world = bootstrap.find_world(rank, world_size, store)
         member = bootstrap.join(world, topology=topology, chunk_nbytes=chunk_nbytes, timeout=timeout)
-        context = cls(rank=world.rank, topology=member.topology, engine=member.engine, timeout=timeout)
+        context = cls(
+            rank=world.rank,
+            topology=member.topology,
+            engine=member.engine,
+            timeout=timeout,
+            chunk_nbytes=chunk_nbytes,
+        )
         context._store = world.store  # the rank that hosts a store must not end it while others still read
         context.barrier()
         return context
@@ -93,15 +110,14 @@ class Context:
         compress: str | Compressor | None = None,
         residual: Residual | None = None,
         async_op: bool = False,
-        residual_key: str = "tensor",
+        residual_key: str = _UNNAMED,
         spans: Sequence[Span] | None = None,
-        bucket: int = 0,
     ) -> Work | None:
         """Sums (or averages) ``t`` over all ranks, in place; see `hybridcomm.allreduce`.
 
         ``residual_key`` and ``spans`` name the tensor and its parameters within ``residual``, for callers
-        that keep one `Residual` for many buckets. ``bucket`` numbers tensors of one size, so that ranks
-        which mix them up get an error: it is part of the plan, and so of every header.
+        that keep one `Residual` for many buckets. The name rides in every header too, so that ranks which mix
+        up tensors of one shape get an error.
         """
         target = view(t)
         compressor = compressors.resolve(compress)
@@ -110,14 +126,14 @@ class Context:
         if compressor is not None:
             compressors.check_compressible(compressor, dtype=target.dtype, op=op)
         plan, program = self._program(
-            ("allreduce", target.numel, target.dtype, op, str(compressor), bucket),
+            ("allreduce", target.numel, target.dtype, op, str(compressor)),
             lambda: collective_plans.allreduce(
                 self.topology,
                 target.numel,
                 dtype=target.dtype,
                 op=op,
                 compressor=compressor,
-                bucket=bucket,
+                chunk_nbytes=self.chunk_nbytes,
             ),
             compressor,
         )
@@ -125,7 +141,8 @@ class Context:
         if residual is not None:
             regions = plan.residual_regions(self.rank)
             e_in, e_out = residual.stage(residual_key, numel=target.numel, regions=regions, spans=spans)
-        return self._launch(program, target, async_op, residual=(e_in, e_out))
+        name = zlib.crc32(residual_key.encode()) if residual_key != _UNNAMED else 0
+        return self._launch(program, target, async_op, residual=(e_in, e_out), name=name)
 
     all_reduce = allreduce
 
@@ -134,7 +151,9 @@ class Context:
         target = view(t)
         _, program = self._program(
             ("broadcast", target.numel, target.dtype, root),
-            lambda: collective_plans.broadcast(self.topology, target.numel, root=root, dtype=target.dtype),
+            lambda: collective_plans.broadcast(
+                self.topology, target.numel, root=root, dtype=target.dtype, chunk_nbytes=self.chunk_nbytes
+            ),
         )
         return self._launch(program, target, async_op)
 
@@ -145,7 +164,9 @@ class Context:
         _flat(out)[self.rank * own.numel : (self.rank + 1) * own.numel] = _flat(t)
         _, program = self._program(
             ("all_gather", target.numel, target.dtype),
-            lambda: collective_plans.all_gather(self.topology, target.numel, dtype=target.dtype),
+            lambda: collective_plans.all_gather(
+                self.topology, target.numel, dtype=target.dtype, chunk_nbytes=self.chunk_nbytes
+            ),
         )
         return self._launch(program, target, async_op)
 
@@ -156,10 +177,12 @@ class Context:
         """
         own, whole = view(out, "out"), view(t)
         self._check_parts(whole=whole, part=own, names=("t", "out"))
-        scratch = t.clone() if hasattr(t, "clone") else t.copy()
+        scratch = t.detach().clone() if hasattr(t, "detach") else t.copy()
         _, program = self._program(
             ("reduce_scatter", whole.numel, whole.dtype, op),
-            lambda: collective_plans.reduce_scatter(self.topology, whole.numel, dtype=whole.dtype, op=op),
+            lambda: collective_plans.reduce_scatter(
+                self.topology, whole.numel, dtype=whole.dtype, op=op, chunk_nbytes=self.chunk_nbytes
+            ),
         )
 
         def copy_out() -> None:
@@ -180,7 +203,9 @@ class Context:
     ) -> Plan:
         """The plan that `allreduce` would run for such a tensor: print it, check it, compare digests."""
         compressor = compressors.resolve(compress)
-        return collective_plans.allreduce(self.topology, numel, dtype=dtype, op=op, compressor=compressor)
+        return collective_plans.allreduce(
+            self.topology, numel, dtype=dtype, op=op, compressor=compressor, chunk_nbytes=self.chunk_nbytes
+        )
 
     def counters(self) -> dict[str, int]:
         """Bytes since the start: ``wire_tx_bytes`` and ``wire_rx_bytes`` to and from other nodes (message
@@ -237,6 +262,7 @@ class Context:
         async_op: bool,
         *,
         residual: tuple[Any, Any] = (None, None),
+        name: int = 0,
         finish: Callable[[], None] | None = None,
         keep: Sequence[Array] = (),
     ) -> Work | None:
@@ -245,6 +271,7 @@ class Context:
             target.address,
             0 if e_in is None else e_in.ctypes.data,
             0 if e_out is None else e_out.ctypes.data,
+            name,
         )
         _note_written(target.owner)
         if not async_op:
@@ -266,7 +293,7 @@ def _flat(array: Array) -> Any:
 
 def _note_written(array: Array) -> None:
     """Tells autograd that the engine writes a tensor's memory, so that a stale use of it raises."""
-    if hasattr(array, "_version"):
+    if hasattr(array, "is_inference") and not array.is_inference():
         from torch.autograd.graph import increment_version
 
         increment_version(array)

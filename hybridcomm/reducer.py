@@ -192,7 +192,7 @@ class Reducer:
     def _launch(self, layout: BucketLayout) -> Any:
         flat = self._flats[layout.index]
         if self.compressor is None:
-            return self.ctx.allreduce(flat, op="mean", async_op=True, bucket=layout.index)
+            return self.ctx.allreduce(flat, op="mean", async_op=True, residual_key=layout.key)
         return self.ctx.allreduce(
             flat,
             op="mean",
@@ -201,7 +201,6 @@ class Reducer:
             async_op=True,
             residual_key=layout.key,
             spans=layout.spans,
-            bucket=layout.index,
         )
 
     # -- after backward ------------------------------------------------------------------

@@ -59,7 +59,6 @@ class ContextLike(Protocol):
         async_op: bool = ...,
         residual_key: str = ...,
         spans: Sequence[Span] | None = ...,
-        bucket: int = ...,
     ) -> Any: ...
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> Any: ...

@@ -7,6 +7,7 @@ The n-th call of each rank meets the n-th call of all others, as on a real engin
 from __future__ import annotations
 
 import threading
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,14 +79,14 @@ class FakeWork:
 
 
 class FakeContext:
-    """One rank's view; ``issued`` lists (collective, numel, bucket) in the order of its calls."""
+    """One rank's view; ``issued`` lists (collective, numel, name) in the order of its calls."""
 
     def __init__(self, world: FakeWorld, rank: int) -> None:
         self._world = world
         self.rank = rank
         self.topology = world.topology
         self.world_size = world.topology.world_size
-        self.issued: list[tuple[str, int, int]] = []
+        self.issued: list[tuple[str, int, str]] = []
 
     def allreduce(
         self,
@@ -97,7 +98,6 @@ class FakeContext:
         async_op: bool = False,
         residual_key: str = "tensor",
         spans: Sequence[Span] | None = None,
-        bucket: int = 0,
     ) -> Any:
         array = _numpy(tensor)
         plan = plans.allreduce(
@@ -106,13 +106,13 @@ class FakeContext:
             dtype=str(array.dtype),
             op=op,
             compressor=resolve(compress),
-            bucket=bucket,
+            bucket=zlib.crc32(residual_key.encode()),  # equal buckets differ by name, as in the engine's tags
         )
         staged = None
         regions = plan.residual_regions(self.rank)
         if residual is not None and regions:
             staged = residual.stage(residual_key, numel=array.size, regions=regions, spans=spans)
-        return self._issue(plan, tensor, array, async_op=async_op, staged=staged, bucket=bucket)
+        return self._issue(plan, tensor, array, async_op=async_op, staged=staged, name=residual_key)
 
     def broadcast(self, tensor: Any, root: int, *, async_op: bool = False) -> Any:
         array = _numpy(tensor)
@@ -140,10 +140,10 @@ class FakeContext:
         *,
         async_op: bool,
         staged: Any = None,
-        bucket: int = 0,
+        name: str = "tensor",
     ) -> Any:
         world, place = self._world, len(self.issued)
-        self.issued.append((plan.collective, array.size, bucket))
+        self.issued.append((plan.collective, array.size, name))
         with world.lock:
             if world.aborted:
                 raise AbortedError(f"rank {self.rank}: a rank aborted")

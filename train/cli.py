@@ -97,12 +97,8 @@ def _refuse_unknown(args: Sequence[str]) -> None:
     for arg in args:
         name = arg.partition("=")[0].replace("_", "-")
         if name.startswith("--") and name not in known:
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            if not close:
-                tails = {option.rpartition(".")[2].lstrip("-"): option for option in known}
-                close = [
-                    tails[t] for t in difflib.get_close_matches(name.lstrip("-"), tails, n=1, cutoff=0.6)
-                ]
+            close = [option for option in known if option.endswith(f".{name.lstrip('-')}")]
+            close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"; did you mean {close[0]}?" if close else "; see --help"
             raise ConfigError(f"unknown option {arg.partition('=')[0]}{hint}")
 

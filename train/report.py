@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from train.evaluate import Metrics
     from train.loop import Outcome
 
-__all__ = ["Reporter", "final_table", "summary"]
+__all__ = ["Reporter", "final_table", "refuse_used", "summary"]
 
 
 class Reporter:
@@ -95,16 +95,19 @@ def _is_terminal() -> bool:
     return Console().is_terminal
 
 
+def refuse_used(run_dir: Path) -> None:
+    """Raises ConfigError if the directory holds the metrics of another run: nothing is overwritten."""
+    if (run_dir / "metrics.jsonl").exists():
+        raise ConfigError(f"--run-dir {run_dir}: holds the metrics of another run; choose a new directory")
+
+
 def _open_run(run_dir: Path, config: TrainConfig) -> TextIO:
+    refuse_used(run_dir)
     path = run_dir / "metrics.jsonl"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = path.open("x", encoding="utf-8")
         (run_dir / "config.json").write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    except FileExistsError:
-        raise ConfigError(
-            f"--run-dir {run_dir}: holds the metrics of another run; choose a new directory"
-        ) from None
     except OSError as error:
         raise ConfigError(f"--run-dir {run_dir}: {error.strerror}") from None
     return file

@@ -94,8 +94,11 @@ def train(config: TrainConfig) -> int:
 def _start_ranks(config: TrainConfig, arguments: list[str]) -> int:
     """Checks what can be checked once, then starts the ranks."""
     from hybridcomm.launch import launch
+    from train.report import refuse_used
 
     _load(config, config.nproc)
+    if config.run_dir is not None:
+        refuse_used(config.run_dir)
     if config.run_dir is None:
         arguments = [*arguments, "--run-dir", str(Path("runs") / time.strftime("%Y%m%d-%H%M%S"))]
     return launch(["-m", "train.run", *arguments], nproc=config.nproc, nodes=config.nodes)

@@ -16,8 +16,9 @@ void raise_pending_signals() {
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
-Buffers buffers_at(uintptr_t tensor, uintptr_t residual_in, uintptr_t residual_out) {
+Buffers buffers_at(uintptr_t tensor, uintptr_t residual_in, uintptr_t residual_out, uint32_t name) {
   Buffers buffers;
+  buffers.name = name;
   buffers.tensor = reinterpret_cast<std::byte*>(tensor);
   buffers.residual_in = reinterpret_cast<const float*>(residual_in);
   buffers.residual_out = reinterpret_cast<float*>(residual_out);
@@ -71,20 +72,22 @@ void bind_engine(py::module_& module) {
       .def(
           "run",
           [](Engine& engine, std::shared_ptr<Program> program, uintptr_t tensor, uintptr_t residual_in,
-             uintptr_t residual_out) {
+             uintptr_t residual_out, uint32_t name) {
             const py::gil_scoped_release no_gil;
-            return engine.run(std::move(program), buffers_at(tensor, residual_in, residual_out),
+            return engine.run(std::move(program), buffers_at(tensor, residual_in, residual_out, name),
                               raise_pending_signals);
           },
-          py::arg("program"), py::arg("tensor"), py::arg("residual_in") = 0, py::arg("residual_out") = 0)
+          py::arg("program"), py::arg("tensor"), py::arg("residual_in") = 0, py::arg("residual_out") = 0,
+          py::arg("name") = 0)
       .def(
           "submit",
           [](Engine& engine, std::shared_ptr<Program> program, uintptr_t tensor, uintptr_t residual_in,
-             uintptr_t residual_out) {
+             uintptr_t residual_out, uint32_t name) {
             const py::gil_scoped_release no_gil;
-            return engine.submit(std::move(program), buffers_at(tensor, residual_in, residual_out));
+            return engine.submit(std::move(program), buffers_at(tensor, residual_in, residual_out, name));
           },
-          py::arg("program"), py::arg("tensor"), py::arg("residual_in") = 0, py::arg("residual_out") = 0)
+          py::arg("program"), py::arg("tensor"), py::arg("residual_in") = 0, py::arg("residual_out") = 0,
+          py::arg("name") = 0)
       .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>())
       .def("abort", &Engine::abort, py::call_guard<py::gil_scoped_release>())
       .def("counters", [](const Engine& engine) {

@@ -145,6 +145,7 @@ bool Executor::start(uint32_t index) {
 Tag Executor::tag_of(const Op& op, uint64_t nbytes) const {
   Tag tag = program_->tag;
   tag.step = op.step;
+  tag.tensor = buffers_.name;
   tag.nbytes = static_cast<uint32_t>(nbytes);
   return tag;
 }

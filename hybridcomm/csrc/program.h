@@ -54,6 +54,7 @@ struct Program {
 
 struct Buffers {
   std::byte* tensor = nullptr;
+  uint32_t name = 0;                   // of the tensor, hashed; goes into every tag
   const float* residual_in = nullptr;  // null: memoryless
   float* residual_out = nullptr;
 };

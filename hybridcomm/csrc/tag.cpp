@@ -19,7 +19,8 @@ const char* const kCodecs[] = {"none", "topk"};
 }  // namespace
 
 bool same_message(const Tag& seen, const Tag& expected) {
-  return seen.digest == expected.digest && seen.step == expected.step && seen.nbytes == expected.nbytes;
+  return seen.digest == expected.digest && seen.step == expected.step && seen.nbytes == expected.nbytes &&
+         seen.tensor == expected.tensor;
 }
 
 std::string describe(const Tag& tag) {
@@ -31,6 +32,9 @@ std::string describe(const Tag& tag) {
 std::string mismatch_text(int peer, const Tag& seen, const Tag& expected) {
   std::string text =
       "rank " + std::to_string(peer) + " runs " + describe(seen) + ", this rank " + describe(expected);
+  if (seen.digest == expected.digest && seen.tensor != expected.tensor) {
+    return text + " of another name: all ranks must reduce the same buckets in the same order";
+  }
   if (seen.digest == expected.digest) {
     return text + ", at step " + std::to_string(seen.step) + " against " + std::to_string(expected.step) +
            " of the same plan: the engine is at fault, please report it";

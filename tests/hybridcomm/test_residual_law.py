@@ -125,7 +125,7 @@ class ForgetsLastBucket(Reducer):
             return super()._launch(layout)
         flat = self._flats[layout.index]
         return self.ctx.allreduce(
-            flat, op="mean", compress=self.compressor, async_op=True, bucket=layout.index
+            flat, op="mean", compress=self.compressor, async_op=True, residual_key=layout.key
         )
 
 

@@ -96,7 +96,10 @@ def test_tensors_of_one_size_that_ranks_mix_up_are_an_error(make_contexts: MakeC
 
     def rank(ctx: Any) -> None:
         order = (0, 1) if ctx.rank % 2 else (1, 0)
-        works = [ctx.allreduce(np.ones(64, np.float32), residual_key=f"bucket{bucket}", async_op=True) for bucket in order]
+        works = [
+            ctx.allreduce(np.ones(64, np.float32), residual_key=f"bucket{bucket}", async_op=True)
+            for bucket in order
+        ]
         for work in works:
             work.wait()
 

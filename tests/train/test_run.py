@@ -16,18 +16,48 @@ from tests.train.builders import write_tables
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
-    *("--epochs", "2", "--batch-size", "16", "--model.dim", "16", "--model.hidden", "16", "--model.dropout", "0"),
-    *("--synthetic.users", "61", "--synthetic.items", "60", "--synthetic.clusters", "4", "--wire.timeout", "60"),
+    *(
+        "--epochs",
+        "2",
+        "--batch-size",
+        "16",
+        "--model.dim",
+        "16",
+        "--model.hidden",
+        "16",
+        "--model.dropout",
+        "0",
+    ),
+    *(
+        "--synthetic.users",
+        "61",
+        "--synthetic.items",
+        "60",
+        "--synthetic.clusters",
+        "4",
+        "--wire.timeout",
+        "60",
+    ),
 ]
 pytestmark = pytest.mark.timeout(400)  # a rank takes seconds to load torch, more on a busy machine
-LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "HYBRIDCOMM_STORE", "HYBRIDCOMM_NODES")
+LAUNCHED = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "HYBRIDCOMM_STORE",
+    "HYBRIDCOMM_NODES",
+)
 
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a command from the checkout's root, without what a launcher around the tests may have set."""
     env = {key: value for key, value in os.environ.items() if key not in LAUNCHED} | environment
     env["OMP_NUM_THREADS"] = "1"
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=380, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=380, check=False
+    )
 
 
 def train(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -48,7 +78,14 @@ def final(folder: Path, *arguments: str) -> dict[str, Any]:
 def test_four_ranks_as_two_nodes(tmp_path: Path) -> None:
     done = train(*SMALL, "--run-dir", str(tmp_path / "a"))
     assert done.returncode == 0, done.stderr
-    for word in ("popularity", "best reachable", "samples/s", "MB/step", "exposed communication", "topk:0.01"):
+    for word in (
+        "popularity",
+        "best reachable",
+        "samples/s",
+        "MB/step",
+        "exposed communication",
+        "topk:0.01",
+    ):
         assert word in done.stdout
     (values,) = events(tmp_path / "a", "final")
     assert values["users"] == 61
@@ -110,7 +147,9 @@ def test_mistakes_give_one_line_and_no_traceback(arguments: list[str], code: int
 
 def test_malformed_data_is_told_once_by_all_ranks_together(tmp_path: Path) -> None:
     rows = "".join(f"u{user}\ti{item}\t{item}\n" for user in range(5) for item in range(4))
-    folder = write_tables(tmp_path / "data", "user_id\titem_id\tposition\n" + rows.replace("u3\ti2\t2", "u3\ti2\tx"))
+    folder = write_tables(
+        tmp_path / "data", "user_id\titem_id\tposition\n" + rows.replace("u3\ti2\t2", "u3\ti2\tx")
+    )
     for command in (["-m", "train.run"], ["-m", "hybridcomm.launch", "--nproc", "2", "-m", "train.run"]):
         done = run([sys.executable, *command, "--data", str(folder)])
         assert done.returncode == 1

@@ -16,7 +16,9 @@ def test_features_are_reproducible_rows_of_mean_square_one() -> None:
     assert features.shape == (len(TEXTS), 8)
     assert features.dtype == torch.float32
     assert torch.equal(features, text_features(TEXTS, 8))
-    torch.testing.assert_close(features.square().mean(1), torch.ones(len(TEXTS)), rtol=gamma(3 * 8 + 8, "float32"), atol=0.0)
+    torch.testing.assert_close(
+        features.square().mean(1), torch.ones(len(TEXTS)), rtol=gamma(3 * 8 + 8, "float32"), atol=0.0
+    )
 
 
 def test_similar_texts_are_close() -> None:
@@ -30,7 +32,9 @@ def test_full_rank_features_keep_all_products() -> None:
     whole = text_features(texts, 10)
     gram = whole @ whole.T / 10
     again = text_features(list(reversed(texts)), 10)
-    torch.testing.assert_close(gram.flip(0, 1), again @ again.T / 10, rtol=0.0, atol=1e3 * gamma(10, "float32"))
+    torch.testing.assert_close(
+        gram.flip(0, 1), again @ again.T / 10, rtol=0.0, atol=1e3 * gamma(10, "float32")
+    )
 
 
 def test_empty_texts_and_more_features_than_texts() -> None:

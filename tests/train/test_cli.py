@@ -90,5 +90,12 @@ def test_help_is_grouped_with_units_and_defaults(capsys: pytest.CaptureFixture[s
         parse(["--help"])
     assert not stopped.value.code
     out = capsys.readouterr().out
-    for text in ("optim options", "model options", "wire options", "synthetic options", "(default: 4)", "MiB"):
+    for text in (
+        "optim options",
+        "model options",
+        "wire options",
+        "synthetic options",
+        "(default: 4)",
+        "MiB",
+    ):
         assert text in out

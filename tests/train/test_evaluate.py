@@ -25,7 +25,9 @@ Score = Callable[[list[np.ndarray]], torch.Tensor]
 
 def brute_force_rank(scores: list[float], target: int, history: set[int]) -> int | None:
     """Place of the target in the sorted list of allowed items; None when it is not allowed."""
-    order = sorted((item for item in range(len(scores)) if item not in history), key=lambda i: (-scores[i], i))
+    order = sorted(
+        (item for item in range(len(scores)) if item not in history), key=lambda i: (-scores[i], i)
+    )
     return order.index(target) + 1 if target in order else None
 
 
@@ -34,7 +36,9 @@ def brute_force(score: Score, data: Dataset, split: Split, offset: int) -> Metri
     for user in split.users:
         end = split.train_ends[user] + offset
         history = data.sequence(user)[:end]
-        rank = brute_force_rank(score([history])[0].tolist(), int(data.sequence(user)[end]), set(history.tolist()))
+        rank = brute_force_rank(
+            score([history])[0].tolist(), int(data.sequence(user)[end]), set(history.tolist())
+        )
         if rank is not None and rank <= CUTOFF:
             hits += 1
             gain += 1 / math.log2(rank + 1)
@@ -70,11 +74,15 @@ def test_ranks_against_brute_force(draw: st.DataObject) -> None:
 
 
 def test_ties_go_to_the_lower_index() -> None:
-    ranks = target_ranks(torch.zeros(3, 5), torch.tensor([0, 2, 4]), [np.array([1]), np.array([1]), np.array([1])])
+    ranks = target_ranks(
+        torch.zeros(3, 5), torch.tensor([0, 2, 4]), [np.array([1]), np.array([1]), np.array([1])]
+    )
     assert ranks.tolist() == [1, 2, 4]
 
 
-def over_ranks(world_size: int, data: Dataset, split: Split, planted: Callable[[Split, int], Split]) -> list[Metrics]:
+def over_ranks(
+    world_size: int, data: Dataset, split: Split, planted: Callable[[Split, int], Split]
+) -> list[Metrics]:
     """Ranks as threads whose sums really wait for each other; ``planted`` may tamper with a rank's split."""
     barrier = threading.Barrier(world_size)
     parts: dict[int, np.ndarray] = {}
@@ -88,7 +96,13 @@ def over_ranks(world_size: int, data: Dataset, split: Split, planted: Callable[[
 
         try:
             results[rank] = evaluate_scores(
-                rough_scores, data, planted(split, rank), which="test", rank=rank, world_size=world_size, reduce=reduce
+                rough_scores,
+                data,
+                planted(split, rank),
+                which="test",
+                rank=rank,
+                world_size=world_size,
+                reduce=reduce,
             )
         except EvaluationError as error:
             results[rank] = error
@@ -129,7 +143,9 @@ def test_control_a_leak_of_the_target_is_noticed() -> None:
     leak = {tuple(data.sequence(u)[:-1].tolist()): int(data.sequence(u)[-1]) for u in split.users}
 
     def cheating(histories: list[np.ndarray]) -> torch.Tensor:
-        return torch.nn.functional.one_hot(torch.tensor([leak[tuple(h.tolist())] for h in histories]), ITEMS).float()
+        return torch.nn.functional.one_hot(
+            torch.tensor([leak[tuple(h.tolist())] for h in histories]), ITEMS
+        ).float()
 
     assert evaluate_scores(cheating, data, split, which="test").ndcg == 1.0
     assert evaluate_scores(rough_scores, data, split, which="test").ndcg < 0.6

@@ -55,7 +55,9 @@ def test_control_another_ranking_reaches_less() -> None:
 
 
 def test_no_order_of_items_beats_the_bound() -> None:
-    matrix = np.array([[0.1, 0.5, 0.2, 0.2], [0.3, 0.1, 0.2, 0.4], [0.0, 0.6, 0.3, 0.1], [0.7, 0.1, 0.1, 0.1]])
+    matrix = np.array(
+        [[0.1, 0.5, 0.2, 0.2], [0.3, 0.1, 0.2, 0.4], [0.0, 0.6, 0.3, 0.1], [0.7, 0.1, 0.1, 0.1]]
+    )
     for history in ([0], [2, 1], [3]):
         row = next_item_probabilities(matrix, np.array(history))
         best = max(

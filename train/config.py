@@ -78,7 +78,7 @@ class TrainConfig(BaseModel):
         "hybridcomm", description="Who averages gradients; ddp is the peer."
     )
     compress: str = Field("topk:0.01", description="Compression between nodes: none, or topk:RATIO.")
-    text_features: int = Field(128, ge=1, description="Width of the text features, for data with item text.")
+    text_features: int = Field(256, ge=1, description="Width of the text features, for data with item text.")
     threads: int = Field(1, ge=1, description="Compute threads per rank.")
     run_dir: Path | None = Field(
         None, description="Where metrics.jsonl and config.json go (default: runs/TIME)."

@@ -177,7 +177,8 @@ def _failed(error: Exception, config: TrainConfig | None) -> int:
 
 
 def _complain(text: str) -> None:
-    print(f"train.run: error: {text}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"train.run: error: {text}\n")  # one write: lines of several ranks must not mix
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 1. tokens    lower-cased words and pairs of neighbours, hashed (CRC-32) into a fixed number of columns
 2. weights   (1 + log tf) * idf, rows scaled to length 1
-3. SVD       randomised subspace iteration (arXiv 0909.4061) from a fixed seed; rows scaled to a mean square of 1
+3. SVD       randomised subspace iteration (arXiv 0909.4061) from a fixed seed; rows scaled to one
+             mean square
 
 A pure function of the texts: no download, no language model, the same on every run.
 """
@@ -22,10 +23,11 @@ __all__ = ["text_features"]
 
 _WORD = re.compile(r"[a-z0-9]+")
 _COLUMNS = 1 << 15
+_ROOT_MEAN_SQUARE = 0.5  # of a feature: at 1 the first steps of Adam move the projection too far
 
 
 def text_features(texts: Sequence[str], features: int) -> Tensor:
-    """One row per text, fp32 [texts, features], rows of mean square 1 (zero for an empty text)."""
+    """One row per text, fp32 [texts, features], rows of root mean square 0.5 (zero for an empty text)."""
     if not texts:
         return torch.zeros(0, features)
     weights = _tf_idf(texts)
@@ -40,7 +42,7 @@ def text_features(texts: Sequence[str], features: int) -> Tensor:
     # The sign of a singular vector is arbitrary: make each column's largest entry positive.
     peaks = reduced.gather(0, reduced.abs().argmax(0, keepdim=True))
     reduced = torch.nn.functional.normalize(reduced * torch.where(peaks < 0, -1.0, 1.0), dim=1)
-    return torch.nn.functional.pad(reduced, (0, features - rank)) * features**0.5
+    return torch.nn.functional.pad(reduced, (0, features - rank)) * (_ROOT_MEAN_SQUARE * features**0.5)
 
 
 def _tf_idf(texts: Sequence[str]) -> Tensor:

@@ -47,7 +47,8 @@ class Alone(Communicator):
     def backward(self, loss: torch.Tensor, *, sync: bool) -> None:
         loss.backward()
         if sync:
-            flat = torch.cat([p.grad.reshape(-1) for p in self.model.parameters() if p.grad is not None])
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
             self.gradients.append(flat.clone())
             if self.synced in self.broken_steps:
                 next(self.model.parameters()).grad.view(-1)[0] = float("nan")  # type: ignore[union-attr]

@@ -112,9 +112,9 @@ class TrainConfig(BaseModel):
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
     "scientific": {
-        "epochs": 20,
+        "epochs": 24,
         "batch_size": 128,
-        "optim": {"lr": 3e-3},
+        "optim": {"lr": 3e-3, "warmup_steps": 200},
         "model": {"dropout": 0.4},
     },
     "speed": {

@@ -7,7 +7,7 @@ import gc
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import torch
@@ -22,9 +22,13 @@ _WARMUP = 3  # PowerSGD starts compressing in its third call
 
 
 def _build(names: Sequence[str], numel: int) -> dict[str, Peer]:
-    makers = {"gloo": lambda: GlooAllReduce(numel), **hooks(numel), **ours(numel)}
+    makers: dict[str, Callable[[], Peer]] = {
+        "gloo": lambda: GlooAllReduce(numel),
+        **hooks(numel),
+        **ours(numel),
+    }
     wanted = list(names)
-    if any(name in hooks(numel) for name in wanted) and "local" not in wanted:
+    if any(name in hooks(numel) or name == "ours-reducer" for name in wanted) and "local" not in wanted:
         wanted.append("local")
     return {name: makers[name]() for name in wanted}
 

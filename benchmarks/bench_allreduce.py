@@ -15,9 +15,9 @@ from benchmarks.cluster import Cluster, ClusterError
 from benchmarks.table import table
 from benchmarks.timing import wire_limit
 
-_PEERS = "gloo,fp16,powersgd,topk-naive,ours,ours-topk"
-_BASELINE = {"ours": "ours", "gloo": "ours"}
-"""Which of our lines a peer is compared with: compressed peers with ours compressed."""
+_PEERS = "gloo,fp16,powersgd,topk-naive,ours,ours-topk,ours-reducer"
+_BASELINE = {"ours": "ours", "gloo": "ours", "ours-topk": "ours-topk"}
+"""Which of our lines a peer is compared with; those not named, DDP's hooks, with our Reducer."""
 
 
 def _arguments() -> argparse.Namespace:
@@ -34,8 +34,8 @@ def _arguments() -> argparse.Namespace:
 
 def _row(line: dict[str, Any], result: dict[str, Any], limit: float) -> list[str]:
     ms, by_key = line["ms"], {other["key"]: other["ms"]["median"] for other in result["lines"]}
-    ours = by_key.get(_BASELINE.get(line["key"], "ours-topk"))
-    dense = line["key"] in _BASELINE
+    ours = by_key.get(_BASELINE.get(line["key"], "ours-reducer"))
+    dense = line["key"] in ("gloo", "ours")
     engine = line["engine_bytes"]
     return [
         line["name"],

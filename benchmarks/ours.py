@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 import hybridcomm
-from benchmarks.peers import Peer, heavy_tailed, integers
+from benchmarks.peers import OneParameter, Peer, heavy_tailed, integers
 
-__all__ = ["OursDense", "OursTopK", "ours"]
+__all__ = ["OursDense", "OursReducer", "OursTopK", "ours"]
 
 _UNIT = 2.0**-24  # half a unit in the last place of fp32
 
@@ -101,8 +101,8 @@ class OursTopK:
             given += values * self._factor
             size += values.abs() * self._factor
         left = torch.zeros_like(self._applied)
-        for key, values in self._residual.state_dict().items():
-            left[_slice(key)] += torch.from_numpy(values.astype(np.float64))
+        for key, part in self._residual.state_dict().items():
+            left[_slice(key)] += torch.from_numpy(part.astype(np.float64))
         dist.all_reduce(left)
         error = (given - self._applied - left).abs()
         allowed = size * (_UNIT * turns * (world + 2))
@@ -118,6 +118,50 @@ class OursTopK:
         return round(((8 * self._factor + 1) ** 0.5 - 1) / 2)
 
 
+class OursReducer:
+    """The backward of the hooks' model with our Reducer: like for like, bucket copies too."""
+
+    name = "Reducer topk:0.01"
+    less_local = True
+
+    def __init__(self, numel: int, context: hybridcomm.Context) -> None:
+        self._context = context
+        model = OneParameter(numel)
+        cap = numel * 4 / 2**20 + 1
+        self._reducer = hybridcomm.Reducer(model, ctx=context, compress="topk:0.01", bucket_cap_mb=cap)
+        self._model, self._weight = model, model.weight
+        self._own = heavy_tailed(numel, context.rank).view_as(model.weight)
+        self._values = torch.empty_like(self._own)
+        self._loss = torch.zeros(())
+
+    @property
+    def wire_nbytes(self) -> int:
+        """Bytes this rank has sent to other nodes, by the engine's count."""
+        return self._context.counters()["wire_tx_bytes"]
+
+    def rewrite(self, turn: int) -> None:
+        """As for the hooks: a new input and its forward pass; the old gradient is zeroed in place."""
+        torch.mul(self._own, float(turn + 1), out=self._values)
+        if self._weight.grad is not None:
+            self._weight.grad.zero_()
+        self._loss = self._model(self._values)
+
+    def call(self) -> None:
+        """The backward, and the wait for the averaged gradient."""
+        self._loss.backward()
+        self._reducer.finalize()
+
+    def check(self, turn: int) -> None:
+        """A gradient is there and finite; commits the residual as an optimizer step would."""
+        self._reducer.commit()
+        grad = self._weight.grad
+        if grad is None or not bool(torch.isfinite(grad).all()) or not bool(grad.any()):
+            raise AssertionError(f"{self.name}: no gradient in turn {turn}")
+
+    def finish(self) -> None:
+        """Nothing more: ``OursTopK`` closes the books of the same route."""
+
+
 def _slice(key: str) -> slice:
     match = re.fullmatch(r".*\[(\d+):(\d+)\]", key)
     assert match is not None, key
@@ -128,5 +172,6 @@ def ours(numel: int) -> dict[str, Callable[[], Peer]]:
     """Our lines by the name they are asked for; they use the default context."""
     return {
         "ours": lambda: OursDense(numel, hybridcomm.default_context()),
+        "ours-reducer": lambda: OursReducer(numel, hybridcomm.default_context()),
         "ours-topk": lambda: OursTopK(numel, hybridcomm.default_context()),
     }

@@ -14,7 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powersgd
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["DdpHook", "GlooAllReduce", "Peer", "heavy_tailed", "integers", "naive_topk_hook"]
+__all__ = ["DdpHook", "GlooAllReduce", "OneParameter", "Peer", "heavy_tailed", "integers", "naive_topk_hook"]
 
 
 class Peer(Protocol):
@@ -77,7 +77,7 @@ class GlooAllReduce:
         """Nothing is kept between calls."""
 
 
-class _OneParameter(torch.nn.Module):
+class OneParameter(torch.nn.Module):
     """A model whose gradient is its input."""
 
     def __init__(self, numel: int) -> None:
@@ -99,7 +99,7 @@ class DdpHook:
 
     def __init__(self, name: str, numel: int, hook: Callable[..., Any] | None, state: object = None) -> None:
         self.name = name
-        model = _OneParameter(numel)
+        model = OneParameter(numel)
         self._sync = hook is not None
         self._model = DistributedDataParallel(model, bucket_cap_mb=numel * 4 / 2**20 + 1, init_sync=False)
         if hook is not None:

@@ -122,7 +122,7 @@ def allreduce(
     group: Context | None = None,
     async_op: bool = False,
 ) -> Work | None:
-    """Sums or averages ``t`` over all ranks in place; ``compress`` without ``residual`` loses what is not sent.
+    """Sums or averages ``t`` over all ranks; with ``compress`` but no ``residual`` it is memoryless.
 
     ``t``: a contiguous CPU tensor (torch or numpy): float32, bfloat16 and float16 (both accumulated in
     float32), float64, int32, int64. ``op``: "sum" or "mean" (floating point only). ``compress``: None (dense)

@@ -50,7 +50,7 @@ def allreduce(
     codec = compressor if nodes > 1 else None
     align = codec.block if codec is not None else policy.DENSE_ALIGN
     shards = shard_regions(numel, topology.K, align)
-    size = _chunk_size(chunk_elems, chunk_nbytes, numel, dtype, len(shards), align)
+    size = _chunk_size(chunk_elems, chunk_nbytes, numel, dtype, len(shards), align, codec is not None)
     writer = Writer(topology, bucket)
     divisor = world if op == "mean" else 1
 
@@ -199,7 +199,9 @@ def _parts(topology: Topology, numel: int, collective: str) -> list[Region]:
     return [Region(rank * part, (rank + 1) * part) for rank in range(world)]
 
 
-def _chunk_size(asked: int | None, limit: int, numel: int, dtype: str, shards: int, align: int) -> int:
+def _chunk_size(
+    asked: int | None, limit: int, numel: int, dtype: str, shards: int, align: int, compressed: bool = False
+) -> int:
     """``asked`` elements, or what policy says, within ``limit`` bytes (a slot of the shared memory)."""
     if asked is not None:
         if asked <= 0 or asked % align:
@@ -210,7 +212,8 @@ def _chunk_size(asked: int | None, limit: int, numel: int, dtype: str, shards: i
         raise UnsupportedError(
             f"chunk_nbytes={limit}: a chunk cannot hold one block of {align} {dtype}; raise it"
         )
-    return min(policy.chunk_elems(numel=numel, dtype=dtype, shards=shards, align=align), most)
+    wanted = policy.chunk_elems(numel=numel, dtype=dtype, shards=shards, align=align, compressed=compressed)
+    return min(wanted, most)
 
 
 def _check_request(op: str, dtype: str, numel: int, compressor: BlockCodec | None) -> None:

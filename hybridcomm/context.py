@@ -116,7 +116,8 @@ class Context:
         """Sums (or averages) ``t`` over all ranks, in place; see `hybridcomm.allreduce`.
 
         ``residual_key`` and ``spans`` name the tensor and its parameters within ``residual``, for callers
-        that keep one `Residual` for many buckets.
+        that keep one `Residual` for many buckets. The name rides in every header too, so that ranks which mix
+        up tensors of one shape get an error.
         """
         target = view(t)
         compressor = compressors.resolve(compress)

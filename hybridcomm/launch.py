@@ -128,6 +128,14 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def _command_begin(arguments: Sequence[str]) -> int:
+    """Where the launcher's own options end."""
+    place = 0
+    while place < len(arguments) and arguments[place].startswith("--"):
+        place += 1 if "=" in arguments[place] or arguments[place] == "--help" else 2
+    return place
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m hybridcomm.launch", description=__doc__)
     parser.add_argument("--nproc", type=int, required=True, help="ranks to start")
@@ -135,7 +143,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--nodes", type=int, default=None, help="virtual nodes to spread them over (default: one)"
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="script.py ARGS, or -m module ARGS")
-    options = parser.parse_args(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # argparse would take the command's -m for an option of its own: it only sees what stands before the command.
+    split = _command_begin(arguments)
+    options = parser.parse_args(arguments[:split])
+    options.command = arguments[split:]
     if not options.command:
         parser.error("nothing to run: give a script, or -m and a module")
     try:

@@ -48,11 +48,18 @@ def itemsize(dtype: str) -> int:
         raise DataTypeError(f"dtype {dtype!r}: plans carry {', '.join(ITEMSIZE)}") from None
 
 
-def chunk_elems(*, numel: int, dtype: str, shards: int, align: int = DENSE_ALIGN) -> int:
-    """Elements per chunk: a quarter of a shard, within 64..512 KiB, and a multiple of ``align``."""
+def chunk_elems(
+    *, numel: int, dtype: str, shards: int, align: int = DENSE_ALIGN, compressed: bool = False
+) -> int:
+    """Elements per chunk: a quarter of a shard, within 64..512 KiB, and a multiple of ``align``.
+
+    Compressed chunks are as long as they may be: their payloads are a hundredth of that, and short messages cost
+    more in headers than pipelining them gains.
+    """
     size = itemsize(dtype)
     shard_nbytes = -(-numel // max(shards, 1)) * size
-    nbytes = min(max(shard_nbytes // _CHUNKS_WANTED, MIN_CHUNK_NBYTES), MAX_CHUNK_NBYTES)
+    wanted = MAX_CHUNK_NBYTES if compressed else shard_nbytes // _CHUNKS_WANTED
+    nbytes = min(max(wanted, MIN_CHUNK_NBYTES), MAX_CHUNK_NBYTES)
     return max(nbytes // size // align, 1) * align
 
 

@@ -57,7 +57,7 @@ class ContextLike(Protocol):
         compress: str | Compressor | None = ...,
         residual: Residual | None = ...,
         async_op: bool = ...,
-        residual_key: str | None = ...,
+        residual_key: str = ...,
         spans: Sequence[Span] | None = ...,
     ) -> Any: ...
 

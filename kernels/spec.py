@@ -157,6 +157,15 @@ class TopKSpec:
         """Largest scale byte an encoder writes (1 is the smallest); larger ones could decode to infinity."""
         return 256 - self.layout[2]
 
+    @property
+    def contraction(self) -> float:
+        """d in |x - C(x)|^2 <= (1 - d) |x|^2, for every block of any input; in practice it is far better.
+
+        From the largest element alone, which loses less than 2^(2 - value_bits) of itself. It needs that
+        element to be at least 2^(value_bits - 128), below which the scale sits on its floor.
+        """
+        return (1.0 - 4.0 ** (2 - self.layout[2])) / self.block
+
     def nblocks(self, numel: int) -> int:
         return -(-numel // self.block)
 
@@ -175,7 +184,7 @@ class TopKSpec:
     @classmethod
     def parse(cls, text: str) -> TopKSpec:
         """The spec whose ``str`` is ``text``; ``topk`` and ``topk:0.01`` take the defaults for the rest."""
-        match = re.fullmatch(r"topk(?::([^/]+))?(?:/b(\d+))?(?:/k(\d+))?(?:/v(\d+))?", text)
+        match = re.fullmatch(r"topk(?::([^/\s]+))?(?:/b(\d+))?(?:/k(\d+))?(?:/v(\d+))?", text)
         try:
             if match is None:
                 raise ValueError(text)

@@ -1,7 +1,8 @@
 """Layers of the decoder: RMSNorm, rotary positions, causal attention, SwiGLU, and the block that joins them.
 
 Shapes: B rows, T tokens in a row, D = dim, H heads, C = D / H channels of a head.
-Sources: RMSNorm arXiv 1910.07467, RoPE arXiv 2104.09864, SwiGLU arXiv 2002.05202, their union arXiv 2302.13971.
+Sources: RMSNorm arXiv 1910.07467, RoPE arXiv 2104.09864, SwiGLU arXiv 2002.05202, their union arXiv
+2302.13971.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(positions: Tensor, channels: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles: positions [B, T] (int64) -> two tensors [B, 1, T, C / 2], fp32."""
+    """Cosines and sines of the rotary angles: positions [B, T] (int64) -> two tensors [B, 1, T, C / 2],
+    fp32."""
     rates = base ** (-torch.arange(0, channels, 2, dtype=torch.float32, device=positions.device) / channels)
     angles = positions[:, None, :, None].to(torch.float32) * rates
     return angles.cos(), angles.sin()

@@ -9,9 +9,10 @@ __all__ = ["next_item_loss"]
 
 
 def next_item_loss(scores: Tensor, targets: Tensor) -> Tensor:
-    """Sum over predictions of the cross-entropy, in nats; scores [N, V] floating, targets [N] int64 -> scalar.
+    """Sum over predictions of the cross-entropy, in nats; scores [N, V] floating, targets [N] int64 ->
+    scalar.
 
-    A sum and not a mean: the caller divides once by the global number of predictions, so that the gradient of a
-    ragged batch over any number of ranks is that of one process (a mean of means is not).
+    A sum and not a mean: the caller divides once by the global number of predictions, so that the
+    gradient of a ragged batch over any number of ranks is that of one process (a mean of means is not).
     """
     return F.cross_entropy(scores, targets, reduction="sum")

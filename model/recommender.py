@@ -19,8 +19,9 @@ __all__ = ["Recommender"]
 class Recommender(nn.Module):
     """Scores the next item of a sequence.
 
-    ``text_features`` is a frozen fp32 tensor [items, features] or None. It is a buffer that checkpoints leave out: it
-    is a pure function of the data. Sequences of several users may share a row: ``segments`` tells them apart.
+    ``text_features`` is a frozen fp32 tensor [items, features] or None. It is a buffer that checkpoints
+    leave out: it is a pure function of the data. Sequences of several users may share a row: ``segments``
+    tells them apart.
     """
 
     text_features: Tensor | None
@@ -58,8 +59,8 @@ class Recommender(nn.Module):
     def forward(self, items: Tensor, segments: Tensor, positions: Tensor, picks: Tensor) -> Tensor:
         """Scores of all items after the picked tokens.
 
-        ``items``, ``segments``, ``positions`` are int64 [B, T]; tokens attend to earlier tokens of their own segment.
-        ``picks`` is int64 [N], indices into the B * T tokens. Returns [N, items].
+        ``items``, ``segments``, ``positions`` are int64 [B, T]; tokens attend to earlier tokens of their
+        own segment. ``picks`` is int64 [N], indices into the B * T tokens. Returns [N, items].
         """
         table = self.item_table()
         hidden = self.decode(nn.functional.embedding(items, table), segments, positions)

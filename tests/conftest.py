@@ -10,6 +10,7 @@ import pytest
 from hybridcomm.topology import Topology
 from tests.engine_ranks import close_all, make_engine_contexts
 from tests.fake_context import make_fake_contexts
+from tests.floor import pytest_configure, pytest_sessionfinish, pytest_terminal_summary  # noqa: F401
 
 MakeContexts = Callable[[Topology], list[Any]]
 

@@ -7,6 +7,7 @@ The n-th call of each rank meets the n-th call of all others, as on a real engin
 from __future__ import annotations
 
 import threading
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,8 +25,8 @@ from tests.interpreter import Interpreter
 
 
 class _Call:
-    def __init__(self, plan: Plan, signature: object) -> None:
-        self.plan, self.signature = plan, signature
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
         self.buffers: dict[int, np.ndarray[Any, Any]] = {}
         self.residuals: dict[int, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = {}
         self.wire: dict[int, int] = {}
@@ -78,14 +79,14 @@ class FakeWork:
 
 
 class FakeContext:
-    """One rank's view; ``issued`` lists (collective, numel, key) in the order of its calls."""
+    """One rank's view; ``issued`` lists (collective, numel, name) in the order of its calls."""
 
     def __init__(self, world: FakeWorld, rank: int) -> None:
         self._world = world
         self.rank = rank
         self.topology = world.topology
         self.world_size = world.topology.world_size
-        self.issued: list[tuple[str, int, str | None]] = []
+        self.issued: list[tuple[str, int, str]] = []
 
     def allreduce(
         self,
@@ -95,19 +96,23 @@ class FakeContext:
         compress: str | Compressor | None = None,
         residual: Residual | None = None,
         async_op: bool = False,
-        residual_key: str | None = None,
+        residual_key: str = "tensor",
         spans: Sequence[Span] | None = None,
     ) -> Any:
         array = _numpy(tensor)
         plan = plans.allreduce(
-            self.topology, array.size, dtype=str(array.dtype), op=op, compressor=resolve(compress)
+            self.topology,
+            array.size,
+            dtype=str(array.dtype),
+            op=op,
+            compressor=resolve(compress),
+            bucket=zlib.crc32(residual_key.encode()),  # equal buckets differ by name, as in the engine's tags
         )
         staged = None
         regions = plan.residual_regions(self.rank)
         if residual is not None and regions:
-            key = residual_key or "tensor"
-            staged = residual.stage(key, numel=array.size, regions=regions, spans=spans)
-        return self._issue(plan, tensor, array, async_op=async_op, staged=staged, key=residual_key)
+            staged = residual.stage(residual_key, numel=array.size, regions=regions, spans=spans)
+        return self._issue(plan, tensor, array, async_op=async_op, staged=staged, name=residual_key)
 
     def broadcast(self, tensor: Any, root: int, *, async_op: bool = False) -> Any:
         array = _numpy(tensor)
@@ -135,20 +140,20 @@ class FakeContext:
         *,
         async_op: bool,
         staged: Any = None,
-        key: str | None = None,
+        name: str = "tensor",
     ) -> Any:
         world, place = self._world, len(self.issued)
-        self.issued.append((plan.collective, array.size, key))
+        self.issued.append((plan.collective, array.size, name))
         with world.lock:
             if world.aborted:
                 raise AbortedError(f"rank {self.rank}: a rank aborted")
             if place == len(world.calls):
-                world.calls.append(_Call(plan, (plan.digest, key)))
+                world.calls.append(_Call(plan))
             call = world.calls[place]
             call.buffers[self.rank] = array
             if staged is not None:
                 call.residuals[self.rank] = staged
-            if call.signature != (plan.digest, key) and call.error is None:
+            if call.plan.digest != plan.digest and call.error is None:
                 call.error = PlanMismatchError(
                     f"call {place}: rank {self.rank} {self.issued[-1]}, others {call.plan.collective} "
                     f"of {call.plan.numel}"

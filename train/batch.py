@@ -1,7 +1,8 @@
 """Batches: which users a rank takes in a step, and how their sequences are packed into rows.
 
-Histories are short and of uneven length, so several users share a row; ``segments`` keeps them apart. The sampler is
-exact: in an epoch each user is drawn once at any number of ranks, and what a step holds does not depend on it.
+Histories are short and of uneven length, so several users share a row; ``segments`` keeps them apart. The
+sampler is exact: in an epoch each user is drawn once at any number of ranks, and what a step holds does
+not depend on it.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def rank_share(users: np.ndarray, rank: int, world_size: int) -> np.ndarray:
 
 
 def pack(histories: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> Packed:
-    """Packs histories into rows, next-fit in the given order; targets[i] follow the last tokens of histories[i].
+    """Packs histories into rows, next-fit in the given order; targets[i] follow the last tokens of
+    histories[i].
 
     ``len(targets[i])`` tokens of history i are picked: its last ones. Padding is item 0 in segment -1.
     """
@@ -92,7 +94,8 @@ def pack(histories: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> Pack
 
 
 def train_batch(data: Dataset, split: Split, users: np.ndarray, max_len: int) -> Packed:
-    """Every next-item prediction inside the users' training prefixes (the most recent ``max_len`` of each)."""
+    """Every next-item prediction inside the users' training prefixes (the most recent ``max_len`` of
+    each)."""
     histories, targets = [], []
     for user in users:
         prefix = data.sequence(user)[: split.train_ends[user]][-(max_len + 1) :]

@@ -22,11 +22,11 @@ from train.errors import ConfigError
 __all__ = ["parse"]
 
 _EXTRA = {"--help", "-h", "--config", "--print-config", "--model.preset"}
-_DESCRIPTION = """Trains a sequential recommender over several ranks and evaluates it by full ranking (HR@10, NDCG@10).
+_DESCRIPTION = """Trains a sequential recommender over several ranks; evaluates it by full ranking.
 
-Without arguments: 4 ranks as 2 virtual nodes of 2, generated data, top-k 1 % with error feedback between nodes.
-Started by torchrun it joins as one rank. Also understood: --config FILE (JSON, as printed by --print-config),
---print-config, and --model.preset NAME (small, wide, deep)."""
+Without arguments: 4 ranks as 2 virtual nodes of 2, generated data, top-k 1 % with error feedback between
+nodes. Started by torchrun it joins as one rank. Also understood: --config FILE (JSON, as printed by
+--print-config), --print-config, and --model.preset NAME (small, wide, deep)."""
 
 
 def parse(argv: Sequence[str]) -> TrainConfig | None:
@@ -75,9 +75,21 @@ def _apply_command_line(args: list[str], default: TrainConfig) -> TrainConfig:
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        text = re.sub(r"[╭╮╰╯│─┌┐└┘━┃]+|\x1b\[[0-9;]*m", " ", said.getvalue())
-        text = text.split("For full helptext")[0].replace("Parsing error", "")
-        raise ConfigError(" ".join(text.split()) or "the command line cannot be parsed") from None
+        raise ConfigError(_plain(said.getvalue())) from None
+
+
+def _plain(said: str) -> str:
+    """tyro's framed message as one line."""
+    text = " ".join(re.sub(r"[╭╮╰╯│─]+|\x1b\[[0-9;]*m", " ", said).split())
+    found = re.search(r"Error parsing (\S+): \d+ validation errors? for \w+ (.*?) \[type=", text)
+    if found:  # pydantic: "Value error, ..." of a whole group, or "field what is wrong" of a field
+        group = "" if found[1] == "TrainConfig" else f"{found[1]}."
+        whole, _, message = found[2].partition("Value error, ")
+        field, _, problem = found[2].partition(" ")
+        return message if not whole else f"--{group}{field.replace('_', '-')}: {problem}"
+    text = re.split(r"Argument helptext|For full helptext", text)[0]
+    text = re.sub(r"^.*?(Error parsing|invalid choice|Unrecognized options:|Missing)", r"\1", text)
+    return text.strip(" .") or "the command line cannot be parsed"
 
 
 def _refuse_unknown(args: Sequence[str]) -> None:
@@ -85,10 +97,8 @@ def _refuse_unknown(args: Sequence[str]) -> None:
     for arg in args:
         name = arg.partition("=")[0].replace("_", "-")
         if name.startswith("--") and name not in known:
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            if not close:
-                tails = {option.rpartition(".")[2].lstrip("-"): option for option in known}
-                close = [tails[t] for t in difflib.get_close_matches(name.lstrip("-"), tails, n=1, cutoff=0.6)]
+            close = [option for option in known if option.endswith(f".{name.lstrip('-')}")]
+            close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"; did you mean {close[0]}?" if close else "; see --help"
             raise ConfigError(f"unknown option {arg.partition('=')[0]}{hint}")
 
@@ -169,7 +179,9 @@ def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _print_origins(layers: Sequence[tuple[str, dict[str, Any]]], default: TrainConfig, config: TrainConfig) -> None:
+def _print_origins(
+    layers: Sequence[tuple[str, dict[str, Any]]], default: TrainConfig, config: TrainConfig
+) -> None:
     """To stderr, so that stdout stays a valid file: where each value that is no default comes from."""
     origins = {key: name for name, layer in layers for key in _flat(layer)}
     before, after = _flat(default.model_dump(mode="json")), _flat(config.model_dump(mode="json"))

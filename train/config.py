@@ -1,7 +1,7 @@
 """All settings of a training run, as validated data.
 
-Precedence: defaults, then ``--preset``, then ``--config FILE``, then the command line. ``--print-config`` shows the
-outcome, which is itself a valid configuration file. Nothing here needs torch.
+Precedence: defaults, then ``--preset``, then ``--config FILE``, then the command line. ``--print-config``
+shows the outcome, which is itself a valid configuration file. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -26,8 +26,12 @@ class OptimConfig(BaseModel):
 
     lr: float = Field(4e-3, gt=0.0, description="Peak learning rate.")
     warmup_steps: int = Field(50, ge=0, description="Linear warm-up, in optimizer steps.")
-    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="Decay after the warm-up.")
-    final_lr: float = Field(0.05, ge=0.0, le=1.0, description="Learning rate of the last step, as part of the peak.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="Decay after the warm-up."
+    )
+    final_lr: float = Field(
+        0.05, ge=0.0, le=1.0, description="Learning rate of the last step, as part of the peak."
+    )
     weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay.")
     beta1: float = Field(0.9, ge=0.0, lt=1.0, description="Decay of Adam's mean.")
     beta2: float = Field(0.999, ge=0.0, lt=1.0, description="Decay of Adam's second moment.")
@@ -40,9 +44,13 @@ class WireConfig(BaseModel):
 
     model_config = _STRICT
 
-    bucket_cap_mb: float | None = Field(None, gt=0.0, description="Bucket size, MiB; None lets the library choose.")
+    bucket_cap_mb: float | None = Field(
+        None, gt=0.0, description="Bucket size, MiB; None lets the library choose."
+    )
     timeout: float = Field(120.0, gt=0.0, description="Seconds without progress before a run gives up.")
-    ddp_hook: Literal["none", "fp16", "powersgd"] = Field("none", description="Communication hook of --comm ddp.")
+    ddp_hook: Literal["none", "fp16", "powersgd"] = Field(
+        "none", description="Communication hook of --comm ddp."
+    )
 
 
 class TrainConfig(BaseModel):
@@ -51,20 +59,30 @@ class TrainConfig(BaseModel):
     model_config = _STRICT
 
     preset: str = Field("demo", description="Named settings to start from: demo, scientific, speed.")
-    data: Path | None = Field(None, description="Data directory (interactions.tsv.gz); without it data is generated.")
+    data: Path | None = Field(
+        None, description="Data directory (interactions.tsv.gz); without it data is generated."
+    )
     nproc: int = Field(4, ge=1, description="Ranks to start on this machine (ignored under torchrun).")
     nodes: int = Field(2, ge=1, description="Virtual nodes to spread them over (ignored under torchrun).")
     epochs: int = Field(14, ge=1, description="Passes over the users.")
     batch_size: int = Field(128, ge=1, description="Users per optimizer step, over all ranks.")
-    accumulate: int = Field(1, ge=1, description="Backward passes per optimizer step; the step stays the same.")
-    eval_every: int = Field(2, ge=1, description="Epochs between validations; the best one's weights are tested.")
+    accumulate: int = Field(
+        1, ge=1, description="Backward passes per optimizer step; the step stays the same."
+    )
+    eval_every: int = Field(
+        2, ge=1, description="Epochs between validations; the best one's weights are tested."
+    )
     max_steps: int = Field(0, ge=0, description="Stop after this many optimizer steps; 0 runs all epochs.")
     seed: int = Field(0, ge=0, description="Seed of weights, dropout and order.")
-    comm: Literal["hybridcomm", "ddp"] = Field("hybridcomm", description="Who averages gradients; ddp is the peer.")
+    comm: Literal["hybridcomm", "ddp"] = Field(
+        "hybridcomm", description="Who averages gradients; ddp is the peer."
+    )
     compress: str = Field("topk:0.01", description="Compression between nodes: none, or topk:RATIO.")
-    text_features: int = Field(128, ge=1, description="Width of the text features, for data with item text.")
+    text_features: int = Field(256, ge=1, description="Width of the text features, for data with item text.")
     threads: int = Field(1, ge=1, description="Compute threads per rank.")
-    run_dir: Path | None = Field(None, description="Where metrics.jsonl and config.json go (default: runs/TIME).")
+    run_dir: Path | None = Field(
+        None, description="Where metrics.jsonl and config.json go (default: runs/TIME)."
+    )
     model: ModelConfig = Field(ModelConfig(), description="Shape of the model.")
     optim: OptimConfig = Field(OptimConfig(), description="Optimizer and schedule.")
     wire: WireConfig = Field(WireConfig(), description="Communication details.")
@@ -73,22 +91,30 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _options_act(self) -> TrainConfig:
         if self.comm == "ddp" and self.compress != "none":
-            raise ValueError("--comm ddp cannot use --compress; pass --compress none (and perhaps --wire.ddp-hook)")
+            raise ValueError(
+                "--comm ddp cannot use --compress; pass --compress none (and perhaps --wire.ddp-hook)"
+            )
         if self.comm != "ddp" and self.wire.ddp_hook != "none":
             raise ValueError("--wire.ddp-hook acts on --comm ddp only")
-        if self.optim.final_lr > 0 and self.optim.schedule == "constant" and "final_lr" in self.optim.model_fields_set:
+        if (
+            self.optim.final_lr > 0
+            and self.optim.schedule == "constant"
+            and "final_lr" in self.optim.model_fields_set
+        ):
             raise ValueError("--optim.final-lr does nothing with --optim.schedule constant")
         if self.nodes > self.nproc:
-            raise ValueError(f"--nodes {self.nodes} needs at least as many ranks; --nproc is {self.nproc}")
+            raise ValueError(
+                f"--nodes {self.nodes} needs as many ranks or more, --nproc is {self.nproc}; pass both"
+            )
         return self
 
 
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
     "scientific": {
-        "epochs": 20,
+        "epochs": 24,
         "batch_size": 128,
-        "optim": {"lr": 3e-3},
+        "optim": {"lr": 3e-3, "warmup_steps": 200},
         "model": {"dropout": 0.4},
     },
     "speed": {
@@ -100,5 +126,5 @@ PRESETS: dict[str, dict[str, Any]] = {
         "synthetic": {"users": 2000, "items": 4000, "clusters": 40},
     },
 }
-"""``demo``: under two minutes on two cores. ``scientific``: for amazon-scientific-2018. ``speed``: 5 million parameters
-and few steps, to measure communication."""
+"""``demo``: under two minutes on two cores. ``scientific``: for amazon-scientific-2018. ``speed``: 5
+million parameters and few steps, to measure communication."""

@@ -1,8 +1,9 @@
 """Interaction data: the directory format, and the leave-one-out split.
 
-A directory holds ``interactions.tsv.gz`` (``user_id``, ``item_id``, and ``position`` or ``timestamp``; more columns are
-ignored) and optionally ``items.tsv.gz`` (``item_id`` and any text columns). Both are gzip, UTF-8, tab-separated, with
-one header line. Anything that is not so raises DataError naming the file and the line.
+A directory holds ``interactions.tsv.gz`` (``user_id``, ``item_id``, and ``position`` or ``timestamp``;
+more columns are ignored) and optionally ``items.tsv.gz`` (``item_id`` and any text columns). Both are
+gzip, UTF-8, tab-separated, with one header line. Anything that is not so raises DataError naming the file
+and the line.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ __all__ = ["Dataset", "Split", "load_directory", "read_table", "split_leave_one_
 class Dataset:
     """Users' item sequences, oldest first, as one flat array.
 
-    ``items`` is int64 [interactions] with values in [0, num_items); user u owns ``items[starts[u]:starts[u + 1]]``.
-    ``texts`` holds one string per item, or None when the data has no text. ``best_ndcg`` is the best reachable test
-    NDCG@10 when the generator of the data is known.
+    ``items`` is int64 [interactions] with values in [0, num_items); user u owns
+    ``items[starts[u]:starts[u + 1]]``. ``texts`` holds one string per item, or None when the data has no
+    text. ``best_ndcg`` is the best reachable test NDCG@10 when the generator of the data is known.
     """
 
     name: str
@@ -47,7 +48,8 @@ class Dataset:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Which part of a user's sequence may be seen: ``train_ends`` [users] is the length of the training prefix.
+    """Which part of a user's sequence may be seen: ``train_ends`` [users] is the length of the training
+    prefix.
 
     ``users`` are those with a validation and a test target: the item at ``train_ends`` and the one after it.
     """
@@ -78,7 +80,11 @@ def load_directory(directory: str | Path) -> Dataset:
     text_path = folder / "items.tsv.gz"
     texts = _item_texts(text_path, item_ids) if text_path.exists() else None
     return Dataset(
-        name=folder.resolve().name, items=np.ascontiguousarray(items), starts=starts, num_items=len(item_ids), texts=texts
+        name=folder.resolve().name,
+        items=np.ascontiguousarray(items),
+        starts=starts,
+        num_items=len(item_ids),
+        texts=texts,
     )
 
 
@@ -101,7 +107,9 @@ def read_table(path: Path, required: tuple[str, ...]) -> pl.DataFrame:
     header = lines[0].rstrip("\r").split("\t")
     for column in required:
         if header.count(column) != 1:
-            raise DataError(f"{path}: line 1: column {column!r} must appear once in the header, found {header}")
+            raise DataError(
+                f"{path}: line 1: column {column!r} must appear once in the header, found {header}"
+            )
     if len(lines) == 1:
         raise DataError(f"{path}: line 2: no rows after the header")
     rows = pl.DataFrame({"row": lines[1:]}).with_columns(pl.col("row").str.strip_suffix("\r"))
@@ -124,18 +132,23 @@ def _ordered_interactions(path: Path, table: pl.DataFrame) -> pl.DataFrame:
     """Rows sorted by user (first appearance) and order within the user."""
     order = next((name for name in ("position", "timestamp") if name in table.columns), None)
     if order is None:
-        raise DataError(f"{path}: line 1: needs a column 'position' or 'timestamp', found {table.columns[:-1]}")
+        raise DataError(
+            f"{path}: line 1: needs a column 'position' or 'timestamp', found {table.columns[:-1]}"
+        )
     parsed = table.get_column(order).cast(pl.Int64, strict=False)
     _refuse(path, parsed.is_null(), lambda i: f"{order} {table.get_column(order)[i]!r} is not an integer")
     table = table.with_columns(parsed.alias(order))
     if order == "position":
         seen = table.select(pl.struct("user_id", order).is_first_distinct()).to_series()
         _refuse(path, ~seen, lambda i: f"user {table['user_id'][i]!r} has position {table[order][i]} twice")
-    return table.with_columns(pl.col("line").min().over("user_id").alias("first")).sort("first", order, "line")
+    return table.with_columns(pl.col("line").min().over("user_id").alias("first")).sort(
+        "first", order, "line"
+    )
 
 
 def _item_texts(path: Path, item_ids: pl.Series) -> tuple[str, ...]:
-    """One text per item of the interactions: all columns but the id, joined by blanks; empty when there is no row."""
+    """One text per item of the interactions: all columns but the id, joined by blanks; empty when there
+    is no row."""
     table = read_table(path, ("item_id",))
     seen = table.select(pl.col("item_id").is_first_distinct()).to_series()
     _refuse(path, ~seen, lambda i: f"item {table['item_id'][i]!r} appears twice")

@@ -1,4 +1,5 @@
-"""Errors of the training stack: what a user did (exit code 2) and what went wrong at run time (exit code 1)."""
+"""Errors of the training stack: what a user did (exit code 2) and what went wrong at run time (exit code
+1)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Full-ranking evaluation: HR@10 and NDCG@10 of each user's target among all items that are not in the history.
+"""Full-ranking evaluation: HR@10 and NDCG@10 of each user's target among all items that are not in the
+history.
 
-Ties go to the lower item index. A target that is itself in the history cannot be recommended and counts as a miss. Each
-user is counted exactly once at any number of ranks: sums, not means, are added over the ranks.
+Ties go to the lower item index. A target that is itself in the history cannot be recommended and counts
+as a miss. Each user is counted exactly once at any number of ranks: sums, not means, are added over the
+ranks.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ __all__ = ["CUTOFF", "Metrics", "evaluate_model", "evaluate_scores", "popularity
 
 CUTOFF = 10
 _BATCH = 256
+_GAIN_UNITS = 2.0**40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,8 @@ class Metrics:
 def target_ranks(scores: Tensor, targets: Tensor, histories: list[np.ndarray]) -> Tensor:
     """Rank (1 = best) of each row's target; scores [N, V], targets [N], one history per row -> int64 [N].
 
-    Raises EvaluationError on scores that are not finite: NaN compares false with everything and would rank first.
+    Raises EvaluationError on scores that are not finite: NaN compares false with everything and would
+    rank first.
     """
     if not torch.isfinite(scores).all():
         raise EvaluationError("the model's scores are not finite; the training has diverged")
@@ -53,10 +57,14 @@ def target_ranks(scores: Tensor, targets: Tensor, histories: list[np.ndarray]) -
 
 
 def _sums(ranks: Tensor) -> Tensor:
-    """[hits, discounted gain, users] of ranks, fp64."""
+    """[hits, discounted gains, users] of ranks, int64.
+
+    Each user's gain is rounded to a multiple of 2**-40: sums of integers are exact, so every number of ranks
+    gives the same result.
+    """
     hit = ranks <= CUTOFF
-    gain = torch.where(hit, 1.0 / torch.log2(ranks.double() + 1.0), 0.0)
-    return torch.stack([hit.double().sum(), gain.sum(), torch.tensor(float(len(ranks)), dtype=torch.float64)])
+    gain = torch.where(hit, _GAIN_UNITS / torch.log2(ranks.double() + 1.0), 0.0).round().long()
+    return torch.stack([hit.sum(), gain.sum(), torch.tensor(len(ranks))])
 
 
 def evaluate_scores(
@@ -71,23 +79,23 @@ def evaluate_scores(
 ) -> Metrics:
     """Metrics of any scorer (histories -> [N, items]) on the validation or test targets.
 
-    ``which`` is ``"validation"`` or ``"test"``; the test history includes the validation item. ``reduce`` adds an fp64
-    or int64 array over all ranks. Raises EvaluationError when the users counted are not all users once.
+    ``which`` is ``"validation"`` or ``"test"``; the test history includes the validation item. ``reduce``
+    adds an int64 array over all ranks. Raises EvaluationError when the users counted are not all
+    users once.
     """
     offset = {"validation": 0, "test": 1}[which]
-    total = torch.zeros(3, dtype=torch.float64)
+    total = torch.zeros(3, dtype=torch.int64)
     share = rank_share(split.users, rank, world_size)
     for begin in range(0, len(share), _BATCH):
         users = share[begin : begin + _BATCH]
         histories = [data.sequence(user)[: split.train_ends[user] + offset] for user in users]
         targets = torch.from_numpy(data.items[data.starts[users] + split.train_ends[users] + offset])
         total += _sums(target_ranks(score(histories), targets, histories))
-    # The gains travel as integers of 2**-40: integer sums are exact, so every number of ranks gives the same result.
-    fixed = np.array([total[0].item(), round(total[1].item() * 2**40), total[2].item()]).astype(np.int64)
-    hits, gain, users_seen = (reduce(fixed) if reduce is not None else fixed).tolist()
+    counts = total.numpy()
+    hits, gain, users_seen = (reduce(counts) if reduce is not None else counts).tolist()
     if users_seen != len(split.users):
         raise EvaluationError(f"evaluated {users_seen} users instead of {len(split.users)}")
-    return Metrics(hr=hits / users_seen, ndcg=gain / 2**40 / users_seen, users=users_seen)
+    return Metrics(hr=hits / users_seen, ndcg=gain / _GAIN_UNITS / users_seen, users=users_seen)
 
 
 def evaluate_model(
@@ -112,7 +120,9 @@ def evaluate_model(
             return model(*batch.inputs)
 
     try:
-        return evaluate_scores(score, data, split, which=which, rank=rank, world_size=world_size, reduce=reduce)
+        return evaluate_scores(
+            score, data, split, which=which, rank=rank, world_size=world_size, reduce=reduce
+        )
     finally:
         model.train(was_training)
 

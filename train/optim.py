@@ -25,7 +25,8 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimConfi
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
-    """Learning rate of optimizer step ``step`` (from 0) of ``total_steps``: linear warm-up, then the decay."""
+    """Learning rate of optimizer step ``step`` (from 0) of ``total_steps``: linear warm-up, then the
+    decay."""
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     progress = min(1.0, step / max(1, total_steps - 1))
     falling = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}

@@ -112,7 +112,9 @@ class Cluster:
 
     def _build(self) -> None:
         count = len(self.ranks_of)
-        hosts = "127.0.0.1 localhost\n" + "".join(f"{self.address(n)} node{n}\n" for n in range(count))
+        hosts = "127.0.0.1 localhost\n" + "".join(
+            f"{form}{self.address(n)} node{n}\n" for n in range(count) for form in ("", "::ffff:")
+        )
         bridge = self._hold("bridge", hosts)
         bridge.batch("ip", ["link add br0 type bridge stp_state 0 forward_delay 0", "link set br0 up"])
         for node in range(count):
@@ -194,8 +196,9 @@ class Cluster:
             stdout=stdout,
             stderr=stderr,
             seconds=seconds,
-            tx_bytes=[new[1] - old[1] for old, new in zip(before, after, strict=True)],
-            rx_bytes=[new[0] - old[0] for old, new in zip(before, after, strict=True)],
+            tx_bytes=[new.tx_bytes - old.tx_bytes for old, new in zip(before, after, strict=True)],
+            rx_bytes=[new.rx_bytes - old.rx_bytes for old, new in zip(before, after, strict=True)],
+            tx_packets=[new.tx_packets - old.tx_packets for old, new in zip(before, after, strict=True)],
             failed=job.failed,
             timed_out=job.timed_out,
         )

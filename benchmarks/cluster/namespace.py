@@ -14,10 +14,11 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.cluster.errors import ClusterError
 
-__all__ = ["Namespace", "skip_reason"]
+__all__ = ["Counters", "Namespace", "skip_reason"]
 
 _TOOLS = {
     "ip": "iproute2",
@@ -60,6 +61,14 @@ def skip_reason() -> str | None:
     if done.returncode != 0:
         return f"the virtual cluster needs the right to make namespaces: {done.stderr.strip()}"
     return None
+
+
+class Counters(NamedTuple):
+    """Of one device since it exists; a packet here may be a segment offload unit of up to 64 KiB."""
+
+    rx_bytes: int
+    tx_bytes: int
+    tx_packets: int
 
 
 class Namespace:
@@ -108,13 +117,13 @@ class Namespace:
                 f"{tool} failed in {self.hostname}: {done.stderr.strip()} (input: {'; '.join(lines)})"
             )
 
-    def counters(self, device: str) -> tuple[int, int]:
-        """Bytes the device has received and sent, by the kernel's interface counters: (rx, tx)."""
+    def counters(self, device: str) -> Counters:
+        """What the device has received and sent, by the kernel's interface counters."""
         for line in Path(f"/proc/{self.pid}/net/dev").read_text().splitlines():
             name, _, rest = line.partition(":")
             if name.strip() == device:
                 fields = rest.split()
-                return int(fields[0]), int(fields[8])
+                return Counters(int(fields[0]), int(fields[8]), int(fields[9]))
         raise ClusterError(f"{self.hostname} has no device {device}")
 
     def kill_all(self) -> None:

@@ -23,11 +23,11 @@ _GRACE = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a run left: lists are by rank, dictionaries by node.
+    """What a run left.
 
-    ``exit_codes`` (negative: signal), ``stdout`` and ``stderr`` as text, ``seconds`` of the whole run,
-    ``tx_bytes`` and ``rx_bytes`` of each node's link by the kernel's interface counters, ``failed`` the rank
-    that failed first (None: no rank did), ``timed_out``.
+    By rank: ``exit_codes`` (negative: signal), ``stdout`` and ``stderr`` as text. By node: ``tx_bytes``,
+    ``rx_bytes`` and ``tx_packets`` of its link, from the kernel's interface counters. ``seconds`` of the run,
+    ``failed`` the rank that failed first (None: no rank did), ``timed_out``.
     """
 
     exit_codes: list[int]
@@ -36,6 +36,7 @@ class Result:
     seconds: float
     tx_bytes: list[int]
     rx_bytes: list[int]
+    tx_packets: list[int]
     failed: int | None = None
     timed_out: bool = False
 

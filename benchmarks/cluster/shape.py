@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 from benchmarks.cluster.errors import ClusterError
 
-__all__ = ["ETHERNET_OVERHEAD", "MTU", "Shape", "parse_rate"]
+__all__ = ["ETHERNET_OVERHEAD", "MTU", "PACKET_HEADERS", "Shape", "parse_rate"]
 
 _UNITS = {"bit": 1, "kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
 
 MTU = 1500
 """Bytes of an IP packet on every link."""
+
+PACKET_HEADERS = 14 + 20 + 32
+"""Bytes of Ethernet, IP and TCP headers in each packet, and all there is of an acknowledgement."""
 
 ETHERNET_OVERHEAD = (MTU + 14) / (MTU - 20 - 32)
 """Wire bytes per TCP payload byte: 14 of Ethernet, 20 of IP, 32 of TCP with time stamps (1.0456)."""

@@ -2,10 +2,9 @@
 //
 // 1. Pass over the streams; start every operation that can start; read and write sockets that are ready.
 // 2. When a pass moves nothing: spin, then yield, then sleep (on a futex when only the node's memory can
-// bring
-//    news, on epoll when sockets can as well).
+//    bring news, on epoll when sockets can as well).
 // 3. While asleep, look up every few milliseconds: has a peer died or given up, is the time over, was Ctrl-C
-// hit?
+//    hit?
 #pragma once
 
 #include <array>

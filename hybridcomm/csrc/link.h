@@ -1,12 +1,12 @@
 // The data link to one peer on another node: several TCP sockets, messages dealt to them in turn.
 //
 // 1. Both ends follow the same plan, so message i of a link is the same on both and goes through socket i mod
-// n.
+//    n.
 // 2. A send is queued and written as far as the kernel takes it (header and data in one gather write, no
-// copy);
-//    a receive is posted with its destination before or after the bytes arrive, and read straight into it.
+//    copy); a receive is posted with its destination before or after the bytes arrive, and read straight into
+//    it.
 // 3. Nothing blocks. Sockets are registered edge-triggered once; `readable` and `writable` remember the
-// edges.
+//    edges.
 #pragma once
 
 #include <atomic>

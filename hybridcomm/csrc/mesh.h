@@ -2,7 +2,7 @@
 //
 // Bootstrap: 1. dial every lower peer and send a hello (a listener's backlog takes it before the peer looks);
 // 2. accept the higher ones and answer; 3. collect the answers to step 1. No step waits for a later one of
-// another rank, so it cannot deadlock; a peer that never comes is named when the time is over.
+//    another rank, so it cannot deadlock; a peer that never comes is named when the time is over.
 #pragma once
 
 #include <map>

@@ -1,16 +1,14 @@
 // Shared memory inside a node: one segment per rank, mapped by the node's other ranks.
 //
 // 1. A segment is a memfd, handed over by descriptor: no name, so kill -9 leaves nothing behind, and
-// /dev/shm's
-//    size does not bound it. Its pages are allocated at creation, so a full memory is an error, not a SIGBUS.
+//    /dev/shm's size does not bound it. Its pages are allocated at creation, so a full memory is an error,
+//    not a SIGBUS.
 // 2. It holds a control block and one lane per local rank: lane j of rank i carries chunks from i to j, lane
-// i of
-//    rank i is read by all others. A lane is a ring of slots; head and tails only grow, and each counter has
-//    one writer.
+//    i of rank i is read by all others. A lane is a ring of slots; head and tails only grow, and each counter
+//    has one writer.
 // 3. A sleeping rank says so; whoever moves a counter it may wait for rings its doorbell. Counters and
-// `sleeping`
-//    are written and read sequentially consistent (free for loads on x86): either the sleeper's last look
-//    sees the counter, or the mover sees the sleeper.
+//    `sleeping` are written and read sequentially consistent (free for loads on x86): either the sleeper's
+//    last look sees the counter, or the mover sees the sleeper.
 #pragma once
 
 #include <atomic>

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from hybridcomm.kernels import _host
 from hybridcomm.kernels.spec import PayloadFormatError, Status, TopKSpec
 
-__all__ = ["active_isa", "available_isas", "decode", "decode_add", "encode", "set_isa"]
+__all__ = ["active_isa", "available_isas", "decode", "decode_add", "encode", "nbytes", "set_isa"]
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -37,6 +37,11 @@ def set_isa(isa: str | None) -> None:
         ValueError: unknown, or not on this machine.
     """
     _host.set_isa(isa)
+
+
+def nbytes(spec: TopKSpec, numel: int) -> int:
+    """The C++ side's ``spec.nbytes(numel)``."""
+    return _host.topk_nbytes(*spec.layout, numel)
 
 
 def encode(

@@ -1,1 +1,1 @@
-"""Device kernels in Triton; importing this package needs nothing, importing ``topk`` needs torch and triton."""
+"""Device kernels in Triton; importing this package needs nothing, ``topk`` needs torch and triton."""

@@ -157,7 +157,7 @@ def _decode_add(  # noqa: PLR0917
         for w in range(count):
             base = w * stride
             raw = tl.load(payloads_i16 + ((base + records_offset) >> 1) + pid * K + j, mask=j < K, other=0)
-            # A zero record that is not the first is padding: adding it would race with element 0's own record.
+            # A zero record that is not the first is padding: adding it would race with element 0's record.
             real = (raw != 0) | (j == 0)
             index = raw.to(tl.int32) & (BLOCK - 1)
             code = (raw >> (16 - VALUE_BITS)).to(tl.float32)

@@ -80,7 +80,16 @@ def test_all_reduce_benchmark_measures_every_peer(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     lines = {line["key"]: line for line in json.loads(out.read_text())[0]["lines"]}
-    assert set(lines) == {"gloo", "fp16", "powersgd", "topk-naive", "ours", "ours-topk", "local"}
+    assert set(lines) == {
+        "gloo",
+        "fp16",
+        "powersgd",
+        "topk-naive",
+        "ours",
+        "ours-topk",
+        "ours-reducer",
+        "local",
+    }
     dense = 2 * 0.25 * 2**20  # 2 (M - 1) / M * S from each of the two nodes
     assert dense <= lines["ours"]["engine_bytes"] <= 1.05 * dense
     assert lines["ours"]["counted_bytes"] == pytest.approx(lines["ours"]["engine_bytes"], rel=0.07)

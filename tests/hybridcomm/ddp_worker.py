@@ -1,7 +1,8 @@
-"""One rank of torch DDP over gloo; saves the gradients of each step. Run by test_ddp_equality."""
+"""Ranks of torch DDP over gloo; rank 0 saves the gradients of each step. Run by test_ddp_equality."""
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 
 import torch
@@ -42,4 +43,11 @@ def main(rank: int, world: int, store: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    world, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    forked = multiprocessing.get_context("fork")  # torch is imported once; no autograd thread runs yet
+    ranks = [forked.Process(target=main, args=(rank, world, store, out)) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    sys.exit(max(abs(process.exitcode or 0) for process in ranks))

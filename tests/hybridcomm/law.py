@@ -49,6 +49,15 @@ def add(book: dict[str, np.ndarray[Any, Any]], name: str, value: torch.Tensor, t
     book[name] = book.get(name, np.zeros_like(array)) + array
 
 
+def noisy_model(noise: float) -> ExactNet:
+    model, generator = ExactNet(), torch.Generator().manual_seed(5)
+    if noise:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(noise * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
 def run(
     ctx: Any,
     steps: Sequence[Step],
@@ -58,12 +67,7 @@ def run(
     noise: float = 0.0,
 ) -> Books:
     """Trains one rank; ``make`` builds the reducer (planted mutants), ``noise`` real gradients."""
-    model, books = ExactNet(), Books()
-    if noise:
-        generator = torch.Generator().manual_seed(5)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(noise * torch.randn(parameter.shape, generator=generator))
+    model, books = noisy_model(noise), Books()
     reducer = make(model, ctx=ctx, compress=COMPRESS, bucket_cap_mb=SMALL_MB)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # parameters stay, so gradients stay integers
     reducer.attach(optimizer, scaler=scaler)

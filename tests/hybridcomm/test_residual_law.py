@@ -124,7 +124,9 @@ class ForgetsLastBucket(Reducer):
         if layout.index < len(self.layouts) - 1:
             return super()._launch(layout)
         flat = self._flats[layout.index]
-        return self.ctx.allreduce(flat, op="mean", compress=self.compressor, async_op=True)
+        return self.ctx.allreduce(
+            flat, op="mean", compress=self.compressor, async_op=True, residual_key=layout.key
+        )
 
 
 class CommitsEarly(Reducer):

@@ -1,0 +1,89 @@
+# `make run` trains, `make test` tests; both need only python3 >= 3.10, git and a C++17 compiler, and put all else
+# into .venv, as pinned in constraints.txt. Options pass through: make run ARGS="--nproc 2", make test ARGS="-k plan".
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet -c $(VENV)/constraints.txt
+TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
+CPP := $(shell find hybridcomm kernels -name '*.cpp' -o -name '*.h')
+# The installed package's shape, as links: kernels/ is hybridcomm/kernels. Type checker and import linter read it.
+LAYOUT := build/layout
+
+export PATH := $(abspath $(VENV)/bin):$(PATH)
+
+.PHONY: help run test lint format bench verify install clean layout
+
+help:
+	@echo "make run      train on 4 ranks as 2 virtual nodes (ARGS=... passes options; ARGS=--help lists them)"
+	@echo "make test     the tests (ARGS=... passes options to pytest)"
+	@echo "make lint     format, lint, types, import directions"
+	@echo "make format   rewrite Python and C++ sources in the project's format"
+	@echo "make bench    in-host benchmarks; as root also those on the virtual cluster"
+	@echo "make verify   the long run: tests, longer property tests, sanitizers; writes docs/verify-report.md"
+	@echo "make install  only build and install into $(VENV)"
+	@echo "make clean    remove $(VENV), builds and caches"
+
+run: $(VENV)/engine.stamp
+	$(PY) -m train.run $(ARGS)
+
+test: $(VENV)/engine.stamp
+	$(PY) -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+
+lint: $(VENV)/tools.stamp layout
+	ruff format --check .
+	ruff check .
+	clang-format --dry-run --Werror $(CPP)
+	cd $(LAYOUT) && mypy -p hybridcomm
+	$(PY) -m tests.repository.imports $(LAYOUT)
+	$(PY) -m pytest -q --noconftest tests/repository
+
+format: $(VENV)/tools.stamp
+	ruff format .
+	ruff check --fix .
+	clang-format -i $(CPP)
+
+bench: $(VENV)/engine.stamp
+	$(PY) -m pytest benchmarks/bench_*.py $(ARGS)
+	if [ "$$(id -u)" = 0 ]; then $(PY) -m benchmarks.bench_allreduce; else echo "not root: virtual cluster left out"; fi
+
+verify: $(VENV)/engine.stamp
+	$(PY) -m tests.verify $(ARGS)
+
+install: $(VENV)/engine.stamp
+
+layout:
+	@$(PYTHON) -m tests.repository.layout $(LAYOUT)
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and alone: asked for by anything else, an index might answer with another build of it. Wheels of
+# torch for CUDA pin a triton of their own, which then stays; for others (CPU) ours is installed.
+$(VENV)/torch.stamp: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "hybridcomm needs Python 3.10 or later; set PYTHON=")'
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "this Python has no venv: on Debian or Ubuntu, apt-get install python3-venv"; exit 1; }
+	@command -v c++ > /dev/null || { echo "no C++ compiler: on Debian or Ubuntu, apt-get install g++"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	grep -v '^triton' constraints.txt > $(VENV)/constraints.txt
+	$(PIP) $(TORCH)
+	$(PY) -c 'import triton' 2> /dev/null || $(PIP) "$$(grep '^triton' constraints.txt)"
+	touch $@
+
+$(VENV)/tools.stamp: $(VENV)/torch.stamp
+	$(PIP) -r $(VENV)/constraints.txt
+	touch $@
+
+# Editable: Python sources are used where they lie, so only C++ changes come through here (CMake builds what changed).
+$(VENV)/engine.stamp: $(VENV)/tools.stamp pyproject.toml CMakeLists.txt $(CPP)
+	$(PIP) --no-build-isolation --editable '.[train,test,lint]'
+	touch $@

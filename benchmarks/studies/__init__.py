@@ -1,0 +1,1 @@
+"""The studies behind claims about quality, each resumable, each one command."""

@@ -1,0 +1,143 @@
+"""The loop alone in one process: accumulation, skipped steps, the schedule, and where its time goes."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from model.config import ModelConfig
+from model.recommender import Recommender
+from tests.numerics import gamma
+from tests.train.builders import random_dataset
+from train.comm import Communicator
+from train.config import OptimConfig, TrainConfig
+from train.data import split_leave_one_out
+from train.errors import TrainError
+from train.loop import Trainer
+from train.optim import build_optimizer, learning_rate
+from train.report import Reporter
+
+DATA = random_dataset(30, 40)
+MODEL = ModelConfig(dim=8, layers=1, heads=1, hidden=8, max_len=6, dropout=0.0)
+
+
+class Alone(Communicator):
+    """A world of one rank that can pretend to be rank r of w, and to receive broken gradients."""
+
+    def __init__(self, rank: int = 0, world_size: int = 1, broken_steps: tuple[int, ...] = ()) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.broken_steps = broken_steps
+        self.synced = self.rolled_back = 0
+        self.gradients: list[torch.Tensor] = []
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        del optimizer
+        self.model = model
+        return model
+
+    def accumulating(self, *, sync: bool) -> contextlib.AbstractContextManager[None]:
+        del sync
+        return contextlib.nullcontext()
+
+    def backward(self, loss: torch.Tensor, *, sync: bool) -> None:
+        loss.backward()
+        if sync:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            self.gradients.append(flat.clone())
+            if self.synced in self.broken_steps:
+                next(self.model.parameters()).grad.view(-1)[0] = float("nan")  # type: ignore[union-attr]
+            self.synced += 1
+
+    def rollback(self) -> None:
+        self.rolled_back += 1
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        return values
+
+    def close(self) -> None:
+        return
+
+
+def trainer(comm: Communicator, **settings: Any) -> Trainer:
+    config = TrainConfig(**{"epochs": 1, "batch_size": 8, "model": MODEL, **settings})
+    torch.manual_seed(0)
+    model = Recommender(config.model, DATA.num_items)
+    return Trainer(
+        config, data=DATA, split=split_leave_one_out(DATA), model=model, comm=comm,
+        optimizer=build_optimizer(model.parameters(), config.optim), reporter=Reporter(config, None, active=False),
+    )  # fmt: skip
+
+
+def first_gradient(accumulate: int = 1, rank: int = 0, world_size: int = 1) -> torch.Tensor:
+    comm = Alone(rank, world_size)
+    run = trainer(comm, accumulate=accumulate, max_steps=1)
+    with contextlib.suppress(Exception):  # the evaluation of a part of the users refuses, after the step
+        run.run()
+    return comm.gradients[0]
+
+
+def tolerance(gradient: torch.Tensor) -> float:
+    """Sums over at most 8 users of 6 predictions, each through a network of some 200 roundings."""
+    return gamma(8 * 6 + 200, "float32") * float(gradient.abs().max()) * 8
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 8, 11])
+def test_accumulation_does_not_change_the_gradient(accumulate: int) -> None:
+    whole = first_gradient()
+    torch.testing.assert_close(first_gradient(accumulate), whole, rtol=0.0, atol=tolerance(whole))
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 11])
+def test_the_mean_over_ranks_is_the_gradient_of_one_process(world_size: int) -> None:
+    whole = first_gradient()
+    parts = torch.stack([first_gradient(rank=rank, world_size=world_size) for rank in range(world_size)])
+    torch.testing.assert_close(parts.mean(0), whole, rtol=0.0, atol=tolerance(whole))
+    # Control: with uneven parts a mean of means is another gradient (each part's scale is off).
+    assert (parts.mean(0) * 1.02 - whole).abs().max() > tolerance(whole)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_rolled_back() -> None:
+    comm = Alone(broken_steps=(1, 2))
+    run = trainer(comm, max_steps=4)
+    before = [p.detach().clone() for p in run._model.parameters()]
+    outcome = run.run()
+    assert (outcome.skipped, comm.rolled_back, outcome.steps) == (2, 2, 4)
+    assert all(torch.isfinite(p).all() for p in run._model.parameters())
+    assert any(not torch.equal(p, q) for p, q in zip(before, run._model.parameters(), strict=True))
+
+
+def test_nothing_but_broken_steps_ends_the_run() -> None:
+    with pytest.raises(TrainError, match="20 steps in a row"):
+        trainer(Alone(broken_steps=tuple(range(99))), epochs=50).run()
+
+
+def test_times_add_up_and_the_best_weights_are_tested() -> None:
+    run = trainer(Alone(), epochs=3, eval_every=1)
+    outcome = run.run()
+    times = outcome.times
+    parts = times.forward + times.backward + times.exposed + times.optimizer + times.other
+    assert parts == pytest.approx(times.total)
+    assert times.other >= 0
+    assert outcome.samples == 3 * len(run._users)
+    assert 1 <= outcome.best_epoch <= 3
+    assert run._best is not None
+    assert all(torch.equal(value, run._best[name]) for name, value in run._model.state_dict().items())
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    config = OptimConfig(lr=1.0, warmup_steps=10, schedule="linear", final_lr=0.1)
+    assert learning_rate(config, 0, 100) == pytest.approx(0.1)
+    assert learning_rate(config, 99, 100) == pytest.approx(0.1)
+    rates = [learning_rate(config, step, 100) for step in range(100)]
+    assert max(rates) < 1.0
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    constant = OptimConfig(lr=1.0, warmup_steps=0, schedule="constant")
+    assert {learning_rate(constant, step, 50) for step in range(50)} == {1.0}
+    cosine = OptimConfig(lr=1.0, warmup_steps=0, schedule="cosine", final_lr=0.0)
+    assert learning_rate(cosine, 50, 101) == pytest.approx(0.5)

@@ -1,0 +1,170 @@
+"""The command itself: four ranks as two nodes, torchrun, the peer, and what it says when something is
+wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train.builders import write_tables
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    *(
+        "--epochs",
+        "2",
+        "--batch-size",
+        "16",
+        "--model.dim",
+        "16",
+        "--model.hidden",
+        "16",
+        "--model.dropout",
+        "0",
+    ),
+    *(
+        "--synthetic.users",
+        "61",
+        "--synthetic.items",
+        "60",
+        "--synthetic.clusters",
+        "4",
+        "--wire.timeout",
+        "60",
+    ),
+]
+pytestmark = pytest.mark.timeout(400)  # a rank takes seconds to load torch, more on a busy machine
+LAUNCHED = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "HYBRIDCOMM_STORE",
+    "HYBRIDCOMM_NODES",
+)
+
+
+def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command from the checkout's root, without what a launcher around the tests may have set."""
+    env = {key: value for key, value in os.environ.items() if key not in LAUNCHED} | environment
+    env["OMP_NUM_THREADS"] = "1"
+    return subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=380, check=False
+    )
+
+
+def train(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run([sys.executable, "-m", "train.run", *arguments], **environment)
+
+
+def events(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def final(folder: Path, *arguments: str) -> dict[str, Any]:
+    done = train(*SMALL, "--run-dir", str(folder), *arguments)
+    assert done.returncode == 0, done.stderr
+    return events(folder, "final")[0]
+
+
+def test_four_ranks_as_two_nodes(tmp_path: Path) -> None:
+    done = train(*SMALL, "--run-dir", str(tmp_path / "a"))
+    assert done.returncode == 0, done.stderr
+    for word in (
+        "popularity",
+        "best reachable",
+        "samples/s",
+        "MB/step",
+        "exposed communication",
+        "topk:0.01",
+    ):
+        assert word in done.stdout
+    (values,) = events(tmp_path / "a", "final")
+    assert values["users"] == 61
+    assert values["steps"] == 2 * 4
+    assert len(events(tmp_path / "a", "step")) == values["steps"]
+    assert values["wire_ratio"] > 1
+    shares = [value for name, value in values.items() if name.endswith("_share")]
+    assert sum(shares) == pytest.approx(1.0)
+    settings = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert settings["nproc"] == 4
+    again = train(*SMALL, "--run-dir", str(tmp_path / "a"))
+    assert again.returncode == 2
+    assert "holds the metrics of another run" in again.stderr
+
+
+def test_dense_runs_do_not_depend_on_ranks_or_backend(tmp_path: Path) -> None:
+    dense = ["--compress", "none"]
+    one = final(tmp_path / "one", *dense, "--nproc", "1", "--nodes", "1")
+    three = final(tmp_path / "three", *dense, "--nproc", "3", "--nodes", "2", "--accumulate", "2")
+    peer = final(tmp_path / "peer", *dense, "--nproc", "2", "--nodes", "2", "--comm", "ddp")
+    # Eight steps of Adam from one gradient that differs in its last bits; a step counted twice changes
+    # percents.
+    for other in (three, peer):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3)
+        assert other["users"] == one["users"]
+        assert other["popularity_ndcg"] == one["popularity_ndcg"]
+    assert one["wire_nbytes_per_step"] == 0
+    assert peer["wire_nbytes_per_step"] is None
+
+
+def test_joins_under_torchrun(tmp_path: Path) -> None:
+    done = run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"),
+            *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "train.run", *SMALL),
+            *("--run-dir", str(tmp_path / "t")),
+        ],
+        HYBRIDCOMM_NODES="2",
+    )
+    assert done.returncode == 0, done.stderr
+    assert events(tmp_path / "t", "final")[0]["wire_ratio"] > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--epoch", "3"], 2, "unknown option --epoch; did you mean --epochs?"),
+        (["--compress", "tpok:0.1"], 2, "did you mean 'topk'"),
+        (["--synthetic.users", "3"], 2, "4 ranks but only 3 users"),
+        (["--data", "/no/such/folder"], 1, "/no/such/folder: no such data directory"),
+    ],
+)
+def test_mistakes_give_one_line_and_no_traceback(arguments: list[str], code: int, message: str) -> None:
+    done = train(*arguments)
+    assert done.returncode == code
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("train.run: error: ")
+    assert message in line
+
+
+def test_malformed_data_is_told_once_by_all_ranks_together(tmp_path: Path) -> None:
+    rows = "".join(f"u{user}\ti{item}\t{item}\n" for user in range(5) for item in range(4))
+    folder = write_tables(
+        tmp_path / "data", "user_id\titem_id\tposition\n" + rows.replace("u3\ti2\t2", "u3\ti2\tx")
+    )
+    alone = train("--data", str(folder))
+    leader = train("--data", str(folder), RANK="0", WORLD_SIZE="2")
+    other = train("--data", str(folder), RANK="1", WORLD_SIZE="2")
+    assert [done.returncode for done in (alone, leader, other)] == [1, 1, 1]
+    for done in (alone, leader):
+        (line,) = done.stderr.strip().splitlines()
+        assert "interactions.tsv.gz: line 16: position 'x' is not an integer" in line
+    assert not other.stderr
+
+
+def test_divergence_ends_in_one_line_per_rank(tmp_path: Path) -> None:
+    # An infinite learning rate is refused by nobody, and breaks the weights in the first step.
+    done = train(*SMALL, "--run-dir", str(tmp_path / "d"), "--optim.lr", "1e38", "--optim.warmup-steps", "0")
+    assert done.returncode == 1
+    assert "not finite" in done.stderr
+    assert "train.run: error: " in done.stderr
+    assert "Traceback" not in done.stderr

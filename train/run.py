@@ -1,0 +1,185 @@
+"""``python -m train.run``: trains the recommender on several ranks and prints what came out.
+
+1. settings    from the command line (cli.py)
+2. ranks       started here by way of hybridcomm.launch, unless a launcher (torchrun, SLURM) has done so
+3. per rank    data, model, optimizer, communicator, loop, report
+
+Exit codes: 0 fine, 2 for what the command line got wrong, 1 for malformed data and failures.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from train.config import TrainConfig
+from train.data import Dataset, Split, load_directory, split_leave_one_out
+from train.errors import ConfigError, DataError, TrainError
+from train.synthetic import generate
+
+__all__ = ["main", "train"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    leader = not launched or os.environ["RANK"] == "0"
+    config: TrainConfig | None = None
+    try:
+        from train.cli import parse
+
+        config = parse(arguments)
+        if config is None:
+            return 0
+        _check_compressor(config.compress)
+        if launched:
+            return train(config)
+        return _start_ranks(config, arguments)
+    except TrainError as error:
+        if leader or not isinstance(error, (ConfigError, DataError)):  # those are the same on every rank
+            _complain(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        return _failed(error, config)
+
+
+def train(config: TrainConfig) -> int:
+    """One rank's whole run; raises typed errors. Returns 0."""
+    import torch
+
+    from model.recommender import Recommender
+    from train.comm import connect
+    from train.evaluate import evaluate_scores, popularity_scores
+    from train.loop import Trainer
+    from train.optim import build_optimizer
+    from train.report import Reporter, final_table, summary
+
+    torch.set_num_threads(config.threads)
+    data, split = _load(config, int(os.environ.get("WORLD_SIZE", "1")))
+    comm = connect(config)
+    run_dir = config.run_dir or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    reporter = Reporter(config, run_dir, active=comm.rank == 0)
+    try:
+        torch.manual_seed(config.seed)
+        model = Recommender(config.model, data.num_items, _features(config, data, compute=comm.rank == 0))
+        reporter.line(_describe(config, data, sum(p.numel() for p in model.parameters())))
+        optimizer = build_optimizer(model.parameters(), config.optim)
+        trainer = Trainer(
+            config, data=data, split=split, model=model, comm=comm, optimizer=optimizer, reporter=reporter
+        )
+        outcome = trainer.run()
+        popular = popularity_scores(data, split)
+        popularity = evaluate_scores(
+            lambda histories: popular.expand(len(histories), -1), data, split, which="test",
+            rank=comm.rank, world_size=comm.world_size, reduce=comm.sum,
+        )  # fmt: skip
+        values = summary(outcome, popularity, data.best_ndcg, *_wire_per_step(comm, outcome.steps))
+        reporter.event("final", **values)
+        reporter.close()
+        reporter.console.print(final_table(values))
+        reporter.line(f"metrics: {run_dir / 'metrics.jsonl'}")
+    finally:
+        reporter.close()
+    comm.close()
+    return 0
+
+
+def _start_ranks(config: TrainConfig, arguments: list[str]) -> int:
+    """Checks what can be checked once, then starts the ranks."""
+    from hybridcomm.launch import launch
+    from train.report import refuse_used
+
+    _load(config, config.nproc)
+    if config.run_dir is not None:
+        refuse_used(config.run_dir)
+    if config.run_dir is None:
+        arguments = [*arguments, "--run-dir", str(Path("runs") / time.strftime("%Y%m%d-%H%M%S"))]
+    return launch(["-m", "train.run", *arguments], nproc=config.nproc, nodes=config.nodes)
+
+
+def _check_compressor(text: str) -> None:
+    """Before any rank starts: an unknown compressor or a ratio out of range is a usage error."""
+    from hybridcomm.compress import resolve
+    from hybridcomm.errors import CompressorError
+
+    try:
+        resolve(None if text == "none" else text)
+    except CompressorError as error:
+        raise ConfigError(f"--compress: {error}") from None
+
+
+def _load(config: TrainConfig, ranks: int) -> tuple[Dataset, Split]:
+    data = generate(config.synthetic) if config.data is None else load_directory(config.data)
+    split = split_leave_one_out(data)
+    if ranks > len(split.users):
+        raise ConfigError(
+            f"{ranks} ranks but only {len(split.users)} users with three items or more: use fewer ranks"
+        )
+    return data, split
+
+
+def _features(config: TrainConfig, data: Dataset, *, compute: bool) -> object:
+    """Text features on rank 0, room for them elsewhere (`prepare` sends them); None without text."""
+    import torch
+
+    from train.text import text_features
+
+    if data.texts is None or not config.model.text:
+        return None
+    if compute:
+        return text_features(data.texts, config.text_features)
+    return torch.zeros(data.num_items, config.text_features)
+
+
+def _wire_per_step(comm: object, steps: int) -> tuple[int | None, int | None]:
+    import numpy as np
+
+    mine = comm.wire_nbytes()  # type: ignore[attr-defined]
+    if mine is None:
+        return None, None
+    total = int(comm.sum(np.array([mine], dtype=np.int64))[0])  # type: ignore[attr-defined]
+    return total // steps, comm.dense_wire_nbytes()  # type: ignore[attr-defined]
+
+
+def _describe(config: TrainConfig, data: Dataset, parameters: int) -> str:
+    text = "with text" if data.texts is not None and config.model.text else "without text"
+    return (
+        f"{data.name}: {data.num_users} users, {data.num_items} items ({text}), {len(data.items)} "
+        f"interactions; model of {parameters / 1e6:.2f} M parameters; {config.batch_size} users per step"
+    )
+
+
+def _failed(error: Exception, config: TrainConfig | None) -> int:
+    """One line for errors the library raises on purpose; a traceback in a file for those nobody expected."""
+    from hybridcomm.errors import HybridCommError
+
+    rank = os.environ.get("RANK", "0")
+    if isinstance(error, HybridCommError):
+        text = str(error)
+        _complain(text if text.startswith("rank ") else f"rank {rank}: {text}")
+        return 1
+    where = "stderr"
+    if config is not None and config.run_dir is not None and config.run_dir.is_dir():
+        path = config.run_dir / f"rank{rank}.err"
+        path.write_text(traceback.format_exc(), encoding="utf-8")
+        where = str(path)
+    else:
+        traceback.print_exc()
+    _complain(f"rank {rank}: {type(error).__name__}: {error}; traceback in {where}")
+    return 1
+
+
+def _complain(text: str) -> None:
+    sys.stderr.write(f"train.run: error: {text}\n")  # one write: lines of several ranks must not mix
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

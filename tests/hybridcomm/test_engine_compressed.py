@@ -182,7 +182,7 @@ def test_a_nonfinite_value_reaches_all_ranks_and_costs_nothing_else(
     ranks: list[Context], poison: float
 ) -> None:
     """The chunk that holds it is NaN everywhere; other chunks are exact; no residual takes it up."""
-    world, numel = len(ranks), 80_000
+    world, numel = len(ranks), 400_000
     where = numel // 2 + 5
     residuals = [Residual() for _ in ranks]
     inputs = gradients(world, numel, seed=3)

@@ -123,11 +123,17 @@ def compiler_file(name: str) -> str:
     return str(Path(found.stdout.strip()).resolve())
 
 
+def engine() -> tuple[bool, str]:
+    """The engine without Python, as a C++ program under each sanitizer."""
+    return pytest("tests/hybridcomm/test_sanitizers.py", env={"HYBRIDCOMM_SANITIZERS": "1"})
+
+
 STEPS: dict[str, Callable[[], tuple[bool, str]]] = {
     "lint": lint,
     "tests": suite,
     "properties": properties,
     "training": training,
+    "engine": engine,
     "address": partial(sanitized, "address,undefined"),
     "thread": partial(sanitized, "thread"),
 }
@@ -136,6 +142,7 @@ _WHAT = {
     "tests": "the whole suite",
     "properties": f"property tests under {SEEDS} more seeds",
     "training": "the default training run",
+    "engine": "the engine alone, a C++ program, under all three sanitizers",
     "address": "engine and kernels under the address and undefined-behaviour sanitizers",
     "thread": "engine and kernels under the thread sanitizer",
 }

@@ -112,7 +112,7 @@ class TrainConfig(BaseModel):
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
     "scientific": {
-        "epochs": 24,
+        "epochs": 20,
         "batch_size": 128,
         "optim": {"lr": 3e-3, "warmup_steps": 200},
         "model": {"dropout": 0.4},

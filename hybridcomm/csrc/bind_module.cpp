@@ -5,4 +5,5 @@ PYBIND11_MODULE(_C, module) {
   hybridcomm::bind_errors(module);
   hybridcomm::bind_program(module);
   hybridcomm::bind_engine(module);
+  hybridcomm::bind_sum(module);
 }

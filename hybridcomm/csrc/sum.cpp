@@ -33,19 +33,32 @@ size_t itemsize(Dtype dtype) {
   return 0;
 }
 
-void sum(Dtype dtype, void* out, const void* const* sources, int count, size_t numel, uint32_t divisor) {
+int best_isa() {
 #if defined(__x86_64__)
-  static const int level = [] {
+  static const int best = [] {
     __builtin_cpu_init();
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
     return wide && avx2 ? 2 : avx2 ? 1 : 0;
   }();
-  if (level == 2) return avx512::sum(dtype, out, sources, count, numel, divisor);
-  if (level == 1) return avx2::sum(dtype, out, sources, count, numel, divisor);
+  return best;
+#else
+  return 0;
+#endif
+}
+
+void sum_by([[maybe_unused]] int isa, Dtype dtype, void* out, const void* const* sources, int count,
+            size_t numel, uint32_t divisor) {
+#if defined(__x86_64__)
+  if (isa == 2) return avx512::sum(dtype, out, sources, count, numel, divisor);
+  if (isa == 1) return avx2::sum(dtype, out, sources, count, numel, divisor);
 #endif
   scalar::sum_here(dtype, out, sources, count, numel, divisor);
+}
+
+void sum(Dtype dtype, void* out, const void* const* sources, int count, size_t numel, uint32_t divisor) {
+  sum_by(best_isa(), dtype, out, sources, count, numel, divisor);
 }
 
 }  // namespace hybridcomm

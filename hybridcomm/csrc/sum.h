@@ -22,4 +22,9 @@ size_t itemsize(Dtype dtype);
 // no divisor but 1. Every instruction set gives the same bits.
 void sum(Dtype dtype, void* out, const void* const* sources, int count, size_t numel, uint32_t divisor);
 
+// The same by one instruction set, for tests: 0 scalar, 1 AVX2, 2 AVX-512, at most best_isa().
+int best_isa();
+void sum_by(int isa, Dtype dtype, void* out, const void* const* sources, int count, size_t numel,
+            uint32_t divisor);
+
 }  // namespace hybridcomm

@@ -1,0 +1,217 @@
+// Runs the engine under sanitizers: ranks are threads, each with its own mesh, and no Python is near.
+//
+// Every case ends or the watchdog ends the process. Exit code 0: all cases passed.
+
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+
+#include "programs.h"
+
+namespace hybridcomm::test {
+namespace {
+
+int failures = 0;
+std::mutex report;
+
+void check(bool good, const std::string& what) {
+  if (good) return;
+  const std::lock_guard<std::mutex> lock(report);
+  std::fprintf(stderr, "FAILED: %s\n", what.c_str());
+  ++failures;
+}
+
+// The outcome of a call, as an error code; `expected` runs that should raise.
+std::optional<Code> code_of(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    return error.code;
+  }
+  return std::nullopt;
+}
+
+using Body = std::function<void(int rank, Engine& engine)>;
+
+void with_ranks(const Layout& layout, const Body& body, double timeout_s = 20) {
+  static int job = 0;
+  const std::string name =
+      "hybridcomm-engine-test-" + std::to_string(::getpid()) + "-" + std::to_string(job++);
+  std::vector<std::unique_ptr<Listener>> listeners;
+  for (int rank = 0; rank < layout.world(); ++rank)
+    listeners.push_back(std::make_unique<Listener>("127.0.0.1", 0));
+  const auto run = [&](int rank) {
+    try {
+      MeshConfig config;
+      config.rank = rank;
+      config.name = name;
+      config.slot_nbytes = 4096;
+      config.timeout_s = timeout_s;
+      config.token[0] = 7;
+      const int node = rank / layout.per_node;
+      for (int i = 0; i < layout.per_node; ++i) config.local_ranks.push_back(node * layout.per_node + i);
+      for (int other = 0; other < layout.nodes; ++other) {
+        if (other == node) continue;
+        const int peer = other * layout.per_node + rank % layout.per_node;
+        config.remote_peers.push_back({peer, "127.0.0.1", listeners[static_cast<size_t>(peer)]->port()});
+      }
+      Engine engine(config, *listeners[static_cast<size_t>(rank)], true);
+      body(rank, engine);
+      engine.close();
+    } catch (const std::exception& error) {
+      check(false, "rank " + std::to_string(rank) + ": " + error.what());
+    }
+  };
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < layout.world(); ++rank) threads.emplace_back(run, rank);
+  for (auto& thread : threads) thread.join();
+}
+
+struct Call {
+  DenseAllreduce plan;
+  std::vector<float> values;
+  int rank, number;
+
+  Call(const Layout& layout, int rank, int number, uint64_t digest = 0)
+      : plan(layout, rank, 1 + number % 7, 64 * (1 + static_cast<uint64_t>(number) % 3),
+             digest + 1 + number % 21),
+        values(plan.numel()),
+        rank(rank),
+        number(number) {
+    for (size_t i = 0; i < values.size(); ++i) values[i] = value(rank, i);
+  }
+  float value(int from, size_t i) const {
+    return static_cast<float>((from + 1) * 1000 + number + static_cast<int>(i % 97));
+  }
+  Buffers buffers() {
+    Buffers out;
+    out.tensor = reinterpret_cast<std::byte*>(values.data());
+    return out;
+  }
+  void verify(int world) const {
+    for (size_t i = 0; i < values.size(); ++i) {
+      float want = 0;
+      for (int from = 0; from < world; ++from) want += value(from, i);
+      if (values[i] != want) {
+        check(false, "call " + std::to_string(number) + " rank " + std::to_string(rank) + " element " +
+                         std::to_string(i) + ": " + std::to_string(values[i]) +
+                         " != " + std::to_string(want));
+        return;
+      }
+    }
+  }
+};
+
+const std::function<void()> kNobody;
+
+void blocking(const Layout& layout) {
+  with_ranks(layout, [&](int rank, Engine& engine) {
+    for (int number = 0; number < 40; ++number) {
+      Call call(layout, rank, number);
+      engine.run(call.plan.program(), call.buffers(), kNobody);
+      call.verify(layout.world());
+    }
+  });
+}
+
+void mixed(const Layout& layout) {
+  with_ranks(layout, [&](int rank, Engine& engine) {
+    std::vector<std::unique_ptr<Call>> calls;
+    std::vector<std::shared_ptr<Work>> works;
+    for (int number = 0; number < 60; ++number) {
+      calls.push_back(std::make_unique<Call>(layout, rank, number));
+      Call& call = *calls.back();
+      if (number % 4 == 3) {
+        engine.run(call.plan.program(), call.buffers(), kNobody);
+        call.verify(layout.world());
+      } else {
+        works.push_back(engine.submit(call.plan.program(), call.buffers()));
+      }
+      if (number % 5 == 0) {  // properties of a running work may be read at any time
+        const Work& last =
+            *(works.empty() ? engine.submit(call.plan.program(), call.buffers()) : works.back());
+        check(last.seconds() >= 0 && last.wire_nbytes() < (1u << 30), "properties of a running work");
+      }
+      if (number % 11 == 10) works.erase(works.begin());  // dropped un-waited
+    }
+    for (auto work = works.rbegin(); work != works.rend(); ++work) (*work)->wait(20);
+    engine.close();  // before the buffers go
+    for (const auto& call : calls) call->verify(layout.world());
+  });
+}
+
+void mismatch(const Layout& layout) {
+  with_ranks(layout, [&](int rank, Engine& engine) {
+    Call good(layout, rank, 3);
+    engine.run(good.plan.program(), good.buffers(), kNobody);
+    Call call(layout, rank, 5, rank == 0 ? 1000 : 0);
+    const auto code = code_of([&] { engine.run(call.plan.program(), call.buffers(), kNobody); });
+    check(code == Code::mismatch, "a mismatch on rank " + std::to_string(rank));
+    const auto later = code_of([&] { engine.submit(call.plan.program(), call.buffers())->wait(20); });
+    check(later == Code::mismatch, "later calls raise the same");
+  });
+}
+
+void aborted(const Layout& layout) {
+  with_ranks(layout, [&](int rank, Engine& engine) {
+    Call call(layout, rank, 1);
+    if (rank == 0) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+      engine.abort();
+      return;
+    }
+    std::thread other;
+    if (rank == 1) other = std::thread([&] { engine.abort(); });
+    const auto code = code_of([&] { engine.submit(call.plan.program(), call.buffers())->wait(20); });
+    check(code == Code::aborted, "an abort reaches rank " + std::to_string(rank));
+    if (other.joinable()) other.join();
+  });
+}
+
+void left(const Layout& layout) {
+  with_ranks(layout, [&](int rank, Engine& engine) {
+    if (rank == 0) return;
+    Call call(layout, rank, 6);
+    const auto code = code_of([&] { engine.run(call.plan.program(), call.buffers(), kNobody); });
+    check(code == Code::peer_lost, "rank " + std::to_string(rank) + " learns that rank 0 left");
+  });
+}
+
+void stalled(const Layout& layout) {
+  with_ranks(
+      layout,
+      [&](int rank, Engine& engine) {
+        if (rank == 0) std::this_thread::sleep_for(std::chrono::milliseconds(2700));
+        Call call(layout, rank, 6);
+        const auto code = code_of([&] { engine.run(call.plan.program(), call.buffers(), kNobody); });
+        check(code == Code::stall, "rank " + std::to_string(rank) + " learns that rank 0 stalls");
+      },
+      0.5);
+}
+
+void concurrent_close(const Layout& layout) {
+  with_ranks(layout, [&](int rank, Engine& engine) {
+    Call call(layout, rank, 2);
+    const auto work = engine.submit(call.plan.program(), call.buffers());
+    std::thread closer([&] { engine.close(); });
+    std::thread reader([&] { check(engine.counters().tx_bytes.load() < (1u << 30), "counters"); });
+    work->wait(20);
+    closer.join();
+    reader.join();
+    call.verify(layout.world());
+  });
+}
+
+}  // namespace
+}  // namespace hybridcomm::test
+
+int main() {
+  using namespace hybridcomm::test;
+  ::alarm(100);  // a hang is a failure
+  for (const Layout layout : {Layout{2, 2}, Layout{1, 3}, Layout{2, 1}}) {
+    for (const auto test : {blocking, mixed, mismatch, aborted, left, stalled, concurrent_close})
+      test(layout);
+  }
+  std::printf("%d failures\n", failures);
+  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}

@@ -10,8 +10,8 @@ __all__ = ["MODEL_PRESETS", "ModelConfig"]
 
 MODEL_PRESETS: dict[str, dict[str, Any]] = {
     "small": {},
-    "wide": {"dim": 256, "layers": 2, "heads": 4, "hidden": 512, "text": False},
-    "deep": {"dim": 256, "layers": 6, "heads": 4, "hidden": 688, "text": False},
+    "wide": {"dim": 384, "layers": 2, "heads": 6, "hidden": 768},
+    "deep": {"dim": 256, "layers": 6, "heads": 4, "hidden": 688},
 }
 """Named shapes: ``small`` trains in about a minute on two cores; ``wide`` and ``deep`` have several million
 parameters and are for measuring communication."""

@@ -23,8 +23,8 @@ void pause_cpu() {
 Executor::Executor(Mesh& mesh, double timeout_s, bool crowded)
     : mesh_(mesh),
       timeout_(seconds(timeout_s)),
-      spins_(crowded ? 20 : 2000),
-      yields_(crowded ? 50 : 200),
+      spin_for_(std::chrono::microseconds(crowded ? 2 : 100)),
+      yield_for_(std::chrono::microseconds(crowded ? 100 : 300)),
       epoll_(::epoll_create1(EPOLL_CLOEXEC)) {
   const auto locals = static_cast<size_t>(mesh_.local_size());
   put_.resize(locals);
@@ -52,20 +52,26 @@ void Executor::run(const Program& program, const Buffers& buffers, const std::fu
   interrupted_ = &interrupted;
   prepare(program);
   if (mesh_.local_size() > 1) mesh_.own().entered().fetch_add(1, std::memory_order_relaxed);
-  int idle = 0;
   while (remaining_ > 0) {
     bool moved = in_flight_ > 0 && poll_sockets(0);
     moved |= pass();
-    if (moved) {
-      idle = 0;
-    } else if (++idle <= spins_) {
+    if (!moved) wait_for_news();
+  }
+}
+
+// Bounded by time, not by rounds: beside a busy neighbour one yield may take a whole time slice.
+void Executor::wait_for_news() {
+  const auto begin = last_progress_ = Clock::now();
+  while (remaining_ > 0) {
+    const auto idle = Clock::now() - begin;
+    if (idle < spin_for_) {
       pause_cpu();
-    } else if (idle <= spins_ + yields_) {
+    } else if (idle < yield_for_) {
       ::sched_yield();
-    } else {
-      if (idle == spins_ + yields_ + 1) last_progress_ = Clock::now();
-      sleep();
+    } else if (sleep()) {
+      return;
     }
+    if ((in_flight_ > 0 && poll_sockets(0)) || pass()) return;
   }
 }
 
@@ -315,7 +321,7 @@ bool Executor::poll_sockets(int timeout_ms) {
   return moved;
 }
 
-void Executor::sleep() {
+bool Executor::sleep() {
   bool moved = false;
   if (mesh_.local_size() == 1) {
     moved = poll_sockets(kLookUpMs);
@@ -342,6 +348,7 @@ void Executor::sleep() {
     next_look_ = now + std::chrono::milliseconds(kLookUpMs);
     look_up();
   }
+  return moved;
 }
 
 }  // namespace hybridcomm

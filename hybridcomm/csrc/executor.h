@@ -36,6 +36,7 @@ class Executor final : private Completion {
  private:
   static constexpr size_t kRemembered = 64;
   void prepare(const Program& program);
+  void wait_for_news();
   bool pass();
   bool advance(uint32_t stream);
   bool start(uint32_t index);
@@ -52,7 +53,7 @@ class Executor final : private Completion {
 
   bool poll_sockets(int timeout_ms);
   bool progress_link(Link& link, int channel);
-  void sleep();
+  bool sleep();
   void look_up();
   void check_departed();
   void check_peers();
@@ -70,7 +71,7 @@ class Executor final : private Completion {
 
   Mesh& mesh_;
   const Clock::duration timeout_;
-  const int spins_, yields_;
+  const Clock::duration spin_for_, yield_for_;
   Fd epoll_;
   WireCounters counters_;
   std::atomic<bool> abort_requested_{false};

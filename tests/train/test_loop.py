@@ -70,7 +70,8 @@ def trainer(comm: Communicator, **settings: Any) -> Trainer:
     model = Recommender(config.model, DATA.num_items)
     return Trainer(
         config, data=DATA, split=split_leave_one_out(DATA), model=model, comm=comm,
-        optimizer=build_optimizer(model.parameters(), config.optim), reporter=Reporter(config, None, active=False),
+        optimizer=build_optimizer(model.parameters(), config.optim),
+        reporter=Reporter(config, None, active=False),
     )  # fmt: skip
 
 

@@ -50,7 +50,9 @@ def allreduce(
     codec = compressor if nodes > 1 else None
     align = codec.block if codec is not None else policy.DENSE_ALIGN
     shards = shard_regions(numel, topology.K, align)
-    size = _chunk_size(chunk_elems, chunk_nbytes, numel, dtype, len(shards), align, codec is not None)
+    size = _chunk_size(
+        chunk_elems, chunk_nbytes, numel, dtype, len(shards), align, compressed=codec is not None
+    )
     writer = Writer(topology, bucket)
     divisor = world if op == "mean" else 1
 
@@ -200,7 +202,14 @@ def _parts(topology: Topology, numel: int, collective: str) -> list[Region]:
 
 
 def _chunk_size(
-    asked: int | None, limit: int, numel: int, dtype: str, shards: int, align: int, compressed: bool = False
+    asked: int | None,
+    limit: int,
+    numel: int,
+    dtype: str,
+    shards: int,
+    align: int,
+    *,
+    compressed: bool = False,
 ) -> int:
     """``asked`` elements, or what policy says, within ``limit`` bytes (a slot of the shared memory)."""
     if asked is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.train.builders import random_dataset
@@ -13,6 +13,7 @@ from train.batch import epoch_order, pack, rank_share, step_users, train_batch
 from train.data import split_leave_one_out
 
 
+@settings(deadline=None, derandomize=True)
 @given(users=st.integers(1, 200), batch_size=st.integers(1, 70), world_size=st.integers(1, 9))
 def test_an_epoch_draws_each_user_once(users: int, batch_size: int, world_size: int) -> None:
     order = epoch_order(users, 7, 2)
@@ -31,6 +32,7 @@ def test_the_order_depends_on_seed_and_epoch_only() -> None:
     assert epoch_order(50, 1, 1).tolist() != epoch_order(50, 2, 1).tolist()
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, 90), max_size=30))
 def test_packing_keeps_sequences_whole(lengths: list[int]) -> None:
     sequences = [np.arange(length) + 100 * index for index, length in enumerate(lengths)]

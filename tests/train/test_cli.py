@@ -45,7 +45,7 @@ def test_printed_settings_are_valid_settings(
 
 def test_model_preset_names_a_shape() -> None:
     assert parsed("--model.preset", "wide").model.dim == 384
-    assert parsed("--model.preset", "wide", "--model.dim", "32").model.dim == 32
+    assert parsed("--model.preset", "wide", "--model.dim", "48").model.dim == 48
 
 
 @pytest.mark.parametrize(

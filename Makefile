@@ -41,7 +41,7 @@ test: $(VENV)/engine.stamp
 lint: $(VENV)/tools.stamp layout
 	ruff format --check .
 	ruff check .
-	clang-format --dry-run --Werror $(CPP) $(wildcard tests/csrc/*)
+	clang-format --dry-run --Werror $(CPP) $(wildcard tests/csrc/*.cpp tests/csrc/*.h)
 	cd $(LAYOUT) && mypy -p hybridcomm
 	$(PY) -m tests.repository.imports $(LAYOUT)
 	$(PY) -m pytest -q --noconftest tests/repository
@@ -49,7 +49,7 @@ lint: $(VENV)/tools.stamp layout
 format: $(VENV)/tools.stamp
 	ruff format .
 	ruff check --fix .
-	clang-format -i $(CPP) $(wildcard tests/csrc/*)
+	clang-format -i $(CPP) $(wildcard tests/csrc/*.cpp tests/csrc/*.h)
 
 bench: $(VENV)/engine.stamp
 	$(PY) -m pytest benchmarks/bench_*.py $(ARGS)

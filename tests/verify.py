@@ -14,10 +14,8 @@ import re
 import subprocess
 import sys
 import time
-import venv
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 __all__ = ["STEPS", "Outcome", "main", "report"]
@@ -25,8 +23,6 @@ __all__ = ["STEPS", "Outcome", "main", "report"]
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "docs" / "verify-report.md"
 SEEDS = 5
-ENGINE_TESTS = ("tests/hybridcomm", "tests/kernels", "-k", "(engine or host or contexts) and not triton")
-LONG = ("-o", "timeout=1800")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,58 +80,12 @@ def training() -> tuple[bool, str]:
     return passed, text + (" ".join(re.sub("[│┃]", " ", lines[-1]).split()) if lines else "no result")
 
 
-def sanitized(kind: str) -> tuple[bool, str]:
-    """Builds the extensions with a sanitizer, in an environment of their own, and runs the engine's tests."""
-    folder = ROOT / "build" / f"sanitize-{kind.replace(',', '-')}"
-    python = sanitizer_environment(folder / "venv")
-    settings = [f"-Cbuild-dir={folder / 'cmake'}", f"-Ccmake.define.HYBRIDCOMM_SANITIZE={kind}"]
-    install = ["-m", "pip", "--python", python, "install", "--quiet", "--no-build-isolation", "--no-deps"]
-    built, text = run([sys.executable, *install, *settings, "--editable", "."])
-    if not built:
-        return built, text
-    libraries = ["libtsan.so"] if kind == "thread" else ["libasan.so", "libubsan.so"]
-    preload = [compiler_file(name) for name in [*libraries, "libstdc++.so"]]
-    env = {
-        "LD_PRELOAD": " ".join(preload),
-        # Python keeps memory to its end; the extensions' own leaks are the valgrind of another day.
-        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
-        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
-        "TSAN_OPTIONS": f"halt_on_error=1:ignore_noninstrumented_modules=1:suppressions={ROOT / 'tests' / 'tsan.txt'}",
-    }
-    # Without address randomisation: older thread sanitizers know no other layout.
-    shell = ["setarch", "-R", python] if kind == "thread" else [python]
-    return run([*shell, "-m", "pytest", "-n", "2", "--dist", "loadgroup", *LONG, *ENGINE_TESTS], env)
-
-
-def sanitizer_environment(folder: Path) -> str:
-    """A virtual environment that borrows this one's libraries; returns its interpreter."""
-    if not folder.exists():
-        venv.create(folder, with_pip=False, symlinks=True)
-    site = next(folder.glob("lib/python3*/site-packages"))
-    borrowed = [path for path in sys.path if path.endswith("site-packages")]
-    (site / "borrowed.pth").write_text("\n".join(borrowed) + "\n")
-    return str(folder / "bin" / "python")
-
-
-def compiler_file(name: str) -> str:
-    """Where the compiler keeps a library of its own."""
-    found = subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
-    return str(Path(found.stdout.strip()).resolve())
-
-
-def engine() -> tuple[bool, str]:
-    """The engine without Python, as a C++ program under each sanitizer."""
-    return pytest("tests/hybridcomm/test_sanitizers.py", env={"HYBRIDCOMM_SANITIZERS": "1"})
-
-
 STEPS: dict[str, Callable[[], tuple[bool, str]]] = {
     "lint": lint,
     "tests": suite,
     "properties": properties,
     "training": training,
     "engine": engine,
-    "address": partial(sanitized, "address,undefined"),
-    "thread": partial(sanitized, "thread"),
 }
 _WHAT = {
     "lint": "format, lint, types, import directions",
@@ -143,8 +93,6 @@ _WHAT = {
     "properties": f"property tests under {SEEDS} more seeds",
     "training": "the default training run",
     "engine": "the engine alone, a C++ program, under all three sanitizers",
-    "address": "engine and kernels under the address and undefined-behaviour sanitizers",
-    "thread": "engine and kernels under the thread sanitizer",
 }
 
 

@@ -54,10 +54,8 @@ def run(command: list[str], env: Mapping[str, str] | None = None) -> tuple[bool,
     return process.wait() == 0, "".join(text)
 
 
-def pytest(
-    *arguments: str, python: str = sys.executable, env: Mapping[str, str] | None = None
-) -> tuple[bool, str]:
-    return run([python, "-m", "pytest", "-n", "2", "--dist", "loadgroup", *arguments], env)
+def pytest(*arguments: str, env: Mapping[str, str] | None = None) -> tuple[bool, str]:
+    return run([sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadgroup", *arguments], env)
 
 
 def lint() -> tuple[bool, str]:
@@ -78,6 +76,11 @@ def training() -> tuple[bool, str]:
     passed, text = run([sys.executable, "-m", "train.run"])
     lines = [line for line in text.splitlines() if "NDCG@10" in line and "popularity" in line]
     return passed, text + (" ".join(re.sub("[│┃]", " ", lines[-1]).split()) if lines else "no result")
+
+
+def engine() -> tuple[bool, str]:
+    """The engine without Python, as a C++ program under each sanitizer."""
+    return pytest("tests/hybridcomm/test_sanitizers.py", env={"HYBRIDCOMM_SANITIZERS": "1"})
 
 
 STEPS: dict[str, Callable[[], tuple[bool, str]]] = {

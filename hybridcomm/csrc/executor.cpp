@@ -50,6 +50,7 @@ Executor::Executor(Mesh& mesh, double timeout_s, bool crowded)
 void Executor::run(const Program& program, const Buffers& buffers, const std::function<void()>& interrupted) {
   buffers_ = buffers;
   interrupted_ = &interrupted;
+  background_ = !interrupted;
   prepare(program);
   if (mesh_.local_size() > 1) mesh_.own().entered().fetch_add(1, std::memory_order_relaxed);
   while (remaining_ > 0) {
@@ -59,14 +60,16 @@ void Executor::run(const Program& program, const Buffers& buffers, const std::fu
   }
 }
 
-// Bounded by time, not by rounds: beside a busy neighbour one yield may take a whole time slice.
+// Bounded by time, not by rounds: beside a busy neighbour one yield may take a whole time slice. In the background
+// the neighbour is the caller's own computation, so there is no yielding at all: a sleeper is woken ahead of it.
 void Executor::wait_for_news() {
   const auto begin = last_progress_ = Clock::now();
+  const auto yield_for = background_ ? spin_for_ : yield_for_;
   while (remaining_ > 0) {
     const auto idle = Clock::now() - begin;
     if (idle < spin_for_) {
       pause_cpu();
-    } else if (idle < yield_for_) {
+    } else if (idle < yield_for) {
       ::sched_yield();
     } else if (sleep()) {
       return;

@@ -96,6 +96,7 @@ class Executor final : private Completion {
   uint64_t calls_ = 0;                   // begun so far
   std::array<Tag, kRemembered> recent_;  // of the last calls, by number
   const std::function<void()>* interrupted_ = nullptr;
+  bool background_ = false;  // on the progress thread: nobody to interrupt
 };
 
 }  // namespace hybridcomm

@@ -17,6 +17,7 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 CPP := $(shell find hybridcomm kernels -name '*.cpp' -o -name '*.h')
 # The installed package's shape, as links: kernels/ is hybridcomm/kernels. Type checker and import linter read it.
 LAYOUT := build/layout
+BENCH := build/bench
 
 export PATH := $(abspath $(VENV)/bin):$(PATH)
 
@@ -52,8 +53,14 @@ format: $(VENV)/tools.stamp
 	clang-format -i $(CPP) $(wildcard tests/csrc/*.cpp tests/csrc/*.h)
 
 bench: $(VENV)/engine.stamp
-	$(PY) -m pytest benchmarks/bench_*.py $(ARGS)
-	if [ "$$(id -u)" = 0 ]; then $(PY) -m benchmarks.bench_allreduce; else echo "not root: virtual cluster left out"; fi
+	mkdir -p $(BENCH)
+	$(PY) -m pytest benchmarks/bench_kernels.py --benchmark-json $(BENCH)/kernels.json $(ARGS)
+	$(PY) -m pytest benchmarks/bench_inhost.py --benchmark-json $(BENCH)/inhost.json $(ARGS)
+	if [ "$$(id -u)" = 0 ]; then \
+	  $(PY) -m benchmarks.bench_allreduce --json $(BENCH)/allreduce.json && \
+	  $(PY) -m benchmarks.bench_training --steps 320 --variants ddp,topk --json $(BENCH)/training.json && \
+	  $(PY) -m benchmarks.figures --allreduce $(BENCH)/allreduce.json --training $(BENCH)/training.json --out $(BENCH); \
+	else echo "not root: the benchmarks on the virtual cluster are left out"; fi
 
 verify: $(VENV)/engine.stamp
 	$(PY) -m tests.verify $(ARGS)

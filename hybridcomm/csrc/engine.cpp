@@ -1,5 +1,6 @@
 #include "engine.h"
 
+#include <sched.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -12,6 +13,7 @@ namespace {
 // The progress thread runs seldom and briefly, beside threads that compute. A short time slice (Linux 6.12 and
 // later; earlier kernels ignore it) gives it an early deadline, so that a wake-up does not wait for theirs to end.
 void ask_for_short_slices() {
+  if (::sched_getscheduler(0) != SCHED_OTHER) return;  // somebody has chosen already
   struct {
     uint32_t size, policy;
     uint64_t flags;

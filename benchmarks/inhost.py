@@ -47,6 +47,9 @@ class Case:
         return cls(peer=peer, nbytes=nbytes, batch=batch, rounds=20 if nbytes < 32 << 20 else 7)
 
 
+_PATIENCE_S = 60
+
+
 class _Barrier:
     """All ranks leave together, by counters in shared memory: less skew than gloo's barrier."""
 
@@ -55,11 +58,15 @@ class _Barrier:
         self._rank = rank
 
     def wait(self) -> None:
-        """Return when every rank has called as often as this one."""
+        """Return when every rank has called as often as this one; TimeoutError names those that have not."""
         turn = self._counts[self._rank] + 1
         self._counts[self._rank] = turn
+        deadline = time.monotonic() + _PATIENCE_S
         while self._counts.min() < turn:
             os.sched_yield()
+            if time.monotonic() > deadline:
+                missing = np.flatnonzero(self._counts < turn).tolist()
+                raise TimeoutError(f"ranks {missing} did not come to the barrier within {_PATIENCE_S} s")
 
 
 class Runner:

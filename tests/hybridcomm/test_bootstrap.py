@@ -33,7 +33,7 @@ from hybridcomm.topology import Topology
 from tests.engine_ranks import close_all, connect_each, each_rank, engine_contexts
 from tests.rank_processes import ROOT, rank_processes
 
-ADD_UP = """
+ADD_UP = r"""
 import os, numpy as np, hybridcomm
 ctx = hybridcomm.init(timeout=30)
 value = np.full(1000, ctx.rank + 1, np.float32)

@@ -10,6 +10,7 @@ from hybridcomm.errors import DataTypeError
 
 __all__ = [
     "DENSE_ALIGN",
+    "DENSE_CHUNK_NBYTES",
     "ITEMSIZE",
     "MAX_CHUNK_NBYTES",
     "MIN_CHUNK_NBYTES",
@@ -31,8 +32,11 @@ ITEMSIZE = {
 DENSE_ALIGN = 16
 """Elements: boundaries of dense shards and slices fall on multiples of this (a cache line of fp32)."""
 
-MAX_CHUNK_NBYTES = 512 * 1024
-"""The unit of pipelining: fits the slots of the shared-memory lanes and a share of the L2 cache."""
+MAX_CHUNK_NBYTES = 1024 * 1024
+"""The longest chunk, and the size of a slot of the shared-memory lanes."""
+
+DENSE_CHUNK_NBYTES = 512 * 1024
+"""The longest dense chunk: a share of the L2 cache, and short enough to overlap in-node and inter-node work."""
 
 MIN_CHUNK_NBYTES = 64 * 1024
 """Below this the cost of a hand-off (about 33 us across cores) exceeds what more overlap gains."""
@@ -53,13 +57,13 @@ def chunk_elems(
 ) -> int:
     """Elements per chunk: a quarter of a shard, within 64..512 KiB, and a multiple of ``align``.
 
-    Compressed chunks are as long as they may be: their payloads are a hundredth of that, and short messages cost
+    Compressed chunks are as long as a slot: their payloads are a hundredth of that, and short messages cost
     more in headers than pipelining them gains.
     """
     size = itemsize(dtype)
     shard_nbytes = -(-numel // max(shards, 1)) * size
-    wanted = MAX_CHUNK_NBYTES if compressed else shard_nbytes // _CHUNKS_WANTED
-    nbytes = min(max(wanted, MIN_CHUNK_NBYTES), MAX_CHUNK_NBYTES)
+    dense = min(max(shard_nbytes // _CHUNKS_WANTED, MIN_CHUNK_NBYTES), DENSE_CHUNK_NBYTES)
+    nbytes = MAX_CHUNK_NBYTES if compressed else dense
     return max(nbytes // size // align, 1) * align
 
 

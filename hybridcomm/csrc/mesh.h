@@ -21,7 +21,7 @@ struct MeshConfig {
   std::vector<Endpoint> remote_peers;  // the owners and leaders this rank works with on other nodes
   Token token{};                       // shared secret of the job
   std::string name;                    // unique per job: prefix of the unix sockets' names
-  size_t slot_nbytes = 512 << 10;
+  size_t slot_nbytes = 1 << 20;
   int slots = 4;
   int data_sockets = 2;
   double timeout_s = 300;

@@ -19,7 +19,7 @@ import pytest
 import torch.distributed as dist
 
 import hybridcomm
-from hybridcomm import bootstrap
+from hybridcomm import bootstrap, policy
 from hybridcomm.context import Context
 from hybridcomm.errors import (
     BootstrapError,
@@ -83,7 +83,7 @@ def test_a_peer_that_dies_between_store_and_connection_is_named(directory: str) 
     """Rank 1 publishes where it listens and is gone before anybody has connected."""
     store = DirectoryStore(directory)
     entry = {"host": "127.0.0.1", "port": 1, "node": bootstrap._host_id(), "machine": "m", "version": 1}
-    entry |= {"world_size": 2, "topology": "", "chunk_nbytes": 512 * 1024}
+    entry |= {"world_size": 2, "topology": "", "chunk_nbytes": policy.MAX_CHUNK_NBYTES}
     store.set("init1/rank1", json.dumps(entry).encode())
     begin = time.monotonic()
     error = _error(lambda: connect(directory, 0, 2, timeout=1.0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
 
 import torch.distributed as dist
@@ -56,7 +58,12 @@ def main() -> None:
     else:
         sys.exit("a wrong element was not caught")
     hybridcomm.shutdown()
+    del peer, peers, forgetful, wrong
+    gc.collect()  # DDP and its hook go before the process group they use
+    dist.barrier()  # rank 0 hosts torch's store: nobody may still need it
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # torch's store server now and then aborts the interpreter's exit on a busy machine
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ class Kind:
 
 class Program:
     scratch_nbytes: int
-    residual_numel: int
     def __init__(
         self,
         *,

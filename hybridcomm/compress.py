@@ -40,9 +40,8 @@ class Compressor:
 
     @property
     def contraction(self) -> float:
-        """delta in |x - C(x)|^2 <= (1 - delta) |x|^2, up to quantisation: k / block."""
-        block, k, _ = self.spec.layout
-        return k / block
+        """delta in |x - C(x)|^2 <= (1 - delta) |x|^2, quantisation included."""
+        return self.spec.contraction
 
     def nbytes(self, numel: int) -> int:
         """Bytes of the payload of ``numel`` elements, header included."""

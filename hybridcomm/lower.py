@@ -107,7 +107,7 @@ class _Lowering:
         if self.compressor is not None and plan.compressor != "none":
             block, k, value_bits = self.compressor.spec.layout
             codec = {"codec": CODECS.index("topk"), "block": block, "k": k, "value_bits": value_bits}
-        program = _C.Program(
+        return _C.Program(
             digest=plan.digest,
             numel=plan.numel,
             collective=COLLECTIVES.index(plan.collective),
@@ -115,8 +115,6 @@ class _Lowering:
             op=OPS.index(plan.op),
             **codec,
         )
-        program.residual_numel = sum(region.numel for region in plan.residual_regions(self.rank))
-        return program
 
     def _add(
         self,

@@ -61,7 +61,6 @@ void bind_program(py::module_& module) {
           py::arg("nbytes") = 0, py::arg("residual") = 0, py::arg("divisor") = 1,
           py::arg("after") = std::vector<uint32_t>{}, py::arg("sources") = std::vector<int64_t>{})
       .def_readwrite("scratch_nbytes", &Program::scratch_nbytes)
-      .def_readwrite("residual_numel", &Program::residual_numel)
       .def_property_readonly("size", [](const Program& program) { return program.ops.size(); });
 }
 

@@ -46,7 +46,6 @@ struct Program {
   Tag tag;  // digest and description; step and nbytes are filled in per message
   Dtype dtype = Dtype::float32;
   uint64_t scratch_nbytes = 0;
-  uint64_t residual_numel = 0;
   kernels::TopKParams codec{};
   std::vector<Op> ops;
   uint32_t stream_count = 0;

@@ -51,6 +51,7 @@ class Executor final : private Completion {
   bool start_get(const Op& op);
   void complete(uint32_t op) override;
 
+  void watch_sockets();
   bool poll_sockets(int timeout_ms);
   bool progress_link(Link& link, int channel);
   bool sleep();

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -63,64 +64,95 @@ class _Job:
         self._ranks: list[subprocess.Popen[bytes]] = []
         self._signal = 0
         self._handlers: dict[int, object] = {}
+        self._epoll = select.epoll()
+        self._running: dict[int, int] = {}  # pidfd -> rank
 
     def __enter__(self) -> _Job:
+        # A signal that comes just before epoll sleeps must wake it as well: a handler in Python is too late.
+        self._awake, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._epoll.register(self._awake, select.EPOLLIN)
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self._handlers[number] = signal.signal(number, self._on_signal)
             except ValueError:  # not the main thread: the caller's own handlers stay
                 break
+        self._old_wake = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False) if self._handlers else -1
         for rank in range(self._nproc):
-            environment = {**self._environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            self._ranks.append(
-                subprocess.Popen(self._argv, env=environment, preexec_fn=_die_with_parent)  # noqa: PLW1509
-            )
+            self._start(rank)
         return self
+
+    def _start(self, rank: int) -> None:
+        environment = {**self._environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        self._ranks.append(
+            subprocess.Popen(self._argv, env=environment, preexec_fn=_die_with_parent)  # noqa: PLW1509
+        )
+        try:
+            descriptor = os.pidfd_open(self._ranks[-1].pid)
+        except OSError as error:
+            raise UnsupportedError(
+                f"hybridcomm.launch needs pidfd_open (Linux 5.3): {error}; start the ranks with torchrun"
+            ) from error
+        self._running[descriptor] = rank
+        self._epoll.register(descriptor, select.EPOLLIN)
 
     def __exit__(self, *_: object) -> None:
         self._end(signal.SIGTERM, 2.0)
         self._end(signal.SIGKILL, 5.0)
+        if self._handlers:
+            signal.set_wakeup_fd(self._old_wake)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        self._epoll.close()
+        for descriptor in (self._awake, self._wake, *self._running):
+            os.close(descriptor)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self._signal = number
 
+    def _ended(self, limit: float | None = None) -> list[tuple[int, int]]:
+        """Waits for ranks to end, ``limit`` s at most, or for a signal: (rank, code) in the order they ended.
+
+        epoll's ready list is FIFO: descriptors stand in it in the order they became ready, and a pidfd does when
+        its process ends. So the first to fail is known even when several have ended before this process ran.
+        """
+        ended = []
+        for descriptor, _ in self._epoll.poll(limit):
+            if descriptor == self._awake:
+                os.read(self._awake, 4096)
+                continue
+            rank = self._running.pop(descriptor)
+            self._epoll.unregister(descriptor)
+            os.close(descriptor)
+            ended.append((rank, self._ranks[rank].wait()))
+        return ended
+
     def wait(self) -> int:
         """Until all ranks ended, one failed, or a signal came."""
-        while not self._signal:
-            codes = [rank.poll() for rank in self._ranks]
-            if all(code == 0 for code in codes):
-                return 0
-            failed = next((rank for rank, code in enumerate(codes) if code), None)
-            if failed is not None:
-                return self._after_failure(failed)
-            time.sleep(0.05)
-        self._end(signal.Signals(self._signal), _GRACE_S)
-        return 128 + self._signal
+        while self._running:
+            ended = self._ended()
+            if self._signal:
+                self._end(signal.Signals(self._signal), _GRACE_S)
+                return 128 + self._signal
+            for rank, code in ended:
+                if code:
+                    return self._after_failure(rank, code)
+        return 0
 
-    def _after_failure(self, failed: int) -> int:
-        code = self._ranks[failed].poll() or 1
+    def _after_failure(self, rank: int, code: int) -> int:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
         if code != 2:  # usage errors have said all there is to say
-            print(f"hybridcomm.launch: rank {failed} {how}", file=sys.stderr, flush=True)
+            print(f"hybridcomm.launch: rank {rank} {how}", file=sys.stderr, flush=True)
         deadline = time.monotonic() + _GRACE_S
-        while time.monotonic() < deadline and any(rank.poll() is None for rank in self._ranks):
-            if self._signal:
-                break
-            time.sleep(0.05)
+        while self._running and not self._signal and (left := deadline - time.monotonic()) > 0:
+            self._ended(left)
         return code if code > 0 else 128 - code
 
     def _end(self, number: int, limit: float) -> None:
-        alive = [rank for rank in self._ranks if rank.poll() is None]
-        for rank in alive:
-            rank.send_signal(number)
+        for rank in self._running.values():
+            self._ranks[rank].send_signal(number)
         deadline = time.monotonic() + limit
-        for rank in alive:
-            try:
-                rank.wait(max(deadline - time.monotonic(), 0.01))
-            except subprocess.TimeoutExpired:
-                return
+        while self._running and (left := deadline - time.monotonic()) > 0:
+            self._ended(left)
 
 
 def _die_with_parent() -> None:

@@ -167,7 +167,8 @@ class Trainer:
     def _validate(self, epoch: int) -> None:
         loss, predictions = self._comm.sum(self._loss)
         self._loss[:] = 0.0
-        self.outcome.loss = float(loss / predictions)
+        # No rank made a prediction: there is no mean loss.
+        self.outcome.loss = float(loss / predictions) if predictions else float("nan")
         metrics = self._evaluate("validation")
         best = self.outcome.validation
         if best is None or metrics.ndcg > best.ndcg:

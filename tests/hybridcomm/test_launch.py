@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,6 +67,56 @@ hybridcomm.allreduce(np.ones(10))
     assert "rank 1 exited with code 7" in done.stderr
     assert "PeerLostError" in done.stderr, "the others said what they saw before they were ended"
     assert time.monotonic() - begin < 40
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_the_first_to_fail_is_known_when_all_have_failed(tmp_path: Path, first: int) -> None:
+    """The launcher is stopped while ranks end one after the other: it finds all of them ended at once."""
+    text = """
+import os, pathlib, sys, time
+folder, rank = pathlib.Path(sys.argv[1]), os.environ["RANK"]
+(folder / f"pid{rank}").write_text(str(os.getpid()))
+while not (folder / f"go{rank}").exists():
+    time.sleep(0.01)
+os._exit(10 + int(rank))
+"""
+    command = [
+        sys.executable,
+        "-m",
+        "hybridcomm.launch",
+        "--nproc",
+        "3",
+        script(tmp_path, text),
+        str(tmp_path),
+    ]
+    job = subprocess.Popen(command, env={**os.environ, **ENV}, stderr=subprocess.PIPE, text=True, cwd="/")
+    pids = [int(until(lambda r=r: read(tmp_path / f"pid{r}"))) for r in range(3)]  # type: ignore[misc]
+    job.send_signal(signal.SIGSTOP)
+    until(lambda: state_of(job.pid) == "T")
+    for rank in (first, 1, 2 - first):
+        (tmp_path / f"go{rank}").touch()
+        until(lambda rank=rank: state_of(pids[rank]) == "Z")  # type: ignore[misc]
+    job.send_signal(signal.SIGCONT)
+    _, errors = job.communicate(timeout=30)
+    assert job.returncode == 10 + first
+    assert f"rank {first} exited with code {10 + first}" in errors
+
+
+def read(file: Path) -> str:
+    return file.read_text() if file.exists() else ""
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def until(condition: Callable[[], Any], limit: float = 30.0) -> Any:
+    """What ``condition`` returns, once that is true."""
+    deadline = time.monotonic() + limit
+    while not (value := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return value
 
 
 def test_a_killed_rank_is_reported_by_its_signal(tmp_path: Path) -> None:

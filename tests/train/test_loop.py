@@ -103,6 +103,15 @@ def test_the_mean_over_ranks_is_the_gradient_of_one_process(world_size: int) -> 
     assert (parts.mean(0) * 1.02 - whole).abs().max() > tolerance(whole)
 
 
+@pytest.mark.filterwarnings("error")
+def test_without_a_prediction_there_is_no_mean_loss() -> None:
+    run = trainer(Alone())
+    run.outcome.loss = 1.0
+    with contextlib.suppress(Exception):  # the evaluation of an untrained model is of no interest here
+        run._validate(1)
+    assert np.isnan(run.outcome.loss)
+
+
 def test_a_step_that_is_not_finite_is_skipped_and_rolled_back() -> None:
     comm = Alone(broken_steps=(1, 2))
     run = trainer(comm, max_steps=4)

@@ -41,10 +41,7 @@ class Program:
         collective: int,
         dtype: int,
         op: int,
-        codec: int = 0,
-        block: int = 0,
-        k: int = 0,
-        value_bits: int = 0,
+        codec: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0),
     ) -> None: ...
     @property
     def size(self) -> int: ...

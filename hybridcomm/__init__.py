@@ -10,9 +10,9 @@ The route of a gradient, and the file of each step:
     1 ready      its hook fired in backward                            reducer.py
     2 bucket     copied into a flat, padded buffer                     bucket.py
     3 reduce     summed inside the node, a shard per owner             csrc/executor_node.cpp, csrc/sum.h
-    4 compress   shard + residual -> payload, new residual             compress.py, kernels/host/topk.h
+    4 compress   shard + residual -> payload, new residual             compress.py, kernels/host/codec.h
     5 exchange   payloads between the shard's owners on other nodes    csrc/executor_wire.cpp, csrc/link.h
-    6 decompress payloads -> sum or mean in the shard                  kernels/host/topk.h
+    6 decompress payloads -> sum or mean in the shard                  kernels/host/codec.h
     7 gather     shards back to all ranks of the node                  csrc/executor_node.cpp
 
 What runs when is a plan (plan.py), built by collective_plans.py, lowered per rank by lower.py, executed by

@@ -32,7 +32,21 @@ __all__ = ["CODECS", "COLLECTIVES", "DTYPES", "OPS", "lower"]
 COLLECTIVES = ("allreduce", "broadcast", "all_gather", "reduce_scatter", "barrier")
 DTYPES = ("float32", "bfloat16", "float16", "int64", "uint8", "float64", "int32")
 OPS = ("sum", "mean", "none")
-CODECS = ("none", "topk")
+CODECS = (
+    "none",
+    "topk",
+    "fp16",
+    "bf16",
+    "fp8",
+    "int8",
+    "int4",
+    "sign1",
+    "gtop1",
+    "gtopk",
+    "randk",
+    "powersgd",
+    "custom",
+)
 
 RING = 16  # messages on the way per purpose; at 256 KiB each, 4 MiB cover 10 Gbit/s at 3 ms
 _ALIGN = 64  # bytes: every scratch buffer begins on its own cache line
@@ -105,8 +119,7 @@ class _Lowering:
     def _new_program(self) -> _C.Program:
         plan, codec = self.plan, {}
         if self.compressor is not None and plan.compressor != "none":
-            block, k, value_bits = self.compressor.spec.layout
-            codec = {"codec": CODECS.index("topk"), "block": block, "k": k, "value_bits": value_bits}
+            codec = {"codec": self.compressor.spec.params}
         return _C.Program(
             digest=plan.digest,
             numel=plan.numel,

@@ -8,10 +8,23 @@ Installed as ``hybridcomm.kernels``; nothing here imports the rest of the librar
 from hybridcomm.kernels.spec import (
     FLAG_NONFINITE,
     HEADER_NBYTES,
+    Codec,
     PayloadFormatError,
+    Spec,
     SpecError,
     Status,
     TopKSpec,
+    parse,
 )
 
-__all__ = ["FLAG_NONFINITE", "HEADER_NBYTES", "PayloadFormatError", "SpecError", "Status", "TopKSpec"]
+__all__ = [
+    "FLAG_NONFINITE",
+    "HEADER_NBYTES",
+    "Codec",
+    "PayloadFormatError",
+    "Spec",
+    "SpecError",
+    "Status",
+    "TopKSpec",
+    "parse",
+]

@@ -1,7 +1,7 @@
 """Steps 4 and 6 of 7, the oracle: what compress and decompress must compute, bit for bit, in plain numpy.
 
 Phases of ``encode``
-    1  compensate   acc = grad + e_in                        (fp32, one rounding; acc = grad when memoryless)
+    1  compensate   acc = grad + decay * e_in       (fp32, each operation rounded; acc = grad when memoryless)
     2  select       per block the k largest |acc|, ties to the lowest index, kept in index order
     3  scale        2^(s - 127), s = max(exponent of the block's largest + 2 - value_bits, 1): one byte
     4  quantise     q = clamp(round_half_even(acc / scale), -qmax, qmax)
@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridcomm.kernels.spec import (
-    CODEC_TOPK,
     FLAG_NONFINITE,
     HEADER_DTYPE,
     HEADER_NBYTES,
@@ -66,16 +65,18 @@ def header(spec: TopKSpec, numel: int, *, digest: int, flags: int) -> Bytes:
     """The 64 header bytes, checksum left zero."""
     block, k, value_bits = spec.layout
     head = np.zeros(1, HEADER_DTYPE)
-    head["magic"], head["version"], head["codec"] = MAGIC, VERSION, CODEC_TOPK
+    head["magic"], head["version"], head["codec"] = MAGIC, VERSION, spec.codec
     head["block"], head["k"], head["value_bits"] = block, k, value_bits
     head["numel"], head["nbytes"], head["digest"], head["flags"] = numel, spec.nbytes(numel), digest, flags
     return head.view(np.uint8)
 
 
-def compensate(grad: Floats, e_in: Floats | None) -> Floats:
+def compensate(grad: Floats, e_in: Floats | None, decay: float = 1.0) -> Floats:
     """Phase 1."""
     with np.errstate(all="ignore"):
-        return grad.copy() if e_in is None else grad + e_in
+        if e_in is None:
+            return grad.copy()
+        return grad + (e_in if decay == 1.0 else np.float32(decay) * e_in)
 
 
 def select(acc: Floats, k: int) -> Ints:
@@ -101,6 +102,9 @@ def encode(
     e_out: Floats | None,
     payload: Bytes,
     digest: int = 0,
+    *,
+    decay: float = 1.0,
+    seed: int = 0,
 ) -> int:
     """Compress ``grad + e_in`` into ``payload`` and leave in ``e_out`` what was not sent.
 
@@ -112,7 +116,7 @@ def encode(
     """
     numel, (block, k, value_bits) = grad.size, spec.layout
     nblocks = spec.nblocks(numel)
-    acc = compensate(grad, e_in)
+    acc = compensate(grad, e_in, decay)
     flags = FLAG_NONFINITE if bool((keys(acc) >= INF_KEY).any()) else 0
     payload[:] = 0
     payload[:HEADER_NBYTES] = header(spec, numel, digest=digest, flags=flags)
@@ -160,11 +164,15 @@ def check(spec: TopKSpec, payload: Bytes, numel: int, digest: int) -> Status:
     def differs(*names: str) -> bool:
         return any(head[name] != want[name] for name in names)
 
-    if differs("magic", "version", "codec", "reserved0", "reserved1") or head["flags"] > FLAG_NONFINITE:
+    if (
+        differs("magic", "version", "codec", "seed")
+        or head["reserved"].any()
+        or head["flags"] > FLAG_NONFINITE
+    ):
         return Status.BAD_HEADER
     for names, status in (
         (("digest",), Status.BAD_DIGEST),
-        (("block", "k", "value_bits"), Status.BAD_LAYOUT),
+        (("block", "k", "value_bits", "variant"), Status.BAD_LAYOUT),
         (("numel",), Status.BAD_NUMEL),
         (("nbytes",), Status.BAD_NBYTES),
     ):

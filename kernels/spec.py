@@ -1,21 +1,30 @@
-"""What a payload is: header, sections and static size of format version 1; docs/payload.md has the prose.
+"""What a codec is: its text, its settings, its payload's sections and static size; docs/payload.md has the prose.
 
-    [ header, 64 bytes ][ scales, one u8 per block ][ records, k x u16 per block ]
+Sections of block-wise top-k:
 
-Little endian; each section is padded with zeros to a multiple of 16 bytes. The size is a pure function of
-(spec, numel), so receivers post their buffers before anything is sent.
+    [ scales, one u8 per block ][ records, k x u16 per block ]
 """
 
 from __future__ import annotations
 
-import enum
 import re
 from dataclasses import dataclass, field
 
-import numpy as np
+from hybridcomm.kernels.payload import (
+    FLAG_NONFINITE,
+    HEADER_DTYPE,
+    HEADER_NBYTES,
+    MAGIC,
+    VERSION,
+    Codec,
+    PayloadFormatError,
+    Spec,
+    SpecError,
+    Status,
+    align,
+)
 
 __all__ = [
-    "CODEC_TOPK",
     "DEFAULT_BLOCK",
     "DEFAULT_RATIO",
     "FLAG_NONFINITE",
@@ -23,72 +32,19 @@ __all__ = [
     "HEADER_NBYTES",
     "MAGIC",
     "VERSION",
+    "Codec",
     "PayloadFormatError",
+    "Spec",
     "SpecError",
     "Status",
     "TopKSpec",
+    "parse",
 ]
-
-MAGIC = 0x4C504348  # the bytes "HCPL"
-VERSION = 1
-CODEC_TOPK = 1  # other codecs get other numbers; a decoder refuses what it does not know
-FLAG_NONFINITE = 1  # the compensated gradient held NaN or Inf: the body is zero and decoding fills with NaN
-HEADER_NBYTES = 64
-ALIGN = 16
 
 MIN_BLOCK, MAX_BLOCK = 16, 4096
 MIN_VALUE_BITS = 3  # below that the reciprocal of the largest scale is not a normal float
 DEFAULT_BLOCK = 1024
 DEFAULT_RATIO = 0.01
-
-HEADER_DTYPE = np.dtype(
-    [
-        ("magic", "<u4"),
-        ("version", "<u2"),
-        ("codec", "u1"),
-        ("value_bits", "u1"),
-        ("block", "<u4"),
-        ("k", "<u4"),
-        ("numel", "<u8"),
-        ("nbytes", "<u8"),
-        ("digest", "<u8"),
-        ("flags", "<u4"),
-        ("reserved0", "<u4"),
-        ("checksum", "<u8"),
-        ("reserved1", "<u8"),
-    ]
-)
-
-
-class SpecError(ValueError):
-    """A block, k, ratio or value width that the format cannot express."""
-
-
-class Status(enum.IntEnum):
-    """Why a payload was refused, in the order in which decoders look; the C++ enum has the same values."""
-
-    OK = 0
-    BAD_PARAMS = 1  # the caller's own block, k or value_bits
-    BAD_HEADER = 2  # magic, version, codec, reserved bytes, unknown flags
-    BAD_DIGEST = 3  # made under another plan
-    BAD_LAYOUT = 4  # another block, k or value_bits
-    BAD_NUMEL = 5
-    BAD_NBYTES = 6  # truncated, or a length that the plan does not say
-    BAD_CHECKSUM = 7  # bits changed on the way
-    BAD_RECORD = 8  # a scale or an index that no encoder writes
-
-
-class PayloadFormatError(ValueError):
-    """A payload was refused; ``status`` says why and ``index`` which one of the list."""
-
-    def __init__(self, status: Status, index: int = 0) -> None:
-        super().__init__(f"payload {index} refused: {status.name.lower()}; nothing was added to the output")
-        self.status = status
-        self.index = index
-
-
-def _align(nbytes: int) -> int:
-    return -(-nbytes // ALIGN) * ALIGN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +92,17 @@ class TopKSpec:
         ):
             object.__setattr__(self, name, value)
 
+    codec = Codec.TOPK
+    whole_region = False
+    unbiased = False
+    summable = False
+
+    @property
+    def params(self) -> tuple[int, int, int, int, int]:
+        """``(codec, value_bits, variant, block, k)``."""
+        block, k, value_bits = self.layout
+        return self.codec, value_bits, 0, block, k
+
     @property
     def index_bits(self) -> int:
         return self.block.bit_length() - 1
@@ -171,11 +138,11 @@ class TopKSpec:
 
     def records_offset(self, numel: int) -> int:
         """First byte of the records, a multiple of 16."""
-        return HEADER_NBYTES + _align(self.nblocks(numel))
+        return HEADER_NBYTES + align(self.nblocks(numel))
 
     def nbytes(self, numel: int) -> int:
         """Bytes of the payload of ``numel`` elements, a multiple of 16."""
-        return self.records_offset(numel) + _align(2 * self.layout[1] * self.nblocks(numel))
+        return self.records_offset(numel) + align(2 * self.layout[1] * self.nblocks(numel))
 
     def __str__(self) -> str:
         block, k, bits = self.layout
@@ -198,3 +165,18 @@ class TopKSpec:
             k=None if k is None else int(k),
             value_bits=None if bits is None else int(bits),
         )
+
+
+_FORMATS: dict[str, type[TopKSpec]] = {"topk": TopKSpec}
+
+
+def parse(text: str) -> Spec:
+    """The spec that ``text`` names, such as ``topk:0.01``.
+
+    Raises:
+        SpecError: an unknown name, or a setting that the format cannot express.
+    """
+    name = re.split(r"[:/+]", text, maxsplit=1)[0]
+    if name not in _FORMATS:
+        raise SpecError(f"{text!r}: unknown codec {name!r}; known: {', '.join(_FORMATS)}")
+    return _FORMATS[name].parse(text)

@@ -1,5 +1,7 @@
 #include <pybind11/stl.h>
 
+#include <tuple>
+
 #include "bindings.h"
 #include "program.h"
 
@@ -30,21 +32,21 @@ void bind_program(py::module_& module) {
   });
   py::class_<Program, std::shared_ptr<Program>>(module, "Program")
       .def(py::init([](uint64_t digest, uint64_t numel, uint8_t collective, uint8_t dtype, uint8_t op,
-                       uint8_t codec, uint32_t block, uint32_t k, uint32_t value_bits) {
+                       std::tuple<uint8_t, uint8_t, uint8_t, uint32_t, uint32_t> codec) {
              auto program = std::make_shared<Program>();
              program->tag.digest = digest;
              program->tag.numel = numel;
              program->tag.collective = collective;
              program->tag.dtype = dtype;
              program->tag.op = op;
-             program->tag.codec = codec;
+             const auto& [code, value_bits, variant, block, k] = codec;
+             program->tag.codec = code;
              program->dtype = static_cast<Dtype>(dtype);
-             program->codec = {block, k, value_bits};
+             program->codec = {static_cast<kernels::Codec>(code), value_bits, variant, 0, block, k};
              return program;
            }),
            py::kw_only(), py::arg("digest"), py::arg("numel"), py::arg("collective"), py::arg("dtype"),
-           py::arg("op"), py::arg("codec") = 0, py::arg("block") = 0, py::arg("k") = 0,
-           py::arg("value_bits") = 0)
+           py::arg("op"), py::arg("codec") = std::make_tuple(0, 0, 0, 0, 0))
       .def(
           "add",
           [](Program& program, Kind kind, uint32_t stream, uint32_t step, int peer, uint64_t begin,

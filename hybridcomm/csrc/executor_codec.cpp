@@ -8,9 +8,9 @@ namespace hybridcomm {
 void Executor::start_encode(const Op& op) {
   const float* in = buffers_.residual_in == nullptr ? nullptr : buffers_.residual_in + op.residual;
   float* out = buffers_.residual_out == nullptr ? nullptr : buffers_.residual_out + op.residual;
-  kernels::topk_encode(program_->codec, reinterpret_cast<const float*>(tensor_at(op)), in, out,
-                       reinterpret_cast<uint8_t*>(scratch_.data() + op.offset), op.count,
-                       program_->tag.digest);
+  kernels::codec_encode(program_->codec, {reinterpret_cast<const float*>(tensor_at(op)), in, out, 1.0f, 0},
+                        reinterpret_cast<uint8_t*>(scratch_.data() + op.offset), op.count,
+                        program_->tag.digest);
 }
 
 void Executor::start_decode(const Op& op) {
@@ -21,12 +21,12 @@ void Executor::start_decode(const Op& op) {
   auto* out = reinterpret_cast<float*>(tensor_at(op));
   uint32_t flags = 0;
   const float weight = 1.0f / static_cast<float>(op.divisor);
-  const kernels::Status status = kernels::topk_decode(program_->codec, payloads_.data(), payloads_.size(),
-                                                      out, op.count, weight, program_->tag.digest, &flags);
+  const kernels::Status status = kernels::codec_decode(program_->codec, payloads_.data(), payloads_.size(),
+                                                       out, op.count, weight, program_->tag.digest, &flags);
   if (status != kernels::Status::ok) {
     throw Error(Code::payload, "step " + std::to_string(op.step) + " of " + describe(program_->tag) +
-                                   ": a payload is not what the plan says (status " +
-                                   std::to_string(static_cast<int>(status)) + ")");
+                                   ": a payload is not what the plan says (" + kernels::status_text(status) +
+                                   ")");
   }
 }
 

@@ -4,9 +4,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "codec.h"
 #include "sum.h"
 #include "tag.h"
-#include "topk.h"
 
 namespace hybridcomm {
 
@@ -46,7 +46,7 @@ struct Program {
   Tag tag;  // digest and description; step and nbytes are filled in per message
   Dtype dtype = Dtype::float32;
   uint64_t scratch_nbytes = 0;
-  kernels::TopKParams codec{};
+  kernels::CodecParams codec{};  // none: not compressed
   std::vector<Op> ops;
   uint32_t stream_count = 0;
 };

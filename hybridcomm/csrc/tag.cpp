@@ -14,7 +14,8 @@ std::string name_of(const char* const (&names)[N], uint8_t code) {
 const char* const kCollectives[] = {"allreduce", "broadcast", "all_gather", "reduce_scatter", "barrier"};
 const char* const kDtypes[] = {"float32", "bfloat16", "float16", "int64", "uint8", "float64", "int32"};
 const char* const kOps[] = {"sum", "mean", "none"};
-const char* const kCodecs[] = {"none", "topk"};
+const char* const kCodecs[] = {"none",  "topk",  "fp16",  "bf16",  "fp8",      "int8",  "int4",
+                               "sign1", "gtop1", "gtopk", "randk", "powersgd", "custom"};
 
 }  // namespace
 

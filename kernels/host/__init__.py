@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridcomm.kernels import _host
-from hybridcomm.kernels.spec import PayloadFormatError, Status, TopKSpec
+from hybridcomm.kernels.spec import PayloadFormatError, Spec, Status
 
 __all__ = ["active_isa", "available_isas", "decode", "decode_add", "encode", "nbytes", "set_isa"]
 
@@ -39,19 +39,21 @@ def set_isa(isa: str | None) -> None:
     _host.set_isa(isa)
 
 
-def nbytes(spec: TopKSpec, numel: int) -> int:
+def nbytes(spec: Spec, numel: int) -> int:
     """The C++ side's ``spec.nbytes(numel)``."""
-    return _host.topk_nbytes(*spec.layout, numel)
+    return _host.nbytes(spec.params, numel)
 
 
 def encode(
-    spec: TopKSpec,
+    spec: Spec,
     grad: Floats,
     e_in: Floats | None,
     e_out: Floats | None,
     payload: Bytes,
     digest: int = 0,
     *,
+    decay: float = 1.0,
+    seed: int = 0,
     isa: str | None = None,
 ) -> int:
     """``reference.encode``, fast. Arrays are contiguous fp32 / u8 and do not overlap, but e_out may be e_in.
@@ -60,11 +62,11 @@ def encode(
         ValueError: a length, an overlap or an instruction set that cannot be used.
         TypeError: another dtype, or not contiguous.
     """
-    return _host.topk_encode(*spec.layout, grad, e_in, e_out, payload, digest, isa)
+    return _host.encode(spec.params, grad, e_in, e_out, payload, digest, decay, seed, isa)
 
 
 def decode_add(
-    spec: TopKSpec,
+    spec: Spec,
     payloads: Sequence[Bytes],
     out: Floats,
     weight: float = 1.0,
@@ -81,7 +83,7 @@ def decode_add(
 
 
 def decode(
-    spec: TopKSpec,
+    spec: Spec,
     payloads: Sequence[Bytes],
     out: Floats,
     weight: float = 1.0,
@@ -98,7 +100,7 @@ def decode(
 
 
 def _decode(
-    spec: TopKSpec,
+    spec: Spec,
     payloads: Sequence[Bytes],
     out: Floats,
     weight: float,
@@ -107,7 +109,7 @@ def _decode(
     clear: bool,
     isa: str | None,
 ) -> int:
-    status, value = _host.topk_decode(*spec.layout, list(payloads), out, weight, digest, clear, isa)
+    status, value = _host.decode(spec.params, list(payloads), out, weight, digest, clear, isa)
     if status != Status.OK:
         raise PayloadFormatError(Status(status), value)
     return value

@@ -7,10 +7,11 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
-#include "topk.h"
+#include "codec.h"
 
 namespace py = pybind11;
 
@@ -43,9 +44,13 @@ Isa isa_of(const std::optional<std::string>& wanted) {
                               "' is unknown or not on this machine: see available_isas()");
 }
 
-TopKParams params_of(uint32_t block, uint32_t k, uint32_t value_bits) {
-  const TopKParams params{block, k, value_bits};
-  if (!topk_valid(params)) throw std::invalid_argument("invalid block, k or value_bits: make a TopKSpec");
+// Codec, value_bits, variant, block, k: a spec's `params`.
+using Params = std::tuple<uint8_t, uint8_t, uint8_t, uint32_t, uint32_t>;
+
+CodecParams params_of(const Params& from) {
+  const auto& [codec, value_bits, variant, block, k] = from;
+  const CodecParams params{static_cast<Codec>(codec), value_bits, variant, 0, block, k};
+  if (!codec_valid(params)) throw std::invalid_argument("invalid parameters: make a spec with spec.parse");
   return params;
 }
 
@@ -64,10 +69,10 @@ bool overlap(const void* a, const void* b, size_t nbytes_a, size_t nbytes_b) {
   return x < y + nbytes_b && y < x + nbytes_a;
 }
 
-uint32_t encode(uint32_t block, uint32_t k, uint32_t value_bits, const Array<float>& grad,
-                const std::optional<Array<float>>& e_in, std::optional<Array<float>> e_out,
-                Array<uint8_t> payload, uint64_t digest, const std::optional<std::string>& isa_name) {
-  const TopKParams params = params_of(block, k, value_bits);
+uint32_t encode(const Params& spec, const Array<float>& grad, const std::optional<Array<float>>& e_in,
+                std::optional<Array<float>> e_out, Array<uint8_t> payload, uint64_t digest, float decay,
+                uint64_t seed, const std::optional<std::string>& isa_name) {
+  const CodecParams params = params_of(spec);
   const Isa isa = isa_of(isa_name);
   const size_t numel = static_cast<size_t>(grad.size()), nbytes = numel * sizeof(float);
   const float* from = data_of(e_in, numel, "e_in must have as many elements as grad");
@@ -75,7 +80,7 @@ uint32_t encode(uint32_t block, uint32_t k, uint32_t value_bits, const Array<flo
   float* to = e_out ? e_out->mutable_data() : nullptr;
   uint8_t* bytes = payload.mutable_data();
   const size_t payload_nbytes = static_cast<size_t>(payload.size());
-  need(payload_nbytes == topk_nbytes(params, numel), "payload must have spec.nbytes(grad.size) bytes");
+  need(payload_nbytes == codec_nbytes(params, numel), "payload must have spec.nbytes(grad.size) bytes");
   if (to != nullptr && numel > 0) {
     need(!overlap(to, grad.data(), nbytes, nbytes), "e_out overlaps grad");
     need(from == nullptr || from == to || !overlap(to, from, nbytes, nbytes),
@@ -87,27 +92,27 @@ uint32_t encode(uint32_t block, uint32_t k, uint32_t value_bits, const Array<flo
        "payload overlaps another buffer");
   const float* source = grad.data();
   py::gil_scoped_release release;
-  return topk_encode(params, source, from, to, bytes, numel, digest, isa);
+  return codec_encode(params, {source, from, to, decay, seed}, bytes, numel, digest, isa);
 }
 
 // Returns (status, flags or the refused payload's position).
-std::pair<int, uint32_t> decode(uint32_t block, uint32_t k, uint32_t value_bits,
-                                const std::vector<Array<uint8_t>>& payloads, Array<float> out, float weight,
-                                uint64_t digest, bool clear, const std::optional<std::string>& isa_name) {
-  const TopKParams params = params_of(block, k, value_bits);
+std::pair<int, uint32_t> decode(const Params& spec, const std::vector<Array<uint8_t>>& payloads,
+                                Array<float> out, float weight, uint64_t digest, bool clear,
+                                const std::optional<std::string>& isa_name) {
+  const CodecParams params = params_of(spec);
   const Isa isa = isa_of(isa_name);
   const size_t numel = static_cast<size_t>(out.size());
   float* target = out.mutable_data();
   std::vector<const uint8_t*> pointers;
   for (const auto& payload : payloads) {
-    if (static_cast<size_t>(payload.size()) != topk_nbytes(params, numel)) {
+    if (static_cast<size_t>(payload.size()) != codec_nbytes(params, numel)) {
       return {static_cast<int>(Status::bad_nbytes), static_cast<uint32_t>(pointers.size())};
     }
     pointers.push_back(payload.data());
   }
   uint32_t flags = 0;
   py::gil_scoped_release release;
-  const auto run = clear ? topk_decode : topk_decode_add;
+  const auto run = clear ? codec_decode : codec_decode_add;
   const Status status =
       run(params, pointers.data(), pointers.size(), target, numel, weight, digest, &flags, isa);
   return {static_cast<int>(status), flags};
@@ -122,16 +127,14 @@ PYBIND11_MODULE(_host, m) {
   m.def(
       "set_isa", [](const std::optional<std::string>& isa) { set_isa(isa_of(isa)); },
       py::arg("isa").none(true));
-  m.def("topk_nbytes", [](uint32_t block, uint32_t k, uint32_t value_bits, size_t numel) {
-    return topk_nbytes(TopKParams{block, k, value_bits}, numel);
-  });
-  m.def("topk_encode", &encode, py::arg("block"), py::arg("k"), py::arg("value_bits"),
-        py::arg("grad").noconvert(), py::arg("e_in").noconvert().none(true),
-        py::arg("e_out").noconvert().none(true), py::arg("payload").noconvert(), py::arg("digest"),
+  m.def("nbytes", [](const Params& spec, size_t numel) { return codec_nbytes(params_of(spec), numel); });
+  m.def("whole_region", [](const Params& spec) { return codec_whole_region(params_of(spec)); });
+  m.def("encode", &encode, py::arg("params"), py::arg("grad").noconvert(),
+        py::arg("e_in").noconvert().none(true), py::arg("e_out").noconvert().none(true),
+        py::arg("payload").noconvert(), py::arg("digest"), py::arg("decay"), py::arg("seed"),
         py::arg("isa").none(true));
-  m.def("topk_decode", &decode, py::arg("block"), py::arg("k"), py::arg("value_bits"),
-        py::arg("payloads").noconvert(), py::arg("out").noconvert(), py::arg("weight"), py::arg("digest"),
-        py::arg("clear"), py::arg("isa").none(true));
+  m.def("decode", &decode, py::arg("params"), py::arg("payloads").noconvert(), py::arg("out").noconvert(),
+        py::arg("weight"), py::arg("digest"), py::arg("clear"), py::arg("isa").none(true));
 }
 
 }  // namespace hybridcomm::kernels

@@ -3,8 +3,8 @@
 #include <atomic>
 #include <cstring>
 
-#include "topk_format.h"
-#include "topk_kernels.h"
+#include "kernels.h"
+#include "payload.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -56,9 +56,9 @@ constexpr float kQuietNan = __builtin_nanf("");
 // Non-temporal stores pay off once e_out would not stay in the caches until it is read again.
 constexpr size_t kStreamNumel = size_t{1} << 14;
 
-Status decode(const TopKParams& params, const uint8_t* const* payloads, size_t count, float* out,
+Status decode(const CodecParams& params, const uint8_t* const* payloads, size_t count, float* out,
               size_t numel, float weight, uint64_t digest, uint32_t* flags_out, Isa isa, bool clear) {
-  if (!topk_valid(params)) return Status::bad_params;
+  if (!codec_valid(params)) return Status::bad_params;
   uint32_t flags = 0;
   for (size_t p = 0; p < count; ++p) {
     const Status status = check_payload(params, payloads[p], numel, digest, &flags);
@@ -99,22 +99,34 @@ bool set_isa(Isa isa) {
 
 Isa active_isa() { return static_cast<Isa>(chosen().load()); }
 
-uint32_t topk_encode(const TopKParams& params, const float* grad, const float* e_in, float* e_out,
-                     uint8_t* payload, size_t numel, uint64_t digest, Isa isa) {
-  if (!topk_valid(params)) return kFlagBadParams;
+bool codec_whole_region(const CodecParams& params) { return params.codec == Codec::gtopk; }
+
+uint32_t codec_encode(const CodecParams& params, const EncodeInput& input, uint8_t* payload, size_t numel,
+                      uint64_t digest, Isa isa) {
+  if (!codec_valid(params)) return kFlagBadParams;
   const Layout layout = layout_of(params, numel);
   const Kernels& kernels = kernels_of(isa);
+  const float* e_in = input.e_in;
+  float* e_out = input.e_out;
+  const EncodeArgs args{params,
+                        input.grad,
+                        e_in,
+                        e_out,
+                        input.decay,
+                        payload + sizeof(Header),
+                        payload + layout.records_offset,
+                        numel,
+                        numel >= kStreamNumel};
   DefaultRounding guard;
   // In place there is no second copy of e_in to go back to, so look before writing.
-  bool good = e_in == nullptr || e_in != e_out || kernels.finite(grad, e_in, numel);
+  bool good = e_in == nullptr || e_in != e_out || kernels.finite(args);
   const bool looked = !good;
   if (good) {
     const size_t scales_end = sizeof(Header) + layout.nblocks;
     const size_t records_end = layout.records_offset + 2 * size_t{params.k} * layout.nblocks;
     std::memset(payload + scales_end, 0, layout.records_offset - scales_end);
     std::memset(payload + records_end, 0, layout.nbytes - records_end);
-    good = kernels.encode({params, grad, e_in, e_out, payload + sizeof(Header),
-                           payload + layout.records_offset, numel, numel >= kStreamNumel});
+    good = kernels.encode(args);
   }
   if (!good) {
     std::memset(payload + sizeof(Header), 0, layout.nbytes - sizeof(Header));
@@ -132,13 +144,13 @@ uint32_t topk_encode(const TopKParams& params, const float* grad, const float* e
   return flags;
 }
 
-Status topk_decode_add(const TopKParams& params, const uint8_t* const* payloads, size_t count, float* out,
-                       size_t numel, float weight, uint64_t digest, uint32_t* flags_out, Isa isa) {
+Status codec_decode_add(const CodecParams& params, const uint8_t* const* payloads, size_t count, float* out,
+                        size_t numel, float weight, uint64_t digest, uint32_t* flags_out, Isa isa) {
   return decode(params, payloads, count, out, numel, weight, digest, flags_out, isa, false);
 }
 
-Status topk_decode(const TopKParams& params, const uint8_t* const* payloads, size_t count, float* out,
-                   size_t numel, float weight, uint64_t digest, uint32_t* flags_out, Isa isa) {
+Status codec_decode(const CodecParams& params, const uint8_t* const* payloads, size_t count, float* out,
+                    size_t numel, float weight, uint64_t digest, uint32_t* flags_out, Isa isa) {
   return decode(params, payloads, count, out, numel, weight, digest, flags_out, isa, true);
 }
 

@@ -21,11 +21,17 @@ struct Avx2 {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(key, below))));
   }
 
+  template <bool kDecay>
+  static __m256 residual(const float* e_in, float decay) {
+    const __m256 value = _mm256_loadu_ps(e_in);
+    return kDecay ? _mm256_mul_ps(value, _mm256_set1_ps(decay)) : value;
+  }
+
   // Masks are put together in a register: a 64-bit load right after eight 8-bit stores would wait for all of
   // them.
-  template <bool kResidual>
-  static uint32_t accumulate_words(const float* grad, const float* e_in, uint32_t block, __m256i below,
-                                   Scratch& s) {
+  template <bool kResidual, bool kDecay>
+  static uint32_t accumulate_words(const float* grad, const float* e_in, float decay, uint32_t block,
+                                   __m256i below, Scratch& s) {
     __m256i top[8];
     for (__m256i& maximum : top) maximum = _mm256_setzero_si256();
     uint32_t count = 0;
@@ -38,7 +44,7 @@ struct Avx2 {
           if (kResidual) _mm_prefetch(reinterpret_cast<const char*>(e_in + i + kAhead), _MM_HINT_T0);
         }
         __m256 acc = _mm256_loadu_ps(grad + i);
-        if (kResidual) acc = _mm256_add_ps(acc, _mm256_loadu_ps(e_in + i));
+        if (kResidual) acc = _mm256_add_ps(acc, residual<kDecay>(e_in + i, decay));
         _mm256_store_ps(s.acc + i, acc);
         const __m256i key = magnitude(acc);
         top[u] = _mm256_max_epi32(top[u], key);
@@ -51,10 +57,12 @@ struct Avx2 {
     return count;
   }
 
-  static uint32_t accumulate(const float* grad, const float* e_in, uint32_t block, uint32_t t, Scratch& s) {
-    const __m256i below = _mm256_set1_epi32(static_cast<int>(t) - 1);
-    return e_in == nullptr ? accumulate_words<false>(grad, e_in, block, below, s)
-                           : accumulate_words<true>(grad, e_in, block, below, s);
+  static uint32_t accumulate(const float* grad, const float* e_in, float decay, uint32_t block, uint32_t t,
+                             Scratch& s) {
+    const __m256i threshold = _mm256_set1_epi32(static_cast<int>(t) - 1);
+    if (e_in == nullptr) return accumulate_words<false, false>(grad, e_in, decay, block, threshold, s);
+    return decay == 1.0f ? accumulate_words<true, false>(grad, e_in, decay, block, threshold, s)
+                         : accumulate_words<true, true>(grad, e_in, decay, block, threshold, s);
   }
 
   static uint32_t count_ge(const void* keys, uint32_t n, uint32_t t) {
@@ -112,20 +120,23 @@ struct Avx2 {
   }
 };
 
-bool finite(const float* grad, const float* e_in, size_t numel) {
+bool finite(const EncodeArgs& a) {
   __m256i top = _mm256_setzero_si256();
   size_t i = 0;
-  for (; i + 8 <= numel; i += 8) {
-    __m256 acc = _mm256_loadu_ps(grad + i);
-    if (e_in != nullptr) acc = _mm256_add_ps(acc, _mm256_loadu_ps(e_in + i));
+  for (; i + 8 <= a.numel; i += 8) {
+    __m256 acc = _mm256_loadu_ps(a.grad + i);
+    if (a.e_in != nullptr) {
+      acc = _mm256_add_ps(acc, a.decay == 1.0f ? Avx2::residual<false>(a.e_in + i, a.decay)
+                                               : Avx2::residual<true>(a.e_in + i, a.decay));
+    }
     top = _mm256_max_epi32(top, Avx2::magnitude(acc));
   }
   alignas(32) uint32_t lanes[8];
   _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), top);
   uint32_t largest = 0;
   for (uint32_t l = 0; l < 8; ++l) largest = lanes[l] > largest ? lanes[l] : largest;
-  for (; i < numel; ++i) {
-    const uint32_t key = bits_of(e_in == nullptr ? grad[i] : grad[i] + e_in[i]) & kMagnitude;
+  for (; i < a.numel; ++i) {
+    const uint32_t key = bits_of(compensate(a.grad, a.e_in, a.decay, i)) & kMagnitude;
     largest = key > largest ? key : largest;
   }
   return largest < kInfKey;

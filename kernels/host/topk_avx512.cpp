@@ -18,11 +18,17 @@ struct Avx512 {
     return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7FFFFFFF));
   }
 
+  template <bool kDecay>
+  static __m512 residual(const float* e_in, float decay) {
+    const __m512 value = _mm512_loadu_ps(e_in);
+    return kDecay ? _mm512_mul_ps(value, _mm512_set1_ps(decay)) : value;
+  }
+
   // Masks are put together in a register: a 64-bit load right after four 16-bit stores would wait for all of
   // them.
-  template <bool kResidual>
-  static uint32_t accumulate_words(const float* grad, const float* e_in, uint32_t block, __m512i t,
-                                   Scratch& s) {
+  template <bool kResidual, bool kDecay>
+  static uint32_t accumulate_words(const float* grad, const float* e_in, float decay, uint32_t block,
+                                   __m512i t, Scratch& s) {
     __m512i top[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(),
                       _mm512_setzero_si512()};
     uint32_t count = 0;
@@ -33,7 +39,7 @@ struct Avx512 {
         _mm_prefetch(reinterpret_cast<const char*>(grad + i + kAhead), _MM_HINT_T0);
         if (kResidual) _mm_prefetch(reinterpret_cast<const char*>(e_in + i + kAhead), _MM_HINT_T0);
         __m512 acc = _mm512_loadu_ps(grad + i);
-        if (kResidual) acc = _mm512_add_ps(acc, _mm512_loadu_ps(e_in + i));
+        if (kResidual) acc = _mm512_add_ps(acc, residual<kDecay>(e_in + i, decay));
         _mm512_store_ps(s.acc + i, acc);
         const __m512i key = magnitude(acc);
         top[u] = _mm512_max_epu32(top[u], key);
@@ -46,10 +52,12 @@ struct Avx512 {
     return count;
   }
 
-  static uint32_t accumulate(const float* grad, const float* e_in, uint32_t block, uint32_t t, Scratch& s) {
+  static uint32_t accumulate(const float* grad, const float* e_in, float decay, uint32_t block, uint32_t t,
+                             Scratch& s) {
     const __m512i threshold = _mm512_set1_epi32(static_cast<int>(t));
-    return e_in == nullptr ? accumulate_words<false>(grad, e_in, block, threshold, s)
-                           : accumulate_words<true>(grad, e_in, block, threshold, s);
+    if (e_in == nullptr) return accumulate_words<false, false>(grad, e_in, decay, block, threshold, s);
+    return decay == 1.0f ? accumulate_words<true, false>(grad, e_in, decay, block, threshold, s)
+                         : accumulate_words<true, true>(grad, e_in, decay, block, threshold, s);
   }
 
   static uint32_t count_ge(const void* keys, uint32_t n, uint32_t t) {
@@ -107,13 +115,17 @@ struct Avx512 {
   }
 };
 
-bool finite(const float* grad, const float* e_in, size_t numel) {
+bool finite(const EncodeArgs& a) {
+  const __m512 decay = _mm512_set1_ps(a.decay);
   __m512i top = _mm512_setzero_si512();
-  for (size_t i = 0; i < numel; i += 16) {
-    const __mmask16 lanes =
-        numel - i < 16 ? static_cast<__mmask16>((1u << (numel - i)) - 1) : __mmask16{0xFFFF};
-    __m512 acc = _mm512_maskz_loadu_ps(lanes, grad + i);
-    if (e_in != nullptr) acc = _mm512_add_ps(acc, _mm512_maskz_loadu_ps(lanes, e_in + i));
+  for (size_t i = 0; i < a.numel; i += 16) {
+    const size_t left = a.numel - i;
+    const __mmask16 lanes = left < 16 ? static_cast<__mmask16>((1u << left) - 1) : __mmask16{0xFFFF};
+    __m512 acc = _mm512_maskz_loadu_ps(lanes, a.grad + i);
+    if (a.e_in != nullptr) {
+      const __m512 e_in = _mm512_maskz_loadu_ps(lanes, a.e_in + i);
+      acc = _mm512_add_ps(acc, a.decay == 1.0f ? e_in : _mm512_mul_ps(e_in, decay));
+    }
     top = _mm512_max_epu32(top, Avx512::magnitude(acc));
   }
   return _mm512_reduce_max_epu32(top) < kInfKey;

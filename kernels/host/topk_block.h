@@ -17,8 +17,8 @@
 
 #include <cstring>
 
-#include "topk_format.h"
-#include "topk_kernels.h"
+#include "kernels.h"
+#include "payload.h"
 
 namespace hybridcomm::kernels {
 namespace {
@@ -38,6 +38,11 @@ inline float float_of(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
+}
+
+inline float compensate(const float* grad, const float* e_in, float decay, size_t i) {
+  if (e_in == nullptr) return grad[i];
+  return grad[i] + (decay == 1.0f ? e_in[i] : decay * e_in[i]);
 }
 
 struct Scratch {
@@ -122,7 +127,7 @@ uint32_t select(Scratch& s, uint32_t block, uint32_t k, uint32_t t, uint32_t n, 
 }
 
 // Phase 4. `valid` is the block's length: padding that was kept becomes an all-zero record.
-inline void quantise(Scratch& s, const TopKParams& p, uint32_t largest, uint32_t valid, uint8_t* scale_out,
+inline void quantise(Scratch& s, const CodecParams& p, uint32_t largest, uint32_t valid, uint8_t* scale_out,
                      uint8_t* records) {
   const uint32_t raised = (largest >> 23) + 2;
   const uint32_t exponent = raised > p.value_bits ? raised - p.value_bits : 1;
@@ -157,7 +162,7 @@ bool encode_region(const EncodeArgs& a) {
       grad = s.padded[0];
       if (e_in != nullptr) e_in = static_cast<float*>(std::memcpy(s.padded[1], e_in, valid * sizeof(float)));
     }
-    const uint32_t n = V::accumulate(grad, e_in, block, guess, s);
+    const uint32_t n = V::accumulate(grad, e_in, a.decay, block, guess, s);
     uint32_t largest = 0;
     for (uint32_t g = 0; g < V::kGroups; ++g) largest = s.maxima[g] > largest ? s.maxima[g] : largest;
     if (largest >= kInfKey) return false;

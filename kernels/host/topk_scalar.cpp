@@ -7,8 +7,9 @@ namespace {
 struct Scalar {
   static constexpr uint32_t kGroups = 64;
 
-  static uint32_t accumulate(const float* grad, const float* e_in, uint32_t block, uint32_t t, Scratch& s) {
-    for (uint32_t i = 0; i < block; ++i) s.acc[i] = e_in == nullptr ? grad[i] : grad[i] + e_in[i];
+  static uint32_t accumulate(const float* grad, const float* e_in, float decay, uint32_t block, uint32_t t,
+                             Scratch& s) {
+    for (uint32_t i = 0; i < block; ++i) s.acc[i] = compensate(grad, e_in, decay, i);
     for (uint32_t g = 0; g < kGroups; ++g) s.maxima[g] = 0;
     for (uint32_t i = 0; i < block; ++i) {
       const uint32_t key = bits_of(s.acc[i]) & kMagnitude;
@@ -54,10 +55,10 @@ struct Scalar {
   }
 };
 
-bool finite(const float* grad, const float* e_in, size_t numel) {
+bool finite(const EncodeArgs& a) {
   uint32_t largest = 0;
-  for (size_t i = 0; i < numel; ++i) {
-    const uint32_t key = bits_of(e_in == nullptr ? grad[i] : grad[i] + e_in[i]) & kMagnitude;
+  for (size_t i = 0; i < a.numel; ++i) {
+    const uint32_t key = bits_of(compensate(a.grad, a.e_in, a.decay, i)) & kMagnitude;
     largest = key > largest ? key : largest;
   }
   return largest < kInfKey;

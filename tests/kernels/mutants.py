@@ -67,18 +67,18 @@ def _no_floor_under_the_scale(spec: TopKSpec, kept: Any) -> Any:
     )
 
 
-def _forgets_the_residual(grad: Any, e_in: Any) -> Any:
-    del e_in
+def _forgets_the_residual(grad: Any, e_in: Any, decay: float) -> Any:
+    del e_in, decay
     return grad.copy()
 
 
-def _flushes_denormals(grad: Any, e_in: Any) -> Any:
-    acc = _compensate(grad, e_in)
+def _flushes_denormals(grad: Any, e_in: Any, decay: float) -> Any:
+    acc = _compensate(grad, e_in, decay)
     return np.where(np.abs(acc) < np.float32(2.0**-126), np.float32(0), acc)
 
 
-def _drops_the_last_element(grad: Any, e_in: Any) -> Any:
-    acc = _compensate(grad, e_in)
+def _drops_the_last_element(grad: Any, e_in: Any, decay: float) -> Any:
+    acc = _compensate(grad, e_in, decay)
     acc[-1:] = 0
     return acc
 

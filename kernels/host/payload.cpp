@@ -1,4 +1,4 @@
-#include "topk_format.h"
+#include "payload.h"
 
 #include <cstring>
 
@@ -24,7 +24,7 @@ uint64_t checksum_of(const uint8_t* payload, size_t nbytes) {
   return sum;
 }
 
-bool records_in_range(const TopKParams& params, const uint8_t* payload, size_t numel, const Layout& layout) {
+bool records_in_range(const CodecParams& params, const uint8_t* payload, size_t numel, const Layout& layout) {
   const uint8_t* scales = payload + sizeof(Header);
   bool good = true;
   for (size_t b = 0; b < layout.nblocks; ++b) good &= scales[b] >= 1 && scales[b] <= 256 - params.value_bits;
@@ -46,13 +46,13 @@ const char* status_text(Status status) {
     case Status::ok:
       return "ok";
     case Status::bad_params:
-      return "invalid block, k or value_bits";
+      return "invalid codec, block, k, value_bits or variant";
     case Status::bad_header:
       return "not a payload of this version and codec";
     case Status::bad_digest:
       return "made under another plan";
     case Status::bad_layout:
-      return "another block, k or value_bits";
+      return "another block, k, value_bits or variant";
     case Status::bad_numel:
       return "another number of elements";
     case Status::bad_nbytes:
@@ -60,12 +60,13 @@ const char* status_text(Status status) {
     case Status::bad_checksum:
       return "checksum mismatch: bits changed on the way";
     case Status::bad_record:
-      return "a scale or an index that no encoder writes";
+      return "a scale, an index or a code that no encoder writes";
   }
   return "unknown status";
 }
 
-bool topk_valid(const TopKParams& params) {
+bool codec_valid(const CodecParams& params) {
+  if (params.codec != Codec::topk || params.variant != 0 || params.reserved != 0) return false;
   const uint32_t block = params.block;
   if (block < 16 || block > kMaxBlock || (block & (block - 1)) != 0) return false;
   uint32_t index_bits = 0;
@@ -73,7 +74,7 @@ bool topk_valid(const TopKParams& params) {
   return params.k >= 1 && params.k <= block && params.value_bits >= 3 && params.value_bits <= 16 - index_bits;
 }
 
-Layout layout_of(const TopKParams& params, size_t numel) {
+Layout layout_of(const CodecParams& params, size_t numel) {
   Layout layout;
   layout.nblocks = numel / params.block + (numel % params.block != 0);
   layout.records_offset = sizeof(Header) + align16(layout.nblocks);
@@ -81,16 +82,18 @@ Layout layout_of(const TopKParams& params, size_t numel) {
   return layout;
 }
 
-size_t topk_nbytes(const TopKParams& params, size_t numel) {
-  return topk_valid(params) ? layout_of(params, numel).nbytes : 0;
+size_t codec_nbytes(const CodecParams& params, size_t numel) {
+  return codec_valid(params) ? layout_of(params, numel).nbytes : 0;
 }
 
-void write_header(const TopKParams& params, size_t numel, uint64_t digest, uint32_t flags, uint8_t* payload) {
+void write_header(const CodecParams& params, size_t numel, uint64_t digest, uint32_t flags,
+                  uint8_t* payload) {
   Header head{};
   head.magic = kMagic;
   head.version = kVersion;
-  head.codec = kCodecTopK;
-  head.value_bits = static_cast<uint8_t>(params.value_bits);
+  head.codec = static_cast<uint8_t>(params.codec);
+  head.value_bits = params.value_bits;
+  head.variant = params.variant;
   head.block = params.block;
   head.k = params.k;
   head.numel = numel;
@@ -105,17 +108,19 @@ void write_checksum(uint8_t* payload, size_t nbytes) {
   std::memcpy(payload + offsetof(Header, checksum), &sum, sizeof sum);
 }
 
-Status check_payload(const TopKParams& params, const uint8_t* payload, size_t numel, uint64_t digest,
+Status check_payload(const CodecParams& params, const uint8_t* payload, size_t numel, uint64_t digest,
                      uint32_t* flags) {
   Header head;
   std::memcpy(&head, payload, sizeof head);
   const Layout layout = layout_of(params, numel);
-  if (head.magic != kMagic || head.version != kVersion || head.codec != kCodecTopK || head.reserved0 != 0 ||
-      head.reserved1 != 0 || (head.flags & ~kFlagNonFinite) != 0) {
+  if (head.magic != kMagic || head.version != kVersion || head.codec != static_cast<uint8_t>(params.codec) ||
+      head.reserved[0] != 0 || head.reserved[1] != 0 || head.reserved[2] != 0 || head.seed != 0 ||
+      (head.flags & ~kFlagNonFinite) != 0) {
     return Status::bad_header;
   }
   if (head.digest != digest) return Status::bad_digest;
-  if (head.block != params.block || head.k != params.k || head.value_bits != params.value_bits)
+  if (head.block != params.block || head.k != params.k || head.value_bits != params.value_bits ||
+      head.variant != params.variant)
     return Status::bad_layout;
   if (head.numel != numel) return Status::bad_numel;
   if (head.nbytes != layout.nbytes) return Status::bad_nbytes;

@@ -4,15 +4,16 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "topk.h"
+#include "codec.h"
 
 namespace hybridcomm::kernels {
 
 struct EncodeArgs {
-  TopKParams params;
+  CodecParams params;
   const float* grad;
   const float* e_in;  // may be null
   float* e_out;       // may be null
+  float decay;
   uint8_t* scales;
   uint8_t* records;
   size_t numel;
@@ -20,7 +21,7 @@ struct EncodeArgs {
 };
 
 struct DecodeArgs {
-  TopKParams params;
+  CodecParams params;
   const uint8_t* const* payloads;
   size_t count;
   float* out;
@@ -32,7 +33,7 @@ struct DecodeArgs {
 struct Kernels {
   bool (*encode)(const EncodeArgs&);  // false: met a non-finite value, outputs half written
   void (*decode)(const DecodeArgs&);
-  bool (*finite)(const float* grad, const float* e_in, size_t numel);
+  bool (*finite)(const EncodeArgs&);
 };
 
 extern const Kernels kScalarKernels;

@@ -25,7 +25,7 @@ from hybridcomm.topology import Topology
 
 __all__ = ["Membership", "World", "find_world", "join"]
 
-_WIRE_VERSION = 1
+_WIRE_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)

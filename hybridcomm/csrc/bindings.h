@@ -8,6 +8,7 @@ namespace hybridcomm {
 void bind_errors(pybind11::module_& module);
 void bind_program(pybind11::module_& module);
 void bind_engine(pybind11::module_& module);
+void bind_handshake(pybind11::module_& module);
 void bind_sum(pybind11::module_& module);
 
 }  // namespace hybridcomm

@@ -89,6 +89,7 @@ class Link {
   void add(Fd fd, int channel) { sockets_.emplace(channel, std::move(fd)); }
   int size() const { return static_cast<int>(sockets_.size()); }
   std::map<int, DataSocket>& sockets() { return sockets_; }
+  const std::map<int, DataSocket>& sockets() const { return sockets_; }
   DataSocket& next_for_send() { return nth(sends_++); }
   DataSocket& next_for_receive() { return nth(receives_++); }
   bool receiving() const;

@@ -1,7 +1,6 @@
 #include "mesh.h"
 
 #include <poll.h>
-#include <sys/socket.h>
 
 #include <algorithm>
 
@@ -32,52 +31,17 @@ bool Mesh::is_remote_peer(int rank) const {
 
 void Mesh::connect(const Listener& listener) {
   const Patience patience{Clock::now() + seconds(config_.timeout_s), config_.interrupted};
+  const int segment = local_size() > 1 ? own().fd() : -1;
+  Handshakes handshakes({config_.token, config_.rank, segment}, [this](const Hello& hello, bool local) {
+    return hello.rank > config_.rank && is_missing(hello.rank, hello.channel, local);
+  });
   Fd unix_listener;
-  if (local_size() > 1) unix_listener = listen_unix(unix_name(config_.rank));
-  dial_lower_peers(patience);
-  accept_higher_peers(listener, unix_listener, patience);
-  collect_answers(patience);
-}
-
-void Mesh::dial_lower_peers(const Patience& patience) {
-  Hello hello;
-  hello.token = config_.token;
-  hello.rank = config_.rank;
-  for (int rank : config_.local_ranks) {
-    if (rank >= config_.rank) continue;
-    hello.channel = 0;
-    Fd socket = dial_unix(unix_name(rank), rank, patience);
-    send_hello(socket, hello, own().fd());
-    dialled_.push_back({std::move(socket), rank, 0, true});
+  if (local_size() > 1) {
+    unix_listener = listen_unix(unix_name(config_.rank));
+    handshakes.listen(unix_listener, true);
   }
-  for (const Endpoint& peer : config_.remote_peers) {
-    if (peer.rank >= config_.rank) continue;
-    for (int channel = 0; channel <= config_.data_sockets; ++channel) {
-      hello.channel = channel;
-      Fd socket = dial_tcp(peer, patience);
-      send_hello(socket, hello);
-      dialled_.push_back({std::move(socket), peer.rank, channel, false});
-    }
-  }
-}
-
-std::vector<int> Mesh::missing_peers() const {
-  std::vector<int> missing;
-  for (size_t i = 0; i < config_.local_ranks.size(); ++i) {
-    if (config_.local_ranks[i] > config_.rank && !segments_[i]) missing.push_back(config_.local_ranks[i]);
-  }
-  for (const Endpoint& peer : config_.remote_peers) {
-    if (peer.rank < config_.rank) continue;
-    const auto link = links_.find(peer.rank);
-    const bool data = link != links_.end() && link->second.size() == config_.data_sockets;
-    const bool control = std::any_of(controls_.begin(), controls_.end(),
-                                     [&](const ControlChannel& c) { return c.peer() == peer.rank; });
-    if (!data || !control) missing.push_back(peer.rank);
-  }
-  return missing;
-}
-
-void Mesh::accept_higher_peers(const Listener& listener, const Fd& unix_listener, const Patience& patience) {
+  handshakes.listen(listener.tcp(), false);
+  dial_lower_peers(handshakes, patience);
   for (auto missing = missing_peers(); !missing.empty(); missing = missing_peers()) {
     if (patience.over()) {
       throw Error(Code::bootstrap,
@@ -86,65 +50,67 @@ void Mesh::accept_higher_peers(const Listener& listener, const Fd& unix_listener
                       " s; look at the log of " + (missing.size() == 1 ? "that rank" : "those ranks"),
                   missing.front(), missing);
     }
-    pollfd ready[2] = {{listener.tcp().get(), POLLIN, 0}, {unix_listener.get(), POLLIN, 0}};
-    ::poll(ready, unix_listener ? 2 : 1, 100);
-    for (const pollfd& entry : ready) {
-      if ((entry.revents & POLLIN) == 0) continue;
-      Fd socket(::accept4(entry.fd, nullptr, nullptr, SOCK_CLOEXEC));
-      // A rank sends its hello right after connecting, so a silent stranger may cost the others two seconds.
-      if (socket)
-        admit(std::move(socket), entry.fd == unix_listener.get(),
-              {Clock::now() + seconds(2), config_.interrupted});
+    pollfd ready{handshakes.fd(), POLLIN, 0};
+    ::poll(&ready, 1, 100);
+    for (Connection& connection : handshakes.progress()) keep(std::move(connection));
+  }
+}
+
+void Mesh::dial_lower_peers(Handshakes& handshakes, const Patience& patience) {
+  for (int rank : config_.local_ranks) {
+    if (rank < config_.rank) handshakes.dial(dial_unix(unix_name(rank), rank, patience), rank, 0, true);
+  }
+  for (const Endpoint& peer : config_.remote_peers) {
+    if (peer.rank >= config_.rank) continue;
+    for (int channel = 0; channel <= config_.data_sockets; ++channel) {
+      handshakes.dial(dial_tcp(peer, patience), peer.rank, channel, false);
     }
   }
 }
 
-bool Mesh::admit(Fd socket, bool local, const Patience& patience) {
-  std::optional<ReceivedHello> received = receive_hello(socket, patience);
-  if (!received || received->hello.token != config_.token) return false;
-  const Hello& hello = received->hello;
-  const bool known = local ? local_index(hello.rank) > local_rank_ && received->descriptor
-                           : is_remote_peer(hello.rank) && hello.rank > config_.rank && hello.channel >= 0 &&
-                                 hello.channel <= config_.data_sockets;
-  if (!known) return false;
-  Hello answer;
-  answer.token = config_.token;
-  answer.rank = config_.rank;
-  answer.channel = hello.channel;
-  send_hello(socket, answer, local ? own().fd() : -1);
-  if (!local) tune_tcp(socket);
-  keep(std::move(socket), hello, local, std::move(received->descriptor));
-  return true;
-}
-
-void Mesh::collect_answers(const Patience& patience) {
-  for (Dialled& dialled : dialled_) {
-    std::optional<ReceivedHello> answer = receive_hello(dialled.socket, patience);
-    const bool good = answer && answer->hello.token == config_.token && answer->hello.rank == dialled.rank &&
-                      (!dialled.local || answer->descriptor);
-    if (!good) {
-      throw Error(Code::bootstrap,
-                  "rank " + std::to_string(dialled.rank) + " did not answer the hello of rank " +
-                      std::to_string(config_.rank) +
-                      ": it died, runs another version or belongs to another job",
-                  dialled.rank, {dialled.rank});
-    }
-    keep(std::move(dialled.socket), answer->hello, dialled.local, std::move(answer->descriptor));
-  }
-  dialled_.clear();
-}
-
-void Mesh::keep(Fd socket, const Hello& hello, bool local, Fd segment) {
+bool Mesh::is_missing(int rank, int channel, bool local) const {
   if (local) {
-    const auto index = static_cast<size_t>(local_index(hello.rank));
-    segments_[index] = Segment::map(std::move(segment), {local_size(), config_.slot_nbytes, config_.slots});
+    const int index = local_index(rank);
+    return index >= 0 && index != local_rank_ && channel == 0 && !segments_[static_cast<size_t>(index)];
   }
-  if (hello.channel == 0) {
-    controls_.emplace_back(std::move(socket), hello.rank, local);
+  if (!is_remote_peer(rank) || channel < 0 || channel > config_.data_sockets) return false;
+  if (channel == 0) {
+    return std::none_of(controls_.begin(), controls_.end(),
+                        [rank](const ControlChannel& control) { return control.peer() == rank; });
+  }
+  const auto link = links_.find(rank);
+  return link == links_.end() || link->second.sockets().count(channel) == 0;
+}
+
+std::vector<int> Mesh::missing_peers() const {
+  std::vector<int> missing;
+  for (int rank : config_.local_ranks) {
+    if (is_missing(rank, 0, true)) missing.push_back(rank);
+  }
+  for (const Endpoint& peer : config_.remote_peers) {
+    bool whole = true;
+    for (int channel = 0; channel <= config_.data_sockets; ++channel) {
+      whole = whole && !is_missing(peer.rank, channel, false);
+    }
+    if (!whole) missing.push_back(peer.rank);
+  }
+  return missing;
+}
+
+void Mesh::keep(Connection connection) {
+  const int rank = connection.rank;
+  if (connection.local) {
+    segments_[static_cast<size_t>(local_index(rank))] =
+        Segment::map(std::move(connection.segment), {local_size(), config_.slot_nbytes, config_.slots});
+  } else {
+    tune_tcp(connection.socket);
+  }
+  if (connection.channel == 0) {
+    controls_.emplace_back(std::move(connection.socket), rank, connection.local);
     return;
   }
-  Link& link = links_.try_emplace(hello.rank, hello.rank).first->second;
-  link.add(std::move(socket), hello.channel);
+  Link& link = links_.try_emplace(rank, rank).first->second;
+  link.add(std::move(connection.socket), connection.channel);
 }
 
 void Mesh::ring(int local) {

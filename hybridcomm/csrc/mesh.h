@@ -1,14 +1,15 @@
 // Everything a rank is connected to: its node's segments, and the links to its peers on other nodes.
 //
-// Bootstrap: 1. dial every lower peer and send a hello (a listener's backlog takes it before the peer looks);
-// 2. accept the higher ones and answer; 3. collect the answers to step 1. No step waits for a later one of
-//    another rank, so it cannot deadlock; a peer that never comes is named when the time is over.
+// Bootstrap: 1. dial every lower peer, which says hello (a listener's backlog takes it before the peer looks);
+// 2. carry all handshakes on side by side, dialled and accepted. No step waits for a later one of another rank, so it
+// cannot deadlock; a peer that never comes is named when the time is over.
 #pragma once
 
 #include <map>
 #include <optional>
 
 #include "control.h"
+#include "handshake.h"
 #include "link.h"
 #include "segment.h"
 #include "socket.h"
@@ -66,11 +67,9 @@ class Mesh {
 
  private:
   void connect(const Listener& listener);
-  void dial_lower_peers(const Patience& patience);
-  void accept_higher_peers(const Listener& listener, const Fd& unix_listener, const Patience& patience);
-  void collect_answers(const Patience& patience);
-  bool admit(Fd socket, bool local, const Patience& patience);
-  void keep(Fd socket, const Hello& hello, bool local, Fd segment);
+  void dial_lower_peers(Handshakes& handshakes, const Patience& patience);
+  bool is_missing(int rank, int channel, bool local) const;
+  void keep(Connection connection);
   std::string unix_name(int rank) const { return config_.name + "-" + std::to_string(rank); }
   std::vector<int> missing_peers() const;
   bool is_remote_peer(int rank) const;
@@ -80,13 +79,6 @@ class Mesh {
   std::vector<std::optional<Segment>> segments_;  // by local rank
   std::vector<ControlChannel> controls_;
   std::map<int, Link> links_;
-  struct Dialled {
-    Fd socket;
-    int rank;
-    int channel;
-    bool local;
-  };
-  std::vector<Dialled> dialled_;
 };
 
 }  // namespace hybridcomm

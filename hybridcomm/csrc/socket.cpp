@@ -4,11 +4,9 @@
 #include <fcntl.h>
 #include <netdb.h>
 #include <netinet/tcp.h>
-#include <poll.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 
-#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <thread>
@@ -88,6 +86,7 @@ Fd listen_tcp(const std::string& host, uint16_t port, uint16_t* actual_port) {
                                      "; choose another with HYBRIDCOMM_PORT, or 0 for any free one");
   }
   if (::listen(fd.get(), 1024) != 0) throw Error(Code::bootstrap, errno_text("listen() failed"));
+  set_nonblocking(fd);
   socklen_t size = sizeof(address.storage);
   ::getsockname(fd.get(), reinterpret_cast<sockaddr*>(&address.storage), &size);
   const bool v4 = address.storage.ss_family == AF_INET;
@@ -102,6 +101,7 @@ Fd listen_unix(const std::string& name) {
   if (::bind(fd.get(), address.get(), address.size) != 0 || ::listen(fd.get(), 1024) != 0) {
     throw Error(Code::bootstrap, errno_text("cannot listen on the abstract unix socket " + name));
   }
+  set_nonblocking(fd);
   return fd;
 }
 
@@ -114,60 +114,6 @@ Fd dial_tcp(const Endpoint& endpoint, const Patience& patience) {
 
 Fd dial_unix(const std::string& name, int rank, const Patience& patience) {
   return dial(unix_address(name), "unix socket " + name, rank, patience);
-}
-
-void send_hello(const Fd& socket, const Hello& hello, int descriptor) {
-  iovec data{const_cast<Hello*>(&hello), sizeof(hello)};
-  msghdr message{};
-  message.msg_iov = &data;
-  message.msg_iovlen = 1;
-  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
-  if (descriptor >= 0) {
-    message.msg_control = control;
-    message.msg_controllen = sizeof(control);
-    cmsghdr* header = CMSG_FIRSTHDR(&message);
-    header->cmsg_level = SOL_SOCKET;
-    header->cmsg_type = SCM_RIGHTS;
-    header->cmsg_len = CMSG_LEN(sizeof(int));
-    std::memcpy(CMSG_DATA(header), &descriptor, sizeof(int));
-  }
-  if (::sendmsg(socket.get(), &message, MSG_NOSIGNAL) != static_cast<ssize_t>(sizeof(hello))) {
-    throw Error(Code::bootstrap, errno_text("a peer closed its connection during the bootstrap"));
-  }
-}
-
-std::optional<ReceivedHello> receive_hello(const Fd& socket, const Patience& patience) {
-  ReceivedHello received;
-  size_t got = 0;
-  while (got < sizeof(Hello)) {
-    pollfd ready{socket.get(), POLLIN, 0};
-    const int count = ::poll(&ready, 1, 100);
-    if (count < 0 && errno != EINTR) return std::nullopt;
-    if (count <= 0) {
-      if (patience.over()) return std::nullopt;
-      continue;
-    }
-    iovec data{reinterpret_cast<char*>(&received.hello) + got, sizeof(Hello) - got};
-    alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
-    msghdr message{};
-    message.msg_iov = &data;
-    message.msg_iovlen = 1;
-    message.msg_control = control;
-    message.msg_controllen = sizeof(control);
-    const ssize_t n = ::recvmsg(socket.get(), &message, MSG_CMSG_CLOEXEC);
-    if (n <= 0) return std::nullopt;
-    for (cmsghdr* header = CMSG_FIRSTHDR(&message); header != nullptr;
-         header = CMSG_NXTHDR(&message, header)) {
-      if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) continue;
-      int descriptor = -1;
-      std::memcpy(&descriptor, CMSG_DATA(header), sizeof(int));
-      received.descriptor = Fd(descriptor);
-    }
-    got += static_cast<size_t>(n);
-  }
-  const Hello known;
-  if (received.hello.magic != known.magic || received.hello.version != known.version) return std::nullopt;
-  return received;
 }
 
 void set_nonblocking(const Fd& socket) {

@@ -9,14 +9,17 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from hybridcomm.errors import PlanError
 from hybridcomm.policy import itemsize
 from hybridcomm.topology import Topology
+
+if TYPE_CHECKING:
+    from hybridcomm.cost import KernelCost
 
 __all__ = ["OPS", "STREAMS", "WORDS", "Plan", "Region", "Step"]
 
@@ -147,6 +150,15 @@ class Plan:
                     raise PlanError(f"compressor {self.compressor}: give payload_nbytes to size its payloads")
                 total += len(step.group) * peers * payload_nbytes(step.region.numel)
         return total
+
+    def cost(self, topology: Topology, *, kernels: Mapping[str, KernelCost] | None = None) -> float:
+        """Predicted s on ``topology``, whose links hold measured alpha and beta; see `hybridcomm.cost`.
+
+        ``kernels``: measured cost by compressor text. Raises `PlanError` where a needed figure is missing.
+        """
+        from hybridcomm.cost import plan_cost
+
+        return plan_cost(self, topology, kernels)
 
     @cached_property
     def text(self) -> str:

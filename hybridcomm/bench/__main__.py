@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 import hybridcomm
 from hybridcomm.bench import report
@@ -14,6 +15,7 @@ from hybridcomm.bench.options import Options, parse, sizes
 from hybridcomm.context import Context
 from hybridcomm.errors import HybridCommError, UnsupportedError
 from hybridcomm.launch import launch
+from hybridcomm.probe import CANDIDATES, probe
 
 __all__ = ["main"]
 
@@ -61,6 +63,8 @@ def _run(options: Options) -> int:
             f"# nThread 1 iters {options.iters} warmup {options.warmup} check {options.checks}; time: median call"
         )
         say("# on the slowest rank, its input rewritten before; bandwidths in 10^9 bytes/s")
+        if options.probe:
+            return _probe(context, options, say)
         say(_activity(context, options))
         for name in options.collectives:
             say(f"#\n# {name}\n{report.header(compressed=options.compress != 'none')}")
@@ -80,6 +84,17 @@ def _run(options: Options) -> int:
         if context.rank == 0:
             _write(options, rows, context)
     return 1 if any(row.wrong for row in rows) else 0
+
+
+def _probe(context: Context, options: Options, say: Callable[[str], None]) -> int:
+    codecs = CANDIDATES if options.compress == "none" else (options.compress,)
+    figures = probe(context, codecs=codecs)
+    say(str(figures))
+    if context.rank == 0 and options.json is not None:
+        kernels = {text: asdict(cost) for text, cost in figures.kernels.items()}
+        about = {"topology": str(figures.topology), "kernels": kernels}
+        report.write_json(options.json, [], version=hybridcomm.__version__, **about)
+    return 0
 
 
 def _write(options: Options, rows: Sequence[Row], context: Context) -> None:

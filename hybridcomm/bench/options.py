@@ -37,6 +37,7 @@ class Options:
     plot: Path | None
     nproc: int | None
     nodes: int | None
+    probe: bool
 
 
 def _nbytes(text: str) -> int:
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, default="float32", help="default float32")
     add("--op", choices=tuple(OPS), default="sum", help="of collectives that reduce (default sum)")
     add("--compress", default="none", metavar="CODEC", help="such as topk:0.01; measures allreduce")
+    add("--probe", action="store_true", help="print measured alpha, beta and kernel costs, nothing else")
     add("--json", type=Path, metavar="FILE", help="write all figures to this file")
     add("--plot", type=Path, metavar="FILE", help="draw them into this file (.png, .svg); needs matplotlib")
     add("--nproc", type=int, metavar="N", help="start N ranks on this machine (without a launcher)")
@@ -98,6 +100,8 @@ def _check(options: Options) -> None:
         raise UnsupportedError("-n must be at least 1, -w and -c at least 0")
     if options.nodes is not None and options.nproc is None:
         raise UnsupportedError("--nodes needs --nproc: under a launcher, that one lays out the nodes")
+    if options.probe and options.plot is not None:
+        raise UnsupportedError("--plot draws times over sizes: a --probe has none")
     codec = compressors.resolve(options.compress)
     if codec is not None:
         compressors.check_compressible(codec, dtype=options.dtype, op=options.op)
@@ -123,6 +127,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
             plot=given.plot,
             nproc=given.nproc,
             nodes=given.nodes,
+            probe=given.probe,
         )
         _check(options)
     except HybridCommError as error:

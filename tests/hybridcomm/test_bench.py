@@ -143,6 +143,7 @@ def test_sizes_grow_by_the_factor_and_are_whole_parts() -> None:
         ["-b", "many"],
         ["--collective", "alltoall"],
         ["--nodes", "2"],
+        ["--probe", "--plot", "x.png"],
         ["--compress", "topk:0.01", "--dtype", "float64"],
         ["--compress", "topk:0.01", "--collective", "broadcast"],
     ],
@@ -182,6 +183,16 @@ def test_it_starts_its_own_ranks_and_writes_its_figures(tmp_path: Path) -> None:
     assert figures["topology"] == "0,1|2,3"
     assert len(figures["rows"]) == 2 * len(COLLECTIVES)
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_it_prints_what_it_probed(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "hybridcomm.bench", "--nproc", "2", "--nodes", "2", "--probe"]
+    argv += ["--json", str(tmp_path / "p.json")]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=100, check=False, env=_environment())
+    assert done.returncode == 0, done.stderr
+    assert "inter_node: alpha" in done.stdout
+    assert "intra_node: no such link" in done.stdout
+    assert Topology.parse(json.loads((tmp_path / "p.json").read_text())["topology"]).inter_node.beta
 
 
 def test_it_runs_under_torchrun() -> None:

@@ -7,7 +7,10 @@ OWN_REGION: int
 """Among the sources of a sum: this rank's own tensor."""
 
 def best_isa() -> int: ...
-def sum(dtype: int, out: int, sources: Sequence[int], numel: int, *, divisor: int = 1, isa: int) -> None: ...
+def reduce(
+    dtype: int, op: int, out: int, sources: Sequence[int], numel: int, *, divisor: int = 1, isa: int
+) -> None: ...
+def scale(dtype: int, data: int, numel: int, factor: float) -> None: ...
 def blake2s(key: bytes, data: bytes) -> bytes: ...
 def describe(collective: int, dtype: int, op: int, codec: int, numel: int) -> str: ...
 
@@ -94,10 +97,24 @@ class Engine:
         listener: Listener,
     ) -> None: ...
     def run(
-        self, program: Program, tensor: int, residual_in: int = 0, residual_out: int = 0, name: int = 0
+        self,
+        program: Program,
+        tensor: int,
+        residual_in: int = 0,
+        residual_out: int = 0,
+        name: int = 0,
+        pieces: Sequence[tuple[int, int]] = ...,
+        timeout_s: float = 0.0,
     ) -> Work: ...
     def submit(
-        self, program: Program, tensor: int, residual_in: int = 0, residual_out: int = 0, name: int = 0
+        self,
+        program: Program,
+        tensor: int,
+        residual_in: int = 0,
+        residual_out: int = 0,
+        name: int = 0,
+        pieces: Sequence[tuple[int, int]] = ...,
+        timeout_s: float = 0.0,
     ) -> Work: ...
     def close(self) -> None: ...
     def abort(self) -> None: ...

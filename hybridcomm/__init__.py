@@ -9,7 +9,7 @@ The route of a gradient, and the file of each step:
 
     1 ready      its hook fired in backward                            reducer.py
     2 bucket     copied into a flat, padded buffer                     bucket.py
-    3 reduce     summed inside the node, a shard per owner             csrc/executor_node.cpp, csrc/sum.h
+    3 reduce     summed inside the node, a shard per owner             csrc/executor_node.cpp, csrc/reduce.h
     4 compress   shard + residual -> payload, new residual             compress.py, kernels/host/codec.h
     5 exchange   payloads between the shard's owners on other nodes    csrc/executor_wire.cpp, csrc/link.h
     6 decompress payloads -> sum or mean in the shard                  kernels/host/codec.h
@@ -35,8 +35,9 @@ except ImportError as error:
 from hybridcomm import policy
 from hybridcomm.arrays import Array
 from hybridcomm.compress import Compressor
-from hybridcomm.context import Context, Op
+from hybridcomm.context import Context
 from hybridcomm.errors import HybridCommError
+from hybridcomm.reduction import Op, premul_sum
 from hybridcomm.residual import Residual
 from hybridcomm.topology import Topology
 from hybridcomm.work import Work
@@ -59,6 +60,7 @@ __all__ = [
     "broadcast",
     "default_context",
     "init",
+    "premul_sum",
     "reduce_scatter",
     "shutdown",
 ]

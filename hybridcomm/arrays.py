@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hybridcomm.errors import DataTypeError
+from hybridcomm.policy import ITEMSIZE
 
 if TYPE_CHECKING:
     import torch
@@ -17,8 +18,6 @@ __all__ = ["Array", "View", "view"]
 
 Array = Any
 """A ``torch.Tensor`` on the CPU or a ``numpy.ndarray``."""
-
-_DTYPES = ("float32", "bfloat16", "float16", "int64", "uint8", "float64", "int32")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +33,7 @@ class View:
 def view(array: Array, what: str = "tensor") -> View:
     """The memory of a contiguous CPU array, to be read and written in place.
 
-    Raises `DataTypeError` for anything else: another type, a device, a dtype the engine has no sum for, or a
+    Raises `DataTypeError` for anything else: another type, a device, a dtype the engine does not know, or a
     layout with gaps (its result could not be written back in place).
     """
     torch = sys.modules.get("torch")  # a torch tensor cannot exist before torch was imported
@@ -77,7 +76,7 @@ def _numpy_view(array: np.ndarray[Any, Any], what: str) -> View:
 
 
 def _check_dtype(dtype: str, what: str) -> None:
-    if dtype not in _DTYPES:
+    if dtype not in ITEMSIZE:
         raise DataTypeError(
-            f"{what}: dtype {dtype} cannot be communicated; convert to one of {', '.join(_DTYPES)}"
+            f"{what}: dtype {dtype} cannot be communicated; convert to one of {', '.join(ITEMSIZE)}"
         )

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from hybridcomm import policy
+from hybridcomm import policy, reduction
 from hybridcomm.errors import UnsupportedError
 from hybridcomm.plan import Plan, Region
 from hybridcomm.plan_stages import Chunk, Stage, Writer, chunks_of, pipeline, shard_regions
@@ -39,7 +39,7 @@ def allreduce(
     chunk_nbytes: int = policy.MAX_CHUNK_NBYTES,
     bucket: int = 0,
 ) -> Plan:
-    """Sum or mean of ``numel`` elements over all ranks, left on all ranks.
+    """``op`` over all ranks' ``numel`` elements, left on all ranks.
 
     With one node nothing crosses a slow link: the plan is dense whatever ``compressor`` is
     (``plan.compressor`` tells). ``chunk_nbytes`` bounds the chunks that policy chooses (without
@@ -229,9 +229,8 @@ def _check_request(op: str, dtype: str, numel: int, compressor: BlockCodec | Non
     policy.itemsize(dtype)
     if numel < 0:
         raise UnsupportedError(f"numel={numel}: must be >= 0")
-    if op not in ("sum", "mean"):
-        raise UnsupportedError(f"op={op!r}: plans reduce by 'sum' or 'mean'")
-    if op == "mean" and dtype not in ("float32", "bfloat16", "float16", "float64"):
-        raise UnsupportedError(f"op='mean' of {dtype}: use op='sum' and divide by the world size")
+    reduction.check(op, dtype)
+    if compressor is not None and op not in ("sum", "mean"):
+        raise UnsupportedError(f"compress={compressor} with op={op!r}: only sums and means can be compressed")
     if compressor is not None and dtype != "float32":
         raise UnsupportedError(f"compress={compressor} of {dtype}: only float32 can be compressed")

@@ -8,15 +8,16 @@ from __future__ import annotations
 import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybridcomm import _C, collective_plans
+from hybridcomm import _C, collective_plans, reduction
 from hybridcomm import compress as compressors
 from hybridcomm.arrays import Array, View, view
 from hybridcomm.errors import DataTypeError, UnsupportedError
-from hybridcomm.lower import lower
+from hybridcomm.lower import DTYPES, lower
+from hybridcomm.reduction import Op
 from hybridcomm.residual import Residual
 from hybridcomm.work import Work
 
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from hybridcomm.topology import Topology
 
 __all__ = ["Collectives", "Op"]
-
-Op = Literal["sum", "mean"]
 
 _CACHED_PLANS = 256
 _UNNAMED = "tensor"
@@ -70,36 +69,38 @@ class Collectives:
         residual_key: str = _UNNAMED,
         spans: Sequence[Span] | None = None,
     ) -> Work | None:
-        """Sums (or averages) ``t`` over all ranks, in place; see `hybridcomm.allreduce`.
+        """Reduces ``t`` over all ranks, in place; see `hybridcomm.allreduce`.
 
         ``residual_key`` and ``spans`` name the tensor and its parameters within ``residual``, for callers
         that keep one `Residual` for many buckets. The name rides in every header too, so that ranks which mix
         up tensors of one shape get an error.
         """
         target = view(t)
+        name, factor = self._operation(op, target.dtype)
         compressor = compressors.resolve(compress)
         if compressor is None and residual is not None:
             raise UnsupportedError("residual= needs compress=: a dense all-reduce leaves nothing behind")
         if compressor is not None:
-            compressors.check_compressible(compressor, dtype=target.dtype, op=op)
+            compressors.check_compressible(compressor, dtype=target.dtype, op=name)
         plan, program = self._program(
-            ("allreduce", target.numel, target.dtype, op, str(compressor)),
+            ("allreduce", target.numel, target.dtype, name, str(compressor)),
             lambda: collective_plans.allreduce(
                 self.topology,
                 target.numel,
                 dtype=target.dtype,
-                op=op,
+                op=name,
                 compressor=compressor,
                 chunk_nbytes=self.chunk_nbytes,
             ),
             compressor,
         )
+        _scale(target, factor)
         e_in = e_out = None
         if residual is not None:
             regions = plan.residual_regions(self.rank)
             e_in, e_out = residual.stage(residual_key, numel=target.numel, regions=regions, spans=spans)
-        name = zlib.crc32(residual_key.encode()) if residual_key != _UNNAMED else 0
-        return self._launch(program, target, async_op, residual=(e_in, e_out), name=name)
+        tensor = zlib.crc32(residual_key.encode()) if residual_key != _UNNAMED else 0
+        return self._launch(program, target, async_op, residual=(e_in, e_out), name=tensor)
 
     all_reduce = allreduce
 
@@ -134,11 +135,13 @@ class Collectives:
         """
         own, whole = view(out, "out"), view(t)
         self._check_parts(whole=whole, part=own, names=("t", "out"))
+        name, factor = self._operation(op, whole.dtype)
         scratch = t.detach().clone() if hasattr(t, "detach") else t.copy()
+        _scale(view(scratch), factor)
         _, program = self._program(
-            ("reduce_scatter", whole.numel, whole.dtype, op),
+            ("reduce_scatter", whole.numel, whole.dtype, name),
             lambda: collective_plans.reduce_scatter(
-                self.topology, whole.numel, dtype=whole.dtype, op=op, chunk_nbytes=self.chunk_nbytes
+                self.topology, whole.numel, dtype=whole.dtype, op=name, chunk_nbytes=self.chunk_nbytes
             ),
         )
 
@@ -157,10 +160,20 @@ class Collectives:
         self, numel: int, *, dtype: str = "float32", op: Op = "sum", compress: str | Compressor | None = None
     ) -> Plan:
         """The plan that `allreduce` would run for such a tensor: print it, check it, compare digests."""
+        name, _ = self._operation(op, dtype)
         compressor = compressors.resolve(compress)
         return collective_plans.allreduce(
-            self.topology, numel, dtype=dtype, op=op, compressor=compressor, chunk_nbytes=self.chunk_nbytes
+            self.topology, numel, dtype=dtype, op=name, compressor=compressor, chunk_nbytes=self.chunk_nbytes
         )
+
+    @staticmethod
+    def _operation(op: Op, dtype: str) -> tuple[str, float | None]:
+        """(canonical name, factor) of ``op``, which must be one that ``dtype`` takes."""
+        name, factor = reduction.resolve(op)
+        reduction.check(name, dtype)
+        if factor is not None and dtype.startswith(("int", "uint")) and factor != int(factor):
+            raise UnsupportedError(f"premul_sum({factor}) of {dtype}: an integer tensor needs a whole factor")
+        return name, factor
 
     def _check_parts(self, *, whole: View, part: View, names: tuple[str, str]) -> None:
         if whole.dtype != part.dtype:
@@ -216,6 +229,11 @@ class Collectives:
             self._running.popleft()
         self._running.append(work)
         return work
+
+
+def _scale(target: View, factor: float | None) -> None:
+    if factor is not None:
+        _C.scale(DTYPES.index(target.dtype), target.address, target.numel, factor)
 
 
 def _flat(array: Array) -> Any:

@@ -11,13 +11,13 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from hybridcomm import _C, bootstrap, policy
-from hybridcomm.collectives import Collectives, Op
+from hybridcomm.collectives import Collectives
 from hybridcomm.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from hybridcomm.topology import Topology
 
-__all__ = ["Context", "Op"]
+__all__ = ["Context"]
 
 
 class Context(Collectives):

@@ -19,8 +19,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable
 from typing import TYPE_CHECKING, TypedDict
 
-from hybridcomm import _C, policy
-from hybridcomm.errors import DataTypeError, PlanError
+from hybridcomm import _C, policy, reduction
+from hybridcomm.errors import PlanError
 
 if TYPE_CHECKING:
     from hybridcomm.compress import Compressor
@@ -29,9 +29,35 @@ if TYPE_CHECKING:
 __all__ = ["CODECS", "COLLECTIVES", "DTYPES", "OPS", "lower"]
 
 # Codes of the wire format; csrc/tag.cpp holds the same lists.
-COLLECTIVES = ("allreduce", "broadcast", "all_gather", "reduce_scatter", "barrier")
-DTYPES = ("float32", "bfloat16", "float16", "int64", "uint8", "float64", "int32")
-OPS = ("sum", "mean", "none")
+COLLECTIVES = (
+    "allreduce",
+    "broadcast",
+    "all_gather",
+    "reduce_scatter",
+    "barrier",
+    "reduce",
+    "gather",
+    "scatter",
+    "all_to_all",
+    "monitored_barrier",
+)
+DTYPES = (
+    "float32",
+    "bfloat16",
+    "float16",
+    "int64",
+    "uint8",
+    "float64",
+    "int32",
+    "int8",
+    "int16",
+    "bool",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "complex64",
+    "complex128",
+)
+OPS = ("sum", "mean", "none", "min", "max", "product", "band", "bor", "bxor", "premul_sum")
 CODECS = (
     "none",
     "topk",
@@ -55,10 +81,10 @@ _ALIGN = 64  # bytes: every scratch buffer begins on its own cache line
 def lower(plan: Plan, rank: int, compressor: Compressor | None) -> _C.Program:
     """The program that makes ``rank`` do its part of ``plan``; a pure function of its arguments.
 
-    Raises `DataTypeError` for a dtype that the engine does not sum, `PlanError` for a step it cannot run.
+    Raises `DataTypeError` for a dtype that ``plan.op`` cannot combine, `PlanError` for a step it cannot run.
     """
-    if plan.dtype == "uint8" and plan.op != "none":
-        raise DataTypeError("uint8 tensors are moved, never summed; convert to int32 or int64")
+    if plan.op != "none":
+        reduction.check(plan.op, plan.dtype)
     return _Lowering(plan, rank, compressor).program
 
 

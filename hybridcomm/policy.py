@@ -27,6 +27,13 @@ ITEMSIZE = {
     "float64": 8,
     "int32": 4,
     "uint8": 1,
+    "int8": 1,
+    "int16": 2,
+    "bool": 1,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "complex64": 8,
+    "complex128": 16,
 }
 
 DENSE_ALIGN = 16

@@ -81,12 +81,8 @@ class Interpreter:
 
     def _reduce(self, step: Step, buffers: Buffers, _: object) -> None:
         part = slice(*step.region)
-        total = buffers[step.group[0]][part].copy()
-        for rank in step.group[1:]:
-            total += buffers[rank][part]
-        if step.divisor != 1:
-            total = (total / step.divisor).astype(total.dtype)
-        buffers[step.root][part] = total
+        sources = [buffers[rank][part] for rank in step.group]
+        buffers[step.root][part] = combine(self.plan.op, sources, step.divisor)
 
     def _exchange_reduce(self, step: Step, buffers: Buffers, residuals: object) -> None:
         for rank in step.group:
@@ -131,6 +127,28 @@ class Interpreter:
         if self.codec is None:
             raise ValueError(f"plan with compressor {self.plan.compressor!r} needs a codec")
         return self.codec
+
+
+_COMBINE: dict[str, np.ufunc] = {
+    "sum": np.add,
+    "mean": np.add,
+    "premul_sum": np.add,
+    "min": np.minimum,
+    "max": np.maximum,
+    "product": np.multiply,
+    "band": np.bitwise_and,
+    "bor": np.bitwise_or,
+    "bxor": np.bitwise_xor,
+}
+
+
+def combine(op: str, sources: Sequence[NDArray[Any]], divisor: int = 1) -> NDArray[Any]:
+    """What a step makes of ``sources``, in their order: float16 in float32, rounded once."""
+    dtype = sources[0].dtype
+    total = sources[0].astype(np.float32 if dtype == np.float16 else dtype)
+    for source in sources[1:]:
+        total = _COMBINE[op](total, source, dtype=total.dtype)
+    return (total / divisor if divisor != 1 else total).astype(dtype)
 
 
 def _offsets(regions: Sequence[Region]) -> dict[Region, int]:

@@ -16,8 +16,14 @@ void raise_pending_signals() {
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
-Buffers buffers_at(uintptr_t tensor, uintptr_t residual_in, uintptr_t residual_out, uint32_t name) {
+using Pieces = std::vector<std::pair<uint64_t, uintptr_t>>;
+
+Buffers buffers_at(uintptr_t tensor, uintptr_t residual_in, uintptr_t residual_out, uint32_t name,
+                   const Pieces& pieces, double timeout_s) {
   Buffers buffers;
+  buffers.timeout_s = timeout_s;
+  for (const auto& [begin, data] : pieces)
+    buffers.pieces.push_back({begin, reinterpret_cast<std::byte*>(data)});
   buffers.name = name;
   buffers.tensor = reinterpret_cast<std::byte*>(tensor);
   buffers.residual_in = reinterpret_cast<const float*>(residual_in);
@@ -73,22 +79,24 @@ void bind_engine(py::module_& module) {
       .def(
           "run",
           [](Engine& engine, std::shared_ptr<Program> program, uintptr_t tensor, uintptr_t residual_in,
-             uintptr_t residual_out, uint32_t name) {
+             uintptr_t residual_out, uint32_t name, const Pieces& pieces, double timeout_s) {
             const py::gil_scoped_release no_gil;
-            return engine.run(std::move(program), buffers_at(tensor, residual_in, residual_out, name),
+            return engine.run(std::move(program),
+                              buffers_at(tensor, residual_in, residual_out, name, pieces, timeout_s),
                               raise_pending_signals);
           },
           py::arg("program"), py::arg("tensor"), py::arg("residual_in") = 0, py::arg("residual_out") = 0,
-          py::arg("name") = 0)
+          py::arg("name") = 0, py::arg("pieces") = Pieces{}, py::arg("timeout_s") = 0.0)
       .def(
           "submit",
           [](Engine& engine, std::shared_ptr<Program> program, uintptr_t tensor, uintptr_t residual_in,
-             uintptr_t residual_out, uint32_t name) {
+             uintptr_t residual_out, uint32_t name, const Pieces& pieces, double timeout_s) {
             const py::gil_scoped_release no_gil;
-            return engine.submit(std::move(program), buffers_at(tensor, residual_in, residual_out, name));
+            return engine.submit(std::move(program),
+                                 buffers_at(tensor, residual_in, residual_out, name, pieces, timeout_s));
           },
           py::arg("program"), py::arg("tensor"), py::arg("residual_in") = 0, py::arg("residual_out") = 0,
-          py::arg("name") = 0)
+          py::arg("name") = 0, py::arg("pieces") = Pieces{}, py::arg("timeout_s") = 0.0)
       .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>())
       .def("abort", &Engine::abort, py::call_guard<py::gil_scoped_release>())
       .def("counters", [](const Engine& engine) {

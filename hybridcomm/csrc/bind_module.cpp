@@ -6,5 +6,5 @@ PYBIND11_MODULE(_C, module) {
   hybridcomm::bind_program(module);
   hybridcomm::bind_engine(module);
   hybridcomm::bind_handshake(module);
-  hybridcomm::bind_sum(module);
+  hybridcomm::bind_reduce(module);
 }

@@ -42,6 +42,7 @@ void bind_program(py::module_& module) {
              const auto& [code, value_bits, variant, block, k] = codec;
              program->tag.codec = code;
              program->dtype = static_cast<Dtype>(dtype);
+             program->op = static_cast<Reduction>(op);
              program->codec = {static_cast<kernels::Codec>(code), value_bits, variant, 0, block, k};
              return program;
            }),

@@ -9,6 +9,6 @@ void bind_errors(pybind11::module_& module);
 void bind_program(pybind11::module_& module);
 void bind_engine(pybind11::module_& module);
 void bind_handshake(pybind11::module_& module);
-void bind_sum(pybind11::module_& module);
+void bind_reduce(pybind11::module_& module);
 
 }  // namespace hybridcomm

@@ -20,7 +20,8 @@ void pause_cpu() {
 
 Executor::Executor(Mesh& mesh, double timeout_s, bool crowded)
     : mesh_(mesh),
-      timeout_(seconds(timeout_s)),
+      default_timeout_(seconds(timeout_s)),
+      timeout_(default_timeout_),
       spin_for_(std::chrono::microseconds(crowded ? 2 : 100)),
       yield_for_(std::chrono::microseconds(crowded ? 100 : 300)),
       epoll_(::epoll_create1(EPOLL_CLOEXEC)) {
@@ -35,6 +36,7 @@ void Executor::run(const Program& program, const Buffers& buffers, const std::fu
   buffers_ = buffers;
   interrupted_ = &interrupted;
   background_ = !interrupted;
+  timeout_ = buffers.timeout_s > 0 ? seconds(buffers.timeout_s) : default_timeout_;
   prepare(program);
   if (mesh_.local_size() > 1) mesh_.own().entered().fetch_add(1, std::memory_order_relaxed);
   while (remaining_ > 0) {
@@ -135,6 +137,13 @@ bool Executor::start(uint32_t index) {
       return start_get(op);
   }
   return false;
+}
+
+std::byte* Executor::element_in_pieces(uint64_t index) const {
+  const auto& pieces = buffers_.pieces;
+  const auto after = [](uint64_t at, const Piece& piece) { return at < piece.begin; };
+  const Piece& piece = *(std::upper_bound(pieces.begin(), pieces.end(), index, after) - 1);
+  return piece.data + (index - piece.begin) * itemsize(program_->dtype);
 }
 
 Tag Executor::tag_of(const Op& op, uint64_t nbytes) const {

@@ -45,7 +45,7 @@ class Executor final : private Completion {
   void start_encode(const Op& op);
   void start_message(uint32_t index, const Op& op);
   void start_sum(const Op& op);
-  void sum_sources(const Op& op);
+  void reduce_sources(const Op& op);
   void start_decode(const Op& op);
   bool start_publish(const Op& op);
   bool start_get(const Op& op);
@@ -67,11 +67,17 @@ class Executor final : private Completion {
 
   Tag tag_of(const Op& op, uint64_t nbytes) const;
   void check_slot(const Segment::Slot& slot, int peer, const Tag& expected) const;
-  std::byte* tensor_at(const Op& op) const { return buffers_.tensor + op.begin * itemsize(program_->dtype); }
+  std::byte* tensor_at(const Op& op) const { return element_at(op.begin); }
+  std::byte* element_at(uint64_t index) const {
+    if (buffers_.pieces.empty()) return buffers_.tensor + index * itemsize(program_->dtype);
+    return element_in_pieces(index);
+  }
+  std::byte* element_in_pieces(uint64_t index) const;
   uint64_t region_nbytes(const Op& op) const { return op.count * itemsize(program_->dtype); }
 
   Mesh& mesh_;
-  const Clock::duration timeout_;
+  const Clock::duration default_timeout_;
+  Clock::duration timeout_;  // of the running program
   const Clock::duration spin_for_, yield_for_;
   Fd epoll_;
   WireCounters counters_;

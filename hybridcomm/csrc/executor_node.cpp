@@ -46,7 +46,7 @@ bool Executor::start_reduce(const Op& op) {
     sources_.push_back(peer == me ? tensor_at(op)
                                   : mesh_.segment(peer).slot_data(me, reduced_[static_cast<size_t>(peer)]));
   }
-  sum_sources(op);
+  reduce_sources(op);
   for (int64_t source : op.sources) {
     const int peer = static_cast<int>(source);
     if (peer == me) continue;

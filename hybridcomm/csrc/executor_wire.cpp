@@ -31,7 +31,8 @@ void Executor::watch_sockets() {
 }
 
 void Executor::start_message(uint32_t index, const Op& op) {
-  std::byte* data = (op.memory == Memory::tensor ? buffers_.tensor : scratch_.data()) + op.offset;
+  std::byte* data = op.memory == Memory::tensor ? element_at(op.offset / itemsize(program_->dtype))
+                                                : scratch_.data() + op.offset;
   Link& link = mesh_.link(op.peer);
   ++in_flight_;
   if (op.kind == Kind::send) {
@@ -50,12 +51,12 @@ void Executor::start_sum(const Op& op) {
   for (int64_t source : op.sources) {
     sources_.push_back(source == kOwnRegion ? tensor_at(op) : scratch_.data() + source);
   }
-  sum_sources(op);
+  reduce_sources(op);
 }
 
-void Executor::sum_sources(const Op& op) {
-  sum(program_->dtype, tensor_at(op), sources_.data(), static_cast<int>(sources_.size()), op.count,
-      op.divisor);
+void Executor::reduce_sources(const Op& op) {
+  reduce(program_->dtype, program_->op, tensor_at(op), sources_.data(), static_cast<int>(sources_.size()),
+         op.count, op.divisor);
 }
 
 bool Executor::progress_link(Link& link, int channel) {

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "codec.h"
-#include "sum.h"
+#include "reduce.h"
 #include "tag.h"
 
 namespace hybridcomm {
@@ -45,15 +45,24 @@ struct Op {
 struct Program {
   Tag tag;  // digest and description; step and nbytes are filled in per message
   Dtype dtype = Dtype::float32;
+  Reduction op = Reduction::sum;
   uint64_t scratch_nbytes = 0;
   kernels::CodecParams codec{};  // none: not compressed
   std::vector<Op> ops;
   uint32_t stream_count = 0;
 };
 
+// Elements from `begin` on, up to the next piece's, lie at `data`.
+struct Piece {
+  uint64_t begin = 0;
+  std::byte* data = nullptr;
+};
+
 struct Buffers {
-  std::byte* tensor = nullptr;
-  uint32_t name = 0;                   // of the tensor, hashed; goes into every tag
+  std::byte* tensor = nullptr;  // all elements of the plan, one after another; or else ...
+  std::vector<Piece> pieces;    // ... several tensors, by `begin`; no operation's region reaches over an edge
+  double timeout_s = 0;         // without progress; 0: the context's
+  uint32_t name = 0;            // of the tensor, hashed; goes into every tag
   const float* residual_in = nullptr;  // null: memoryless
   float* residual_out = nullptr;
 };

@@ -11,9 +11,14 @@ std::string name_of(const char* const (&names)[N], uint8_t code) {
 }
 
 // The order is the wire format's; lower.py holds the same lists and a test compares them.
-const char* const kCollectives[] = {"allreduce", "broadcast", "all_gather", "reduce_scatter", "barrier"};
-const char* const kDtypes[] = {"float32", "bfloat16", "float16", "int64", "uint8", "float64", "int32"};
-const char* const kOps[] = {"sum", "mean", "none"};
+const char* const kCollectives[] = {"allreduce",  "broadcast",        "all_gather", "reduce_scatter",
+                                    "barrier",    "reduce",           "gather",     "scatter",
+                                    "all_to_all", "monitored_barrier"};
+const char* const kDtypes[] = {"float32",       "bfloat16",    "float16",   "int64",     "uint8",
+                               "float64",       "int32",       "int8",      "int16",     "bool",
+                               "float8_e4m3fn", "float8_e5m2", "complex64", "complex128"};
+const char* const kOps[] = {"sum",     "mean", "none", "min",  "max",
+                            "product", "band", "bor",  "bxor", "premul_sum"};
 const char* const kCodecs[] = {"none",  "topk",  "fp16",  "bf16",  "fp8",      "int8",  "int4",
                                "sign1", "gtop1", "gtopk", "randk", "powersgd", "custom"};
 

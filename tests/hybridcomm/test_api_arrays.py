@@ -45,9 +45,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "strided torch": (lambda: torch.ones(4, 4).t(), "contiguous"),
     "read-only": (read_only, "read-only"),
     "other byte order": (lambda: np.ones(4, ">f4"), "byte order"),
-    "complex": (lambda: np.ones(4, np.complex64), "complex64"),
-    "bool": (lambda: torch.ones(4, dtype=torch.bool), "bool"),
-    "a dtype without sum": (lambda: np.ones(4, np.uint8), "uint8"),
+    "a dtype of no engine": (lambda: np.ones(4, np.uint16), "uint16"),
+    "bytes without sum": (lambda: torch.ones(4).to(torch.float8_e5m2), "moved, never combined"),
     "a device": (lambda: torch.ones(4, device="meta"), "meta"),
     "sparse": (lambda: torch.eye(3).to_sparse(), "layout"),
     "an autograd graph": (grown, "detach"),
@@ -62,7 +61,20 @@ def test_arrays_that_cannot_be_taken(ranks: list[Context], what: str) -> None:
 
 
 OPTIONS: dict[str, tuple[Callable[[Context], Any], type[Exception], str]] = {
-    "op": (lambda c: c.allreduce(f32(4), op="max"), UnsupportedError, "max"),
+    "op": (lambda c: c.allreduce(f32(4), op="median"), UnsupportedError, "median"),
+    "bits of floats": (lambda c: c.allreduce(f32(4), op="bxor"), UnsupportedError, "bitwise"),
+    "order of complex": (
+        lambda c: c.allreduce(np.ones(4, np.complex64), op="max"),
+        UnsupportedError,
+        "complex",
+    ),
+    "bool mean": (lambda c: c.allreduce(np.ones(4, bool), op="avg"), UnsupportedError, "mean"),
+    "factor of integers": (
+        lambda c: c.allreduce(np.ones(4, np.int32), op=hybridcomm.premul_sum(0.5)),
+        UnsupportedError,
+        "whole factor",
+    ),
+    "compressed max": (lambda c: c.allreduce(f32(4), op="max", compress="topk"), UnsupportedError, "max"),
     "integer mean": (lambda c: c.allreduce(np.ones(4, np.int64), op="mean"), UnsupportedError, "mean"),
     "typo": (lambda c: c.allreduce(f32(4), compress="topkk"), CompressorError, "did you mean 'topk'"),
     "ratio": (lambda c: c.allreduce(f32(4), compress="topk:1.5"), CompressorError, "ratio"),

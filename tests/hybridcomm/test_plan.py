@@ -169,9 +169,11 @@ def test_parse_names_the_line() -> None:
 def test_requests_that_cannot_act_are_refused() -> None:
     topology = NAMED["2x2"]
     for call, error in (
-        (lambda: build.allreduce(topology, 8, op="max"), UnsupportedError),
+        (lambda: build.allreduce(topology, 8, op="median"), UnsupportedError),
+        (lambda: build.allreduce(topology, 8, op="max", compressor=topk()), UnsupportedError),
+        (lambda: build.allreduce(topology, 8, op="band"), UnsupportedError),
         (lambda: build.allreduce(topology, 8, dtype="int64", op="mean"), UnsupportedError),
-        (lambda: build.allreduce(topology, 8, dtype="complex64"), DataTypeError),
+        (lambda: build.allreduce(topology, 8, dtype="uint16"), DataTypeError),
         (lambda: build.allreduce(topology, 8, dtype="bfloat16", compressor=topk()), UnsupportedError),
         (lambda: build.allreduce(topology, -1), UnsupportedError),
         (lambda: build.allreduce(topology, 8, chunk_elems=7), UnsupportedError),

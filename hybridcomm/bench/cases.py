@@ -107,7 +107,7 @@ def _allreduce(context: Context, case: Case) -> Run:
 
     return Run(
         rewrite=rewrite,
-        call=lambda: context.allreduce(tensor, op=case.op),  # type: ignore[arg-type]
+        call=lambda: context.allreduce(tensor, op=case.op),
         out=tensor,
         wanted=want.at,
         count=case.numel,
@@ -124,7 +124,7 @@ def _compressed(context: Context, case: Case) -> Run:
         residual.commit()
 
     def call() -> None:
-        context.allreduce(tensor, op=case.op, compress=case.compress, residual=residual)  # type: ignore[arg-type]
+        context.allreduce(tensor, op=case.op, compress=case.compress, residual=residual)
 
     return Run(rewrite=rewrite, call=call, out=tensor, wanted=None, count=case.numel)
 
@@ -182,7 +182,7 @@ def _reduce_scatter(context: Context, case: Case) -> Run:
 
     return Run(
         rewrite=rewrite,
-        call=lambda: context.reduce_scatter(out, tensor, op=case.op),  # type: ignore[arg-type]
+        call=lambda: context.reduce_scatter(out, tensor, op=case.op),
         out=out,
         wanted=lambda turn: want.at(turn)[context.rank * part : (context.rank + 1) * part],
         count=part,

@@ -78,7 +78,6 @@ def init(
     world_size: int | None = None,
     timeout: float = 300.0,
     chunk_nbytes: int = policy.MAX_CHUNK_NBYTES,
-    single_copy: bool = True,
 ) -> Context:
     """Joins the job and makes its context the default one.
 
@@ -89,8 +88,6 @@ def init(
     virtual nodes. ``store``: any ``torch.distributed`` store, with ``rank`` and ``world_size``. ``timeout``:
     s without progress after which a collective (or this call) raises. ``chunk_nbytes``: the unit of
     pipelining, and the size of a shared-memory slot; a rank allocates 4 slots per rank of its node.
-    ``single_copy``: whether ranks of a node read and write each other's tensors where the kernel lets them
-    (process_vm_readv); without, or where it does not, bytes are copied twice, through the slots.
 
     Raises `BootstrapError` naming the ranks that did not come, `TopologyError` where ranks disagree, and
     `SharedMemoryError` when there is no memory for the slots.
@@ -98,13 +95,7 @@ def init(
     global _default  # noqa: PLW0603
     shutdown()
     _default = Context.connect(
-        topology,
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-        chunk_nbytes=chunk_nbytes,
-        single_copy=single_copy,
+        topology, store=store, rank=rank, world_size=world_size, timeout=timeout, chunk_nbytes=chunk_nbytes
     )
     return _default
 
@@ -138,7 +129,8 @@ def allreduce(
     ``t``: a contiguous CPU tensor (torch or numpy): float32, bfloat16 and float16 (both accumulated in
     float32), float64, int32, int64. ``op``: "sum" or "mean" (floating point only). ``compress``: None (dense)
     or "topk:0.01" (block-wise top 1 %, quantised; float32 only). It acts between nodes; with one node there
-    is nothing to compress. ``residual``: keeps what compression left out and adds it to the next call (error
+    is nothing to compress. "auto": where measured figures say it pays (`hybridcomm.auto`).
+    ``residual``: keeps what compression left out and adds it to the next call (error
     feedback, Karimireddy et al. 2019); the law it keeps stands in ``residual.py``. ``group``: a context
     (default: that of `init`). ``async_op``: return a `Work` at once; otherwise None is returned when ``t``
     holds the result.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybridcomm import _C, collective_plans, reduction
+from hybridcomm import _C, auto, collective_plans, reduction
 from hybridcomm import compress as compressors
 from hybridcomm.arrays import Array, View, view
 from hybridcomm.errors import DataTypeError, UnsupportedError
@@ -42,6 +42,7 @@ class Collectives:
         self.chunk_nbytes = chunk_nbytes
         self._engine = engine
         self._programs: OrderedDict[tuple[Any, ...], tuple[Plan, _C.Program]] = OrderedDict()
+        self.policies: dict[str, auto.Policy] = {}  # of "auto" texts: see hybridcomm.auto
         self._running: deque[Work] = deque()  # keeps tensors alive when the caller drops its handle
 
     @property
@@ -77,7 +78,9 @@ class Collectives:
         """
         target = view(t)
         name, factor = self._operation(op, target.dtype)
-        compressor = compressors.resolve(compress)
+        compressor = auto.resolve(self, compress, numel=target.numel, dtype=target.dtype, op=name)
+        if compressor is None and auto.is_auto(compress):
+            residual = None  # the policy's answer for this size is dense, now and later
         if compressor is None and residual is not None:
             raise UnsupportedError("residual= needs compress=: a dense all-reduce leaves nothing behind")
         if compressor is not None:
@@ -161,7 +164,7 @@ class Collectives:
     ) -> Plan:
         """The plan that `allreduce` would run for such a tensor: print it, check it, compare digests."""
         name, _ = self._operation(op, dtype)
-        compressor = compressors.resolve(compress)
+        compressor = auto.resolve(self, compress, numel=numel, dtype=dtype, op=name)
         return collective_plans.allreduce(
             self.topology, numel, dtype=dtype, op=name, compressor=compressor, chunk_nbytes=self.chunk_nbytes
         )

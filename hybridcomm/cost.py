@@ -31,14 +31,19 @@ __all__ = ["KernelCost", "plan_cost", "plan_schedule"]
 
 @dataclass(frozen=True, kw_only=True)
 class KernelCost:
-    """Measured s per element of a codec: to encode; to clear the sum; to decode one payload into it."""
+    """Measured s per element of a codec: to encode; to clear the sum; to decode one payload into it.
+
+    ``call``: s that a compressed call takes beyond what its plan is predicted to take, however small it is
+    (its residual is looked up and staged).
+    """
 
     encode: float
     clear: float
     decode: float
+    call: float = 0.0
 
     def __post_init__(self) -> None:
-        if not all(0 <= value < float("inf") for value in (self.encode, self.clear, self.decode)):
+        if not all(0 <= value < float("inf") for value in (self.encode, self.clear, self.decode, self.call)):
             raise PlanError(f"{self}: costs are finite numbers of seconds >= 0")
 
     def sum_of(self, payloads: int) -> float:
@@ -52,7 +57,8 @@ def plan_cost(plan: Plan, topology: Topology, kernels: Mapping[str, KernelCost] 
     ``kernels``: cost by canonical text of the compressor; compressed plans need theirs. Raises `PlanError`
     where a figure that the plan needs was not measured. A pure function: equal arguments, equal answer.
     """
-    return plan_schedule(plan, topology, kernels).makespan
+    call = 0.0 if plan.compressor == "none" else _kernel_of(plan, kernels).call
+    return plan_schedule(plan, topology, kernels).makespan + call
 
 
 def plan_schedule(
@@ -61,13 +67,18 @@ def plan_schedule(
     """The simulated schedule behind `plan_cost`."""
     if topology.nodes != plan.topology.nodes:
         raise PlanError(f"a plan for {plan.topology} has no cost on {topology}: the ranks stand elsewhere")
-    kernel = (kernels or {}).get(plan.compressor)
-    if plan.compressor != "none" and kernel is None:
-        raise PlanError(f"no kernel cost for {plan.compressor}: measure it with hybridcomm.probe")
+    kernel = None if plan.compressor == "none" else _kernel_of(plan, kernels)
     model = _Model(plan=plan, topology=topology, kernel=kernel)
     for step in plan.steps:
         model.add(step)
     return model.tasks.schedule()
+
+
+def _kernel_of(plan: Plan, kernels: Mapping[str, KernelCost] | None) -> KernelCost:
+    kernel = (kernels or {}).get(plan.compressor)
+    if kernel is None:
+        raise PlanError(f"no kernel cost for {plan.compressor}: measure it with hybridcomm.probe")
+    return kernel
 
 
 def _known(link: Link, name: str) -> tuple[float, float]:

@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,13 +23,15 @@ import numpy as np
 from hybridcomm import collective_plans
 from hybridcomm import compress as compressors
 from hybridcomm.arrays import view
+from hybridcomm.compress import Compressor
 from hybridcomm.cost import KernelCost
 from hybridcomm.errors import UnsupportedError
 from hybridcomm.plan import Plan, Step
+from hybridcomm.residual import Residual
 from hybridcomm.topology import Link, Topology
 
 if TYPE_CHECKING:
-    from hybridcomm.context import Context
+    from hybridcomm.collectives import Collectives
 
 __all__ = ["CANDIDATES", "Figures", "fit_link", "probe"]
 
@@ -65,11 +68,12 @@ class Figures:
         for text, cost in self.kernels.items():
             figures = (cost.encode, cost.clear, cost.decode)
             encode, clear, decode = (f"{value * 1e9:.3f}" for value in figures)
-            lines.append(f"{text}: encode {encode}, clear {clear}, decode {decode} ns/element")
+            each = f"encode {encode}, clear {clear}, decode {decode} ns/element"
+            lines.append(f"{text}: {each}, {cost.call * 1e6:.1f} us per call")
         return "\n".join(lines)
 
 
-def probe(context: Context, *, codecs: Sequence[str] = (), budget: float = 1.0) -> Figures:
+def probe(context: Collectives, *, codecs: Sequence[str | Compressor] = (), budget: float = 1.0) -> Figures:
     """Measures the links of ``context`` and the kernels of ``codecs``; about ``budget`` s per link class.
 
     Collective: all ranks call it alike, with nothing else in flight, and get the same figures. Raises
@@ -83,9 +87,10 @@ def probe(context: Context, *, codecs: Sequence[str] = (), budget: float = 1.0) 
         near = _probe_link(context, lambda n: _inside_nodes(topology, n, limit), budget)
     if len(topology.nodes) > 1:
         far = _probe_link(context, lambda n: _between_nodes(topology, n, limit), budget)
-    found = {text: compressors.resolve(text) for text in codecs}
-    kernels = {str(codec): _probe_kernel(context, codec) for codec in found.values() if codec is not None}
-    return Figures(topology=replace(topology, intra_node=near, inter_node=far), kernels=kernels)
+    resolved = map(compressors.resolve, codecs)
+    measured = replace(topology, intra_node=near, inter_node=far)
+    kernels = {str(codec): _probe_codec(context, codec, measured) for codec in resolved if codec is not None}
+    return Figures(topology=measured, kernels=kernels)
 
 
 def fit_link(plans: Sequence[Plan], seconds: Sequence[float]) -> Link:
@@ -107,7 +112,7 @@ def _modelled(plan: Plan, *, alpha: float, beta: float) -> float:
     return plan.cost(replace(plan.topology, intra_node=link, inter_node=link))
 
 
-def _probe_link(context: Context, build: Callable[[int], Plan], budget: float) -> Link:
+def _probe_link(context: Collectives, build: Callable[[int], Plan], budget: float) -> Link:
     small, guess = build(_SMALL), build(_GUESS)
     alone, guessed = _time_plan(context, small, _SMALL), _time_plan(context, guess, _GUESS)
     affordable = int(budget / _SHARE / guessed * _GUESS)  # elements of the largest size
@@ -118,31 +123,35 @@ def _probe_link(context: Context, build: Callable[[int], Plan], budget: float) -
     return fit_link([small, *plans], [alone, *seconds])
 
 
-def _time_plan(context: Context, plan: Plan, numel: int) -> float:
-    """Median s per call, as rank 0 has it of all ranks' slowest; small calls are timed back to back."""
+def _time_plan(context: Collectives, plan: Plan, numel: int) -> float:
     target = view(np.zeros(numel, np.float32))
     _, program = context._program(("probe", plan.digest), lambda: plan)
-    batch = 20 if numel == _SMALL else 1
+    call = partial(context._launch, program, target, False)
+    return _slowest(context, call, batch=20 if numel == _SMALL else 1)
+
+
+def _slowest(context: Collectives, call: Callable[[], object], *, batch: int) -> float:
+    """Median s per call on the rank where it is longest; small calls go back to back, ``batch`` of them."""
     times = []
     for _ in range(_ROUNDS + 1):
         context.barrier()
         begin = time.perf_counter()
         for _ in range(batch):
-            context._launch(program, target, async_op=False)
+            call()
         times.append((time.perf_counter() - begin) / batch)
     every = np.zeros(context.world_size)
     context.all_gather(every, np.array([statistics.median(times[1:])]))
     return _agreed(context, [float(every.max())])[0]
 
 
-def _agreed(context: Context, values: Sequence[float]) -> list[float]:
+def _agreed(context: Collectives, values: Sequence[float]) -> list[float]:
     """Rank 0's values, on all ranks."""
     figures = np.array(values, np.float64)
     context.broadcast(figures, 0)
     return [float(value) for value in figures]
 
 
-def _probe_kernel(context: Context, codec: compressors.Compressor) -> KernelCost:
+def _probe_kernel(context: Collectives, codec: Compressor) -> KernelCost:
     from hybridcomm.kernels import host
 
     rng = np.random.default_rng(0)
@@ -159,6 +168,23 @@ def _probe_kernel(context: Context, codec: compressors.Compressor) -> KernelCost
     decode = max((three - one) / 2, 0.0)
     figures = _agreed(context, [encode, max(one - decode, 0.0), decode])
     return KernelCost(encode=figures[0], clear=figures[1], decode=figures[2])
+
+
+def _probe_codec(context: Collectives, codec: Compressor, measured: Topology) -> KernelCost:
+    """The kernels, and what a small compressed call takes beyond its prediction."""
+    kernel = _probe_kernel(context, codec)
+    if len(measured.nodes) == 1:
+        return kernel
+    plan = context.plan_allreduce(codec.block, compress=codec)
+    tensor, residual = np.ones(codec.block, np.float32), Residual()
+
+    def call() -> None:
+        context.allreduce(tensor, compress=codec, residual=residual)
+        residual.commit()
+        tensor.fill(1.0)
+
+    seconds = _slowest(context, call, batch=20)
+    return replace(kernel, call=max(seconds - plan.cost(measured, kernels={str(codec): kernel}), 0.0))
 
 
 def _mean_of(call: Callable[[], object]) -> float:

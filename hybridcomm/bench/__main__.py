@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import hybridcomm
+from hybridcomm.auto import AUTO, is_auto, policy_of
 from hybridcomm.bench import report
 from hybridcomm.bench.cases import COLLECTIVES, Case
 from hybridcomm.bench.measure import Row, measure
@@ -15,7 +17,6 @@ from hybridcomm.bench.options import Options, parse, sizes
 from hybridcomm.context import Context
 from hybridcomm.errors import HybridCommError, UnsupportedError
 from hybridcomm.launch import launch
-from hybridcomm.probe import CANDIDATES, probe
 
 __all__ = ["main"]
 
@@ -44,6 +45,10 @@ def _activity(context: Context, options: Options) -> str:
     """Requested -> active, so that a codec that cannot act does not go unnoticed."""
     if options.compress == "none":
         return "# compress: none"
+    if is_auto(options.compress):
+        return _comment(
+            policy_of(context, options.compress).table([4 * n for n in sizes(options, multiple=1)])
+        )
     plan = context.plan_allreduce(1 << 20, op="sum", compress=options.compress)
     why = "" if plan.compressor != "none" else ": one node, nothing crosses a slow link"
     return f"# compress: requested {options.compress} -> active {plan.compressor}{why}"
@@ -87,14 +92,23 @@ def _run(options: Options) -> int:
 
 
 def _probe(context: Context, options: Options, say: Callable[[str], None]) -> int:
-    codecs = CANDIDATES if options.compress == "none" else (options.compress,)
-    figures = probe(context, codecs=codecs)
-    say(str(figures))
+    requested = options.compress if options.compress != "none" else AUTO
+    policy = policy_of(context, requested if is_auto(requested) else f"{AUTO}:{requested}")
+    figures, nbytes = policy.figures, [4 * numel for numel in sizes(options, multiple=1)]
+    say(f"{_comment(str(figures))}\n#\n{policy.table(nbytes)}")
     if context.rank == 0 and options.json is not None:
-        kernels = {text: asdict(cost) for text, cost in figures.kernels.items()}
-        about = {"topology": str(figures.topology), "kernels": kernels}
-        report.write_json(options.json, [], version=hybridcomm.__version__, **about)
+        about = {
+            "version": hybridcomm.__version__,
+            "topology": str(figures.topology),
+            "kernels": {text: asdict(cost) for text, cost in figures.kernels.items()},
+            "decisions": [asdict(policy.decide(n // 4)) for n in nbytes],
+        }
+        options.json.write_text(json.dumps(about, indent=1) + "\n")
     return 0
+
+
+def _comment(text: str) -> str:
+    return "\n".join(f"# {line}" for line in text.splitlines())
 
 
 def _write(options: Options, rows: Sequence[Row], context: Context) -> None:

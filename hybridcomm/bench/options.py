@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hybridcomm import compress as compressors
 from hybridcomm import policy
+from hybridcomm.auto import is_auto
 from hybridcomm.bench.cases import COLLECTIVES
 from hybridcomm.bench.inputs import DTYPES, OPS
 from hybridcomm.errors import HybridCommError, UnsupportedError
@@ -69,8 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--collective", metavar="NAMES", help=f"comma-separated, of {', '.join(COLLECTIVES)} (default all)")
     add("--dtype", choices=DTYPES, default="float32", help="default float32")
     add("--op", choices=tuple(OPS), default="sum", help="of collectives that reduce (default sum)")
-    add("--compress", default="none", metavar="CODEC", help="such as topk:0.01; measures allreduce")
-    add("--probe", action="store_true", help="print measured alpha, beta and kernel costs, nothing else")
+    add("--compress", default="none", metavar="CODEC", help="such as topk:0.01, or auto; measures allreduce")
+    add("--probe", action="store_true", help="print alpha, beta, kernel costs and what auto decides")
     add("--json", type=Path, metavar="FILE", help="write all figures to this file")
     add("--plot", type=Path, metavar="FILE", help="draw them into this file (.png, .svg); needs matplotlib")
     add("--nproc", type=int, metavar="N", help="start N ranks on this machine (without a launcher)")
@@ -102,6 +103,8 @@ def _check(options: Options) -> None:
         raise UnsupportedError("--nodes needs --nproc: under a launcher, that one lays out the nodes")
     if options.probe and options.plot is not None:
         raise UnsupportedError("--plot draws times over sizes: a --probe has none")
+    if is_auto(options.compress):
+        return
     codec = compressors.resolve(options.compress)
     if codec is not None:
         compressors.check_compressible(codec, dtype=options.dtype, op=options.op)

@@ -192,7 +192,19 @@ def test_it_prints_what_it_probed(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "inter_node: alpha" in done.stdout
     assert "intra_node: no such link" in done.stdout
-    assert Topology.parse(json.loads((tmp_path / "p.json").read_text())["topology"]).inter_node.beta
+    figures = json.loads((tmp_path / "p.json").read_text())
+    assert Topology.parse(figures["topology"]).inter_node.beta
+    decided = [line.split() for line in done.stdout.splitlines() if line.startswith("inter_node  ")]
+    assert [words[1] for words in decided] == [str(4 * found["numel"]) for found in figures["decisions"]]
+
+
+def test_compress_auto_prints_what_is_active() -> None:
+    argv = [sys.executable, "-m", "hybridcomm.bench", "--nproc", "2", "--nodes", "2", "--compress", "auto"]
+    argv += ["-b", "4K", "-e", "4K", "-n", "2"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=100, check=False, env=_environment())
+    assert done.returncode == 0, done.stderr
+    assert "# inter_node  4096" in done.stdout
+    assert done.stdout.splitlines()[-1].split()[0] == "4096"
 
 
 def test_it_runs_under_torchrun() -> None:

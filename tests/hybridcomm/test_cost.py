@@ -70,6 +70,8 @@ def test_a_compressed_exchange_is_encode_payload_decode() -> None:
     kernel = 1024 * (1e-9 + 0.2e-9 + 2 * 0.1e-9)
     want = kernel + ALPHA + BETA * TOPK.nbytes(1024)
     assert plan.cost(topology, kernels=KERNELS) == pytest.approx(want)
+    slow_start = {text: replace(kernel, call=1e-3) for text, kernel in KERNELS.items()}
+    assert plan.cost(topology, kernels=slow_start) == pytest.approx(want + 1e-3)
 
 
 def test_what_was_not_measured_is_asked_for() -> None:

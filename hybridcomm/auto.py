@@ -1,0 +1,172 @@
+"""``compress="auto"``: compress a tensor between nodes only where measured figures say that it pays.
+
+    compress="auto"                    top-k 1 %, or dense
+    compress="auto:int8"               int8, or dense
+    compress="auto:topk:0.01,int8"     the faster of both, or dense
+
+1. The first call of a context with such a text probes the links and the kernels (`hybridcomm.probe`, about a
+   second per link class); all ranks get rank 0's figures.
+2. A decision is a pure function of those figures and of the call's size, dtype and op, so it is the same on all
+   ranks: the predicted time of each compressed plan against that of the dense one (`hybridcomm.cost`).
+3. "Do not compress" is an answer, with its reason; `Policy.table` prints requested -> active.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from hybridcomm import collective_plans, policy
+from hybridcomm import compress as compressors
+from hybridcomm.compress import Compressor
+from hybridcomm.errors import CompressorError
+from hybridcomm.probe import CANDIDATES, Figures, probe
+
+if TYPE_CHECKING:
+    from hybridcomm.collectives import Collectives
+
+__all__ = ["AUTO", "GAIN", "Decision", "Policy", "is_auto", "policy_of", "resolve"]
+
+AUTO = "auto"
+
+GAIN = 0.9
+"""Compressing has to take less than this part of the dense time: it loses information, and predictions err."""
+
+_REMEMBERED = 1024  # decisions; a training job has a few sizes, and each takes milliseconds to simulate
+
+_LARGEST = (
+    1 << 24
+)  # elements: a larger tensor is decided as this one, at which times are proportional to size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What a call does and why. ``active``: a compressor's text, or "none". ``seconds``: predicted, by text."""
+
+    numel: int
+    dtype: str
+    active: str
+    reason: str
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        what = "dense" if self.active == "none" else self.active
+        return f"{self.numel} {self.dtype}: {what}, {self.reason}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Decides by ``figures`` between dense and ``candidates``; equal on all ranks.
+
+    ``chunk_nbytes``: the context's, which bounds the chunks of the plans that are compared.
+    """
+
+    figures: Figures
+    requested: str = AUTO
+    candidates: tuple[Compressor, ...] = ()
+    chunk_nbytes: int = policy.MAX_CHUNK_NBYTES
+    _decided: dict[tuple[int, str, str], Decision] = field(default_factory=dict, compare=False, repr=False)
+
+    def decide(self, numel: int, *, dtype: str = "float32", op: str = "sum") -> Decision:
+        """What an all-reduce of ``numel`` elements does."""
+        key = (numel, dtype, op)
+        if key not in self._decided:
+            if len(self._decided) >= _REMEMBERED:
+                self._decided.clear()
+            self._decided[key] = self._decide(numel, dtype, op)
+        return self._decided[key]
+
+    def _decide(self, numel: int, dtype: str, op: str) -> Decision:
+        why_not = self._cannot_act(numel, dtype, op)
+        if why_not:
+            return Decision(numel=numel, dtype=dtype, active="none", reason=why_not)
+        seconds = {"none": self._predict(numel, None)}
+        seconds.update({str(codec): self._predict(numel, codec) for codec in self.candidates})
+        best = min((text for text in seconds if text != "none"), key=lambda text: seconds[text])
+        faster = seconds["none"] / seconds[best] if seconds[best] else float("inf")
+        if seconds[best] < GAIN * seconds["none"]:
+            active, reason = best, f"{faster:.3g} times as fast as dense"
+        else:
+            active, reason = (
+                "none",
+                f"compressed it would be {faster:.3g} times as fast, below {1 / GAIN:.3g}",
+            )
+        return Decision(numel=numel, dtype=dtype, active=active, reason=reason, seconds=seconds)
+
+    def compressor(self, decision: Decision) -> Compressor | None:
+        """The candidate that was decided on; None: dense."""
+        return next((codec for codec in self.candidates if str(codec) == decision.active), None)
+
+    def table(self, sizes: Sequence[int]) -> str:
+        """Requested -> active for float32 sums of ``sizes`` bytes, per link class, with predicted ms."""
+        texts = ["none", *map(str, self.candidates)]
+        head = ["link", "size (B)", "requested", "active", *(f"{_name(text)} ms" for text in texts), "reason"]
+        rows = [["intra_node", "any", self.requested, "dense", *("-" for _ in texts)]]
+        rows[0].append("compression acts between nodes" if self.figures.topology.K > 1 else "no such link")
+        for nbytes in sizes:
+            found = self.decide(nbytes // 4)
+            times = (f"{found.seconds[text] * 1e3:.3f}" if found.seconds else "-" for text in texts)
+            row = ["inter_node", str(nbytes), self.requested, _name(found.active), *times, found.reason]
+            rows.append(row)
+        widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+        lines = (
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            for row in [head, *rows]
+        )
+        return "\n".join(line.rstrip() for line in lines)
+
+    def _cannot_act(self, numel: int, dtype: str, op: str) -> str:
+        if len(self.figures.topology.nodes) == 1:
+            return "one node: nothing crosses a slow link"
+        if dtype != "float32":
+            return f"{dtype} cannot be compressed, only float32"
+        if op not in ("sum", "mean"):
+            return f"op {op} cannot be compressed, only sum and mean"
+        return "" if numel else "no elements"
+
+    def _predict(self, numel: int, codec: Compressor | None) -> float:
+        topology, most = self.figures.topology, min(numel, _LARGEST)
+        plan = collective_plans.allreduce(topology, most, compressor=codec, chunk_nbytes=self.chunk_nbytes)
+        return plan.cost(topology, kernels=self.figures.kernels) * (numel / most)
+
+
+def _name(text: str) -> str:
+    return "dense" if text == "none" else text
+
+
+def is_auto(compress: object) -> bool:
+    """Whether ``compress=`` leaves the choice to policy."""
+    return isinstance(compress, str) and compress.partition(":")[0] == AUTO
+
+
+def policy_of(context: Collectives, requested: str = AUTO) -> Policy:
+    """The context's policy for a text such as "auto" or "auto:int8"; the first call of each text probes.
+
+    Collective: all ranks call it alike, with nothing else in flight. Raises `CompressorError` for a text that
+    names no codec.
+    """
+    found = context.policies.get(requested)
+    if found is None:
+        _, colon, names = requested.partition(":")
+        texts = tuple(names.split(",")) if colon else CANDIDATES
+        candidates = tuple(codec for codec in map(compressors.resolve, texts) if codec is not None)
+        if not candidates:
+            raise CompressorError(f"compress={requested!r}: name codecs after the colon, such as 'auto:int8'")
+        found = context.policies[requested] = Policy(
+            figures=probe(context, codecs=candidates),
+            requested=requested,
+            candidates=candidates,
+            chunk_nbytes=context.chunk_nbytes,
+        )
+    return found
+
+
+def resolve(
+    context: Collectives, compress: str | Compressor | None, *, numel: int, dtype: str, op: str
+) -> Compressor | None:
+    """`compress.resolve`, and for "auto" the compressor that the context's policy decides on (None: dense)."""
+    if not is_auto(compress):
+        return compressors.resolve(compress)
+    chosen = policy_of(context, str(compress))
+    return chosen.compressor(chosen.decide(numel, dtype=dtype, op=op))

@@ -25,6 +25,8 @@ class Kind:
     decode: Kind
     publish: Kind
     get: Kind
+    share: Kind
+    collect: Kind
     __members__: dict[str, Kind]
     @property
     def name(self) -> str: ...
@@ -63,6 +65,7 @@ class Program:
         nbytes: int = 0,
         residual: int = 0,
         divisor: int = 1,
+        deliver: bool = False,
         after: Sequence[int] = ...,
         sources: Sequence[int] = ...,
     ) -> int: ...
@@ -94,6 +97,7 @@ class Engine:
         slot_nbytes: int,
         timeout_s: float,
         crowded: bool,
+        single_copy: bool = True,
         listener: Listener,
     ) -> None: ...
     def run(

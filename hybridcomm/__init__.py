@@ -78,6 +78,7 @@ def init(
     world_size: int | None = None,
     timeout: float = 300.0,
     chunk_nbytes: int = policy.MAX_CHUNK_NBYTES,
+    single_copy: bool = True,
 ) -> Context:
     """Joins the job and makes its context the default one.
 
@@ -88,6 +89,8 @@ def init(
     virtual nodes. ``store``: any ``torch.distributed`` store, with ``rank`` and ``world_size``. ``timeout``:
     s without progress after which a collective (or this call) raises. ``chunk_nbytes``: the unit of
     pipelining, and the size of a shared-memory slot; a rank allocates 4 slots per rank of its node.
+    ``single_copy``: whether ranks of a node read and write each other's tensors where the kernel lets them
+    (process_vm_readv); without, or where it does not, bytes are copied twice, through the slots.
 
     Raises `BootstrapError` naming the ranks that did not come, `TopologyError` where ranks disagree, and
     `SharedMemoryError` when there is no memory for the slots.
@@ -95,7 +98,13 @@ def init(
     global _default  # noqa: PLW0603
     shutdown()
     _default = Context.connect(
-        topology, store=store, rank=rank, world_size=world_size, timeout=timeout, chunk_nbytes=chunk_nbytes
+        topology,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        chunk_nbytes=chunk_nbytes,
+        single_copy=single_copy,
     )
     return _default
 

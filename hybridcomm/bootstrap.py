@@ -121,7 +121,9 @@ def _rendezvous(rank: int, world_size: int, timeout: float, where: str) -> Any:
         ) from error
 
 
-def join(world: World, *, topology: Topology | None, chunk_nbytes: int, timeout: float) -> Membership:
+def join(
+    world: World, *, topology: Topology | None, chunk_nbytes: int, timeout: float, single_copy: bool = True
+) -> Membership:
     """Meets the other ranks and connects to those this rank will work with; ``timeout`` in s.
 
     Raises `BootstrapError` naming the ranks that never came, `TopologyError` where ranks disagree.
@@ -163,6 +165,7 @@ def join(world: World, *, topology: Topology | None, chunk_nbytes: int, timeout:
         name=f"hybridcomm-{hashlib.blake2b(token, digest_size=12).hexdigest()}",
         slot_nbytes=chunk_nbytes,
         timeout_s=timeout,
+        single_copy=single_copy,
         crowded=sum(e["machine"] == machine for e in entries) > len(os.sched_getaffinity(0)),
         listener=listener,
     )

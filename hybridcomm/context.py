@@ -47,6 +47,7 @@ class Context(Collectives):
         world_size: int | None = None,
         timeout: float = 300.0,
         chunk_nbytes: int = policy.MAX_CHUNK_NBYTES,
+        single_copy: bool = True,
     ) -> Context:
         """Meets the other ranks and connects to them; see `hybridcomm.init` for the arguments."""
         if not timeout > 0:
@@ -54,7 +55,9 @@ class Context(Collectives):
         if chunk_nbytes < 4096 or chunk_nbytes % 4096:
             raise UnsupportedError(f"chunk_nbytes={chunk_nbytes}: must be a positive multiple of 4096")
         world = bootstrap.find_world(rank, world_size, store, timeout=timeout)
-        member = bootstrap.join(world, topology=topology, chunk_nbytes=chunk_nbytes, timeout=timeout)
+        member = bootstrap.join(
+            world, topology=topology, chunk_nbytes=chunk_nbytes, timeout=timeout, single_copy=single_copy
+        )
         context = cls(
             rank=world.rank,
             topology=member.topology,

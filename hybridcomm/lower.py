@@ -2,7 +2,7 @@
 
 A step names a collective act of a group; lowering writes down this rank's part in it:
 
-    reduce            owner: reduce from lanes           others: put into the lane to the owner
+    reduce            owner: reduce                      others: put
     compress          encode
     exchange_payload  send to and receive from every other owner
     exchange_reduce   root: receive from all, then sum   others: send to root
@@ -133,6 +133,7 @@ class _Lowering:
         self.residual_offset = _offsets(plan.residual_regions(rank))
         self.program = self._new_program()
         steps = plan.for_rank(rank)
+        self.delivered = _delivered(steps, rank)
         inter = max(
             (s.region.numel * (len(s.group) - 1) for s in steps if s.op == "exchange_reduce"), default=0
         )
@@ -168,6 +169,7 @@ class _Lowering:
         nbytes: int = 0,
         residual: int = 0,
         divisor: int = 1,
+        deliver: bool = False,
         sources: Iterable[int] = (),
     ) -> int:
         return self.program.add(
@@ -183,6 +185,7 @@ class _Lowering:
             nbytes=nbytes,
             residual=residual,
             divisor=divisor,
+            deliver=deliver,
             sources=list(sources),
         )
 
@@ -194,16 +197,22 @@ class _Lowering:
 
     # -- inside the node: shared memory --------------------------------------------------------------------
 
-    def _whole_node(self, step: Step) -> None:
-        if step.group != self.node:
-            raise PlanError(f"step {step.id}: {step.op} runs over whole nodes, got ranks {step.group}")
+    def _locals(self, step: Step) -> list[int]:
+        if not set(step.group) <= set(self.node):
+            raise PlanError(f"step {step.id}: {step.op} runs inside a node, got ranks {step.group}")
+        return [self._local(rank) for rank in step.group]
 
     def _reduce(self, step: Step) -> None:
-        self._whole_node(step)
+        sources = self._locals(step)
         if step.root == self.rank:
-            sources = [self._local(rank) for rank in step.group]
             op = self._add(
-                _C.Kind.reduce, "reduce", step, after=self._after(step), sources=sources, divisor=step.divisor
+                _C.Kind.reduce,
+                "reduce",
+                step,
+                after=self._after(step),
+                sources=sources,
+                divisor=step.divisor,
+                deliver=step.id in self.delivered,
             )
         else:
             lane = self._local(step.root)
@@ -211,9 +220,16 @@ class _Lowering:
         self.done_by[step.id] = [op]
 
     def _gather(self, step: Step) -> None:
-        self._whole_node(step)
+        readers = [local for local in self._locals(step) if local != self._local(self.rank)]
         if step.root == self.rank:
-            op = self._add(_C.Kind.publish, "publish", step, after=self._after(step))
+            op = self._add(
+                _C.Kind.publish,
+                "publish",
+                step,
+                after=self._after(step),
+                sources=readers,
+                deliver=step.id in self.delivered,
+            )
         else:
             lane = self._local(step.root)
             op = self._add(_C.Kind.get, ("get", lane), step, after=self._after(step), peer=lane)
@@ -338,6 +354,24 @@ class _Lowering:
         )
         slot.users.append(op)
         self.done_by[step.id] = [op]
+
+
+def _delivered(steps: Iterable[Step], rank: int) -> set[int]:
+    """The reduces of ``rank``, and their gathers, whose result goes straight to the others of the group.
+
+    That is where a gather of the same region to the same ranks waits for nothing but the reduce. The engine
+    remembers who got it from one to the other first in, first out, so both must come in one order.
+    """
+    own = [step for step in steps if step.root == rank and step.op in ("reduce", "gather")]
+    reduces = {step.id: step for step in own if step.op == "reduce"}
+    pairs = []
+    for step in own:
+        before = reduces.get(step.after[0]) if step.op == "gather" and len(step.after) == 1 else None
+        if before is not None and (before.region, before.group) == (step.region, step.group):
+            pairs.append((before.id, step.id))
+    if pairs != sorted(pairs) or len({before for before, _ in pairs}) != len(pairs):
+        return set()
+    return {step for pair in pairs for step in pair}
 
 
 def _offsets(regions: Iterable[Region]) -> dict[Region, int]:

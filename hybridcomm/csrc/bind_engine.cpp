@@ -34,7 +34,8 @@ Buffers buffers_at(uintptr_t tensor, uintptr_t residual_in, uintptr_t residual_o
 std::shared_ptr<Engine> make_engine(int rank, std::vector<int> local_ranks,
                                     const std::vector<std::tuple<int, std::string, uint16_t>>& remote_peers,
                                     const py::bytes& token, const std::string& name, size_t slot_nbytes,
-                                    double timeout_s, bool crowded, const Listener& listener) {
+                                    double timeout_s, bool crowded, bool single_copy,
+                                    const Listener& listener) {
   MeshConfig config;
   config.rank = rank;
   config.local_ranks = std::move(local_ranks);
@@ -43,6 +44,7 @@ std::shared_ptr<Engine> make_engine(int rank, std::vector<int> local_ranks,
   std::copy_n(secret.begin(), std::min(secret.size(), config.token.size()), config.token.begin());
   config.name = name;
   config.slot_nbytes = slot_nbytes;
+  config.single_copy = single_copy;
   config.timeout_s = timeout_s;
   config.interrupted = raise_pending_signals;
   const py::gil_scoped_release no_gil;
@@ -75,7 +77,7 @@ void bind_engine(py::module_& module) {
   py::class_<Engine, std::shared_ptr<Engine>>(module, "Engine")
       .def(py::init(&make_engine), py::kw_only(), py::arg("rank"), py::arg("local_ranks"),
            py::arg("remote_peers"), py::arg("token"), py::arg("name"), py::arg("slot_nbytes"),
-           py::arg("timeout_s"), py::arg("crowded"), py::arg("listener"))
+           py::arg("timeout_s"), py::arg("crowded"), py::arg("single_copy") = true, py::arg("listener"))
       .def(
           "run",
           [](Engine& engine, std::shared_ptr<Program> program, uintptr_t tensor, uintptr_t residual_in,

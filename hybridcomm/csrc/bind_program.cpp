@@ -19,7 +19,9 @@ void bind_program(py::module_& module) {
       .value("sum", Kind::sum)
       .value("decode", Kind::decode)
       .value("publish", Kind::publish)
-      .value("get", Kind::get);
+      .value("get", Kind::get)
+      .value("share", Kind::share)
+      .value("collect", Kind::collect);
   module.attr("OWN_REGION") = kOwnRegion;
   module.def("describe", [](uint8_t collective, uint8_t dtype, uint8_t op, uint8_t codec, uint64_t numel) {
     Tag tag;
@@ -52,16 +54,16 @@ void bind_program(py::module_& module) {
           "add",
           [](Program& program, Kind kind, uint32_t stream, uint32_t step, int peer, uint64_t begin,
              uint64_t count, bool in_scratch, uint64_t offset, uint64_t nbytes, uint64_t residual,
-             uint32_t divisor, std::vector<uint32_t> after, std::vector<int64_t> sources) {
+             uint32_t divisor, bool deliver, std::vector<uint32_t> after, std::vector<int64_t> sources) {
             program.ops.push_back({kind, in_scratch ? Memory::scratch : Memory::tensor, stream, step, peer,
-                                   begin, count, offset, nbytes, residual, divisor, std::move(after),
+                                   begin, count, offset, nbytes, residual, divisor, deliver, std::move(after),
                                    std::move(sources)});
             if (stream >= program.stream_count) program.stream_count = stream + 1;
             return program.ops.size() - 1;
           },
           py::arg("kind"), py::kw_only(), py::arg("stream"), py::arg("step"), py::arg("peer") = -1,
           py::arg("begin") = 0, py::arg("count") = 0, py::arg("in_scratch") = false, py::arg("offset") = 0,
-          py::arg("nbytes") = 0, py::arg("residual") = 0, py::arg("divisor") = 1,
+          py::arg("nbytes") = 0, py::arg("residual") = 0, py::arg("divisor") = 1, py::arg("deliver") = false,
           py::arg("after") = std::vector<uint32_t>{}, py::arg("sources") = std::vector<int64_t>{})
       .def_readwrite("scratch_nbytes", &Program::scratch_nbytes)
       .def_property_readonly("size", [](const Program& program) { return program.ops.size(); });

@@ -76,6 +76,14 @@ class Mapping {
   ~Mapping() { reset(); }
   std::byte* data() const { return static_cast<std::byte*>(data_); }
   size_t nbytes() const { return nbytes_; }
+  // A longer piece of the same file, perhaps elsewhere; what was touched stays mapped. False: no room.
+  bool grow(size_t nbytes) {
+    void* moved = ::mremap(data_, nbytes_, nbytes, MREMAP_MAYMOVE);
+    if (moved == MAP_FAILED) return false;
+    data_ = moved;
+    nbytes_ = nbytes;
+    return true;
+  }
 
  private:
   void reset() {

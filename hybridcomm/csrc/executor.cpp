@@ -24,11 +24,8 @@ Executor::Executor(Mesh& mesh, double timeout_s, bool crowded)
       timeout_(default_timeout_),
       spin_for_(std::chrono::microseconds(crowded ? 2 : 100)),
       yield_for_(std::chrono::microseconds(crowded ? 100 : 300)),
-      epoll_(::epoll_create1(EPOLL_CLOEXEC)) {
-  const auto locals = static_cast<size_t>(mesh_.local_size());
-  put_.resize(locals);
-  reduced_.resize(locals);
-  got_.resize(locals);
+      epoll_(::epoll_create1(EPOLL_CLOEXEC)),
+      node_(mesh, mesh.single_copy()) {
   watch_sockets();
 }
 
@@ -81,6 +78,7 @@ void Executor::prepare(const Program& program) {
 bool Executor::pass() {
   bool moved = false;
   for (uint32_t stream = 0; stream < streams_.size(); ++stream) moved |= advance(stream);
+  moved |= node_.progress(*this);
   return moved;
 }
 
@@ -93,10 +91,12 @@ bool Executor::advance(uint32_t stream) {
     const uint32_t index = order[next_[stream]];
     const Op& op = program_->ops[index];
     const auto is_complete = [this](uint32_t i) { return complete_[i] != 0; };
-    if (!std::all_of(op.after.begin(), op.after.end(), is_complete) || !start(index)) return moved;
+    if (!std::all_of(op.after.begin(), op.after.end(), is_complete)) return moved;
+    const Started started = start(index);
+    if (started == Started::no) return moved;
     ++next_[stream];
     moved = true;
-    if (op.kind != Kind::send && op.kind != Kind::receive) {
+    if (started == Started::complete) {
       complete(index);
       return true;
     }
@@ -111,32 +111,37 @@ void Executor::complete(uint32_t op) {
   if (kind == Kind::send || kind == Kind::receive) --in_flight_;
 }
 
-bool Executor::start(uint32_t index) {
+Executor::Started Executor::start(uint32_t index) {
   const Op& op = program_->ops[index];
+  const auto all_or_nothing = [](bool done) { return done ? Started::complete : Started::no; };
   switch (op.kind) {
     case Kind::put:
-      return start_put(op);
+      return post(Lane::reduce, index, op, {op.peer});
     case Kind::reduce:
-      return start_reduce(op);
+      return all_or_nothing(start_reduce(op));
     case Kind::encode:
       start_encode(op);
-      return true;
+      return Started::complete;
     case Kind::send:
     case Kind::receive:
       start_message(index, op);
-      return true;
+      return Started::issued;
     case Kind::sum:
       start_sum(op);
-      return true;
+      return Started::complete;
     case Kind::decode:
       start_decode(op);
-      return true;
+      return Started::complete;
     case Kind::publish:
-      return start_publish(op);
+      return post(Lane::gather, index, op, op.sources);
     case Kind::get:
-      return start_get(op);
+      return all_or_nothing(start_get(op));
+    case Kind::share:
+      return post(Lane::share, index, op, op.sources);
+    case Kind::collect:
+      return all_or_nothing(start_collect(op));
   }
-  return false;
+  return Started::no;
 }
 
 std::byte* Executor::element_in_pieces(uint64_t index) const {

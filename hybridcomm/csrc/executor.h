@@ -8,10 +8,12 @@
 #pragma once
 
 #include <array>
+#include <deque>
 #include <functional>
 #include <memory>
 
 #include "mesh.h"
+#include "node.h"
 #include "program.h"
 
 namespace hybridcomm {
@@ -32,6 +34,7 @@ class Executor final : private Completion {
   void request_abort() { abort_requested_.store(true); }
   bool abort_requested() const { return abort_requested_.load(); }
   const WireCounters& counters() const { return counters_; }
+  const Node& node() const { return node_; }
 
  private:
   static constexpr size_t kRemembered = 64;
@@ -39,16 +42,34 @@ class Executor final : private Completion {
   void wait_for_news();
   bool pass();
   bool advance(uint32_t stream);
-  bool start(uint32_t index);
-  bool start_put(const Op& op);
+  // Whether an operation is under way, and whether that was all of it.
+  enum class Started { no, issued, complete };
+  Started start(uint32_t index);
+  Started post(Lane lane, uint32_t index, const Op& op, const std::vector<int64_t>& readers);
   bool start_reduce(const Op& op);
   void start_encode(const Op& op);
   void start_message(uint32_t index, const Op& op);
   void start_sum(const Op& op);
-  void reduce_sources(const Op& op);
+  void reduce_sources(const Op& op, std::byte* out, size_t count);
   void start_decode(const Op& op);
-  bool start_publish(const Op& op);
   bool start_get(const Op& op);
+  bool start_collect(const Op& op);
+  bool open_sources(Lane lane, const Op& op);
+  void take_sources(Lane lane, const Op& op);
+  void sum_pieces(const Op& op);
+  // While it lives, the peers of regions_ do not let go of their memory.
+  class Touching {
+   public:
+    explicit Touching(Executor& executor);
+    Touching(const Touching&) = delete;
+    Touching& operator=(const Touching&) = delete;
+    ~Touching() { untouch(); }
+
+   private:
+    void untouch();
+    Executor& executor_;
+  };
+  [[noreturn]] void lost(int local);
   void complete(uint32_t op) override;
 
   void watch_sockets();
@@ -62,11 +83,11 @@ class Executor final : private Completion {
   void answer(ControlChannel& control) const;
   void suspect(Clock::duration idle);
   [[noreturn]] void give_up(const std::vector<int>& waiting, const std::vector<int>& silent) const;
-  std::vector<int> waiting_for() const;
-  void add_blockers(const Op& op, std::vector<int>& ranks) const;
+  std::vector<int> waiting_for();
+  void add_blockers(const Op& op, std::vector<int>& ranks);
 
   Tag tag_of(const Op& op, uint64_t nbytes) const;
-  void check_slot(const Segment::Slot& slot, int peer, const Tag& expected) const;
+  void check_message(const Descriptor& message, int local, const Tag& expected) const;
   std::byte* tensor_at(const Op& op) const { return element_at(op.begin); }
   std::byte* element_at(uint64_t index) const {
     if (buffers_.pieces.empty()) return buffers_.tensor + index * itemsize(program_->dtype);
@@ -84,10 +105,9 @@ class Executor final : private Completion {
   std::atomic<bool> abort_requested_{false};
   std::vector<std::byte> scratch_;  // persistent: grows to the largest program
 
-  // Slots written to or read from each lane since the start, by local rank; the segments hold the shared
-  // copies.
-  std::vector<uint64_t> put_, reduced_, got_;
-  uint64_t published_ = 0;
+  Node node_;
+  std::deque<uint64_t> delivered_;  // per reduce whose publish is to come: who has the result already
+  std::vector<std::byte> pieces_;   // of peers' regions that had to be fetched
 
   // The running program.
   const Program* program_ = nullptr;
@@ -96,6 +116,7 @@ class Executor final : private Completion {
   std::vector<size_t> next_;
   std::vector<uint8_t> complete_;
   std::vector<const void*> sources_;      // of the operation at hand
+  std::vector<PeerRegion> regions_;       // likewise
   std::vector<const uint8_t*> payloads_;  // likewise
   size_t remaining_ = 0;
   size_t in_flight_ = 0;  // messages posted and not complete

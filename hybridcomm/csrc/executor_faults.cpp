@@ -129,8 +129,9 @@ void Executor::give_up(const std::vector<int>& waiting, const std::vector<int>& 
   throw Error(Code::stall, text, culprits.empty() ? -1 : culprits.front(), culprits);
 }
 
-std::vector<int> Executor::waiting_for() const {
+std::vector<int> Executor::waiting_for() {
   std::vector<int> ranks;
+  for (int local : node_.pending_readers()) ranks.push_back(mesh_.global_rank(local));
   for (size_t stream = 0; stream < streams_.size(); ++stream) {
     if (next_[stream] < streams_[stream].size())
       add_blockers(program_->ops[streams_[stream][next_[stream]]], ranks);
@@ -145,30 +146,21 @@ std::vector<int> Executor::waiting_for() const {
   return ranks;
 }
 
-void Executor::add_blockers(const Op& op, std::vector<int>& ranks) const {
+void Executor::add_blockers(const Op& op, std::vector<int>& ranks) {
   const auto pending = [this](uint32_t i) { return complete_[i] == 0; };
   if (std::any_of(op.after.begin(), op.after.end(), pending)) return;
-  const int me = mesh_.local_rank();
-  if (op.kind == Kind::put || op.kind == Kind::get) {
-    ranks.push_back(mesh_.global_rank(op.peer));
-  } else if (op.kind == Kind::reduce) {
-    for (int64_t source : op.sources) {
-      const int peer = static_cast<int>(source);
-      if (peer != me && mesh_.segment(peer).head(me).load() <= reduced_[static_cast<size_t>(peer)]) {
-        ranks.push_back(mesh_.global_rank(peer));
-      }
-    }
-  } else if (op.kind == Kind::publish) {
-    for (int peer = 0; peer < mesh_.local_size(); ++peer) {
-      if (peer != me &&
-          published_ - mesh_.segment(peer).shared_tail(me).load() >= static_cast<uint64_t>(mesh_.slots())) {
-        ranks.push_back(mesh_.global_rank(peer));
-      }
-    }
-  }
+  std::vector<int> locals;
+  if (op.kind == Kind::put) locals = node_.unread(Lane::reduce, {op.peer});
+  if (op.kind == Kind::publish) locals = node_.unread(Lane::gather, op.sources);
+  if (op.kind == Kind::share) locals = node_.unread(Lane::share, op.sources);
+  if (op.kind == Kind::reduce) locals = node_.silent(Lane::reduce, op.sources);
+  if (op.kind == Kind::collect) locals = node_.silent(Lane::share, op.sources);
+  if (op.kind == Kind::get) locals.push_back(op.peer);
+  for (int local : locals) ranks.push_back(mesh_.global_rank(local));
 }
 
 void Executor::tell_abort(int culprit, Code reason) {
+  node_.revoke();
   for (auto& control : mesh_.controls()) control.send_abort(culprit < 0 ? mesh_.rank() : culprit, reason);
 }
 

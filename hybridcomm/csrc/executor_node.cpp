@@ -1,91 +1,168 @@
-// Steps 3 and 7 of 7: reduce and gather, through the lanes of the node's shared memory.
+// Steps 3 and 7 of 7: reduce and gather, between the ranks of a node.
 //
-// In: a region of the tensor on every rank of the node. Out: its sum on the owner, or the owner's on all.
+// In: a region of the tensor on every rank of the group. Out: its sum on the owner, or the owner's on all.
+//
+// Phases of a reduce: 1. all messages are there and are what the plan says; 2. piece by piece, small enough to
+// stay in the cache: fetch the peers' piece (nothing to do where it can be addressed), sum, and, if the plan
+// gathers the same region next, hand the result straight to the peers that let it; 3. tell them.
+#include <algorithm>
 #include <cstring>
 
 #include "executor.h"
 
 namespace hybridcomm {
+namespace {
 
-void Executor::check_slot(const Segment::Slot& slot, int peer, const Tag& expected) const {
-  if (same_message(slot.tag, expected)) return;
-  const int rank = mesh_.global_rank(peer);
-  throw Error(Code::mismatch, mismatch_text(rank, slot.tag, expected), rank);
+constexpr uint64_t kDirectPiece = 16 << 10;  // bytes: source and result pieces stay in the first-level cache
+constexpr uint64_t kFetchedPieces = 256
+                                    << 10;  // bytes of scratch for all peers' pieces: a share of the second
+constexpr uint64_t kLongestPiece = 128 << 10;
+
+}  // namespace
+
+void Executor::check_message(const Descriptor& message, int local, const Tag& expected) const {
+  if (same_message(message.tag, expected)) return;
+  const int rank = mesh_.global_rank(local);
+  throw Error(Code::mismatch, mismatch_text(rank, message.tag, expected), rank);
 }
 
-bool Executor::start_put(const Op& op) {
-  const int me = mesh_.local_rank();
-  uint64_t& count = put_[static_cast<size_t>(op.peer)];
-  if (count - mesh_.segment(op.peer).tail(me).load(std::memory_order_seq_cst) >=
-      static_cast<uint64_t>(mesh_.slots())) {
-    return false;
-  }
-  Segment& own = mesh_.own();
+Executor::Started Executor::post(Lane lane, uint32_t index, const Op& op,
+                                 const std::vector<int64_t>& readers) {
   const uint64_t nbytes = region_nbytes(op);
-  own.slot(op.peer, count).tag = tag_of(op, nbytes);
-  std::memcpy(own.slot_data(op.peer, count), tensor_at(op), nbytes);
-  own.head(op.peer).store(++count, std::memory_order_seq_cst);
+  uint64_t delivered = 0;
+  if (op.deliver) delivered = delivered_.front();
+  const Node::Message message{index, tag_of(op, nbytes), tensor_at(op), nbytes, op.kind == Kind::share};
+  const Node::Posted posted = node_.post(lane, message, readers, delivered);
+  if (posted == Node::Posted::no_room) return Started::no;
+  if (op.deliver) delivered_.pop_front();
   counters_.shm_bytes.fetch_add(nbytes, std::memory_order_relaxed);
-  mesh_.ring(op.peer);
+  return posted == Node::Posted::complete ? Started::complete : Started::issued;
+}
+
+// The messages of all sources but this rank itself, as regions_ in the same order; false: not all are there.
+bool Executor::open_sources(Lane lane, const Op& op) {
+  const Tag expected = tag_of(op, region_nbytes(op));
+  const int me = node_.local_rank();
+  for (const int64_t source : op.sources) {
+    const int peer = static_cast<int>(source);
+    if (peer == me) continue;
+    const Descriptor* message = node_.next(lane, peer);
+    if (message == nullptr) return false;
+    check_message(*message, peer, expected);
+  }
+  regions_.clear();
+  for (const int64_t source : op.sources) {
+    const int peer = static_cast<int>(source);
+    if (peer != me) regions_.push_back(node_.open(*node_.next(lane, peer), peer));
+  }
   return true;
+}
+
+void Executor::take_sources(Lane lane, const Op& op) {
+  for (const int64_t source : op.sources) {
+    if (source != node_.local_rank()) node_.take(lane, static_cast<int>(source));
+  }
 }
 
 bool Executor::start_reduce(const Op& op) {
-  const int me = mesh_.local_rank();
-  const uint64_t nbytes = region_nbytes(op);
-  for (int64_t source : op.sources) {
-    const int peer = static_cast<int>(source);
-    if (peer == me) continue;
-    const uint64_t at = reduced_[static_cast<size_t>(peer)];
-    if (mesh_.segment(peer).head(me).load(std::memory_order_seq_cst) <= at) return false;
-    check_slot(mesh_.segment(peer).slot(me, at), peer, tag_of(op, nbytes));
+  if (!open_sources(Lane::reduce, op)) return false;
+  const Touching touching(*this);
+  sum_pieces(op);
+  if (op.deliver) {
+    uint64_t delivered = 0;
+    for (const PeerRegion& region : regions_) {
+      if (region.writable) delivered |= uint64_t{1} << region.local;
+    }
+    delivered_.push_back(delivered);
   }
-  sources_.clear();
-  for (int64_t source : op.sources) {
-    const int peer = static_cast<int>(source);
-    sources_.push_back(peer == me ? tensor_at(op)
-                                  : mesh_.segment(peer).slot_data(me, reduced_[static_cast<size_t>(peer)]));
-  }
-  reduce_sources(op);
-  for (int64_t source : op.sources) {
-    const int peer = static_cast<int>(source);
-    if (peer == me) continue;
-    mesh_.own().tail(peer).store(++reduced_[static_cast<size_t>(peer)], std::memory_order_seq_cst);
-    mesh_.ring(peer);
-  }
+  take_sources(Lane::reduce, op);
   return true;
 }
 
-bool Executor::start_publish(const Op& op) {
-  const int me = mesh_.local_rank();
-  for (int peer = 0; peer < mesh_.local_size(); ++peer) {
-    if (peer != me && published_ - mesh_.segment(peer).shared_tail(me).load(std::memory_order_seq_cst) >=
-                          static_cast<uint64_t>(mesh_.slots())) {
-      return false;
+void Executor::sum_pieces(const Op& op) {
+  const size_t item = itemsize(program_->dtype);
+  const bool fetched = std::any_of(regions_.begin(), regions_.end(),
+                                   [](const PeerRegion& region) { return region.direct == nullptr; });
+  const uint64_t share = std::min(kFetchedPieces / std::max<size_t>(regions_.size(), 1), kLongestPiece);
+  uint64_t piece = op.count;
+  if (fetched) {
+    piece = share / 64 * 64 / item;
+    if (pieces_.empty()) pieces_.resize(kFetchedPieces);
+  } else if (op.deliver) {
+    piece = kDirectPiece / item;
+  }
+  for (uint64_t begin = 0; begin < op.count; begin += piece) {
+    const uint64_t count = std::min(piece, op.count - begin);
+    std::byte* own = tensor_at(op) + begin * item;
+    sources_.clear();
+    size_t peer = 0;
+    for (const int64_t source : op.sources) {
+      if (source == node_.local_rank()) {
+        sources_.push_back(own);
+        continue;
+      }
+      const PeerRegion& region = regions_[peer];
+      const std::byte* bytes =
+          fetch(region, begin * item, count * item, pieces_.data() + peer * (share / 64 * 64));
+      if (bytes == nullptr) lost(region.local);
+      sources_.push_back(bytes);
+      ++peer;
+    }
+    reduce_sources(op, own, count);
+    if (!op.deliver) continue;
+    for (const PeerRegion& region : regions_) {
+      if (region.writable && !store(region, begin * item, own, count * item)) lost(region.local);
     }
   }
-  Segment& own = mesh_.own();
-  const uint64_t nbytes = region_nbytes(op);
-  own.slot(me, published_).tag = tag_of(op, nbytes);
-  std::memcpy(own.slot_data(me, published_), tensor_at(op), nbytes);
-  own.head(me).store(++published_, std::memory_order_seq_cst);
-  counters_.shm_bytes.fetch_add(nbytes, std::memory_order_relaxed);
-  for (int peer = 0; peer < mesh_.local_size(); ++peer) {
-    if (peer != me) mesh_.ring(peer);
-  }
-  return true;
 }
 
 bool Executor::start_get(const Op& op) {
-  uint64_t& count = got_[static_cast<size_t>(op.peer)];
-  Segment& owner = mesh_.segment(op.peer);
-  if (owner.head(op.peer).load(std::memory_order_seq_cst) <= count) return false;
+  const Descriptor* message = node_.next(Lane::gather, op.peer);
+  if (message == nullptr) return false;
   const uint64_t nbytes = region_nbytes(op);
-  check_slot(owner.slot(op.peer, count), op.peer, tag_of(op, nbytes));
-  std::memcpy(tensor_at(op), owner.slot_data(op.peer, count), nbytes);
-  mesh_.own().shared_tail(op.peer).store(++count, std::memory_order_seq_cst);
-  mesh_.ring(op.peer);
+  check_message(*message, op.peer, tag_of(op, nbytes));
+  if (message->place != Place::delivered) {
+    regions_.assign(1, node_.open(*message, op.peer));
+    const Touching touching(*this);
+    const std::byte* bytes = fetch(regions_[0], 0, nbytes, tensor_at(op));
+    if (bytes == nullptr) lost(op.peer);
+    if (bytes != tensor_at(op)) std::memcpy(tensor_at(op), bytes, nbytes);
+  }
+  node_.take(Lane::gather, op.peer);
   return true;
+}
+
+// Every rank copies all inputs before any result is written, so the own region is summed in place.
+bool Executor::start_collect(const Op& op) {
+  if (!open_sources(Lane::share, op)) return false;
+  sum_pieces(op);
+  take_sources(Lane::share, op);
+  return true;
+}
+
+Executor::Touching::Touching(Executor& executor) : executor_(executor) {
+  for (const PeerRegion& region : executor_.regions_) {
+    if (!executor_.node_.touch(region.local)) {
+      untouch();
+      executor_.blame(executor_.mesh_.global_rank(region.local));
+    }
+  }
+}
+
+void Executor::Touching::untouch() {
+  for (const PeerRegion& region : executor_.regions_) executor_.node_.untouch(region.local);
+}
+
+// A peer's memory could not be reached: it died, or it let go of a tensor that is in use.
+void Executor::lost(int local) {
+  const std::string why = errno_text("its memory could not be reached");
+  const int rank = mesh_.global_rank(local);
+  ControlChannel& control = mesh_.control(rank);
+  control.drain_to_the_end(std::chrono::milliseconds(500));
+  if (control.aborted() || control.state() != ControlChannel::State::open) blame(rank);
+  throw Error(Code::shared_memory, "rank " + std::to_string(rank) + " is there, but " + why + " in " +
+                                       describe(program_->tag) +
+                                       "; pass single_copy=False to init() on all ranks");
 }
 
 }  // namespace hybridcomm

@@ -51,12 +51,12 @@ void Executor::start_sum(const Op& op) {
   for (int64_t source : op.sources) {
     sources_.push_back(source == kOwnRegion ? tensor_at(op) : scratch_.data() + source);
   }
-  reduce_sources(op);
+  reduce_sources(op, tensor_at(op), op.count);
 }
 
-void Executor::reduce_sources(const Op& op) {
-  reduce(program_->dtype, program_->op, tensor_at(op), sources_.data(), static_cast<int>(sources_.size()),
-         op.count, op.divisor);
+void Executor::reduce_sources(const Op& op, std::byte* out, size_t count) {
+  reduce(program_->dtype, program_->op, out, sources_.data(), static_cast<int>(sources_.size()), count,
+         op.divisor);
 }
 
 bool Executor::progress_link(Link& link, int channel) {

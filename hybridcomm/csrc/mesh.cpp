@@ -3,6 +3,9 @@
 #include <poll.h>
 
 #include <algorithm>
+#include <random>
+
+#include "peer_memory.h"
 
 namespace hybridcomm {
 
@@ -12,8 +15,9 @@ Mesh::Mesh(const MeshConfig& config, const Listener& listener) : config_(config)
   if (local_rank_ < 0) throw Error(Code::invalid, "local_ranks must hold this rank");
   segments_.resize(ranks.size());
   if (ranks.size() > 1) {
-    segments_[static_cast<size_t>(local_rank_)] =
-        Segment::create({local_size(), config_.slot_nbytes, config_.slots});
+    segments_[static_cast<size_t>(local_rank_)] = Segment::create(segment_shape());
+    nonce_ = std::random_device()() | uint64_t{std::random_device()()} << 32 | 1;
+    introduce(own(), nonce_, config_.single_copy);
   }
   connect(listener);
 }
@@ -101,7 +105,7 @@ void Mesh::keep(Connection connection) {
   const int rank = connection.rank;
   if (connection.local) {
     segments_[static_cast<size_t>(local_index(rank))] =
-        Segment::map(std::move(connection.segment), {local_size(), config_.slot_nbytes, config_.slots});
+        Segment::map(std::move(connection.segment), segment_shape());
   } else {
     tune_tcp(connection.socket);
   }

@@ -25,6 +25,7 @@ struct MeshConfig {
   size_t slot_nbytes = 1 << 20;
   int slots = 4;
   int data_sockets = 2;
+  bool single_copy = true;  // reach other ranks' private memory where the kernel allows it
   double timeout_s = 300;
   std::function<void()> interrupted;  // called now and then while connecting; may be empty, may throw
 };
@@ -49,6 +50,8 @@ class Mesh {
   int local_size() const { return static_cast<int>(config_.local_ranks.size()); }
   int global_rank(int local) const { return config_.local_ranks[static_cast<size_t>(local)]; }
   int local_index(int rank) const;  // -1: on another node
+  SegmentShape segment_shape() const { return {local_size(), config_.slot_nbytes, config_.slots}; }
+  bool single_copy() const { return config_.single_copy; }
   int slots() const { return config_.slots; }
   size_t slot_nbytes() const { return config_.slot_nbytes; }
 
@@ -76,6 +79,7 @@ class Mesh {
 
   MeshConfig config_;
   int local_rank_ = 0;
+  uint64_t nonce_ = 0;  // what peers read to find out whether they reach this process's memory
   std::vector<std::optional<Segment>> segments_;  // by local rank
   std::vector<ControlChannel> controls_;
   std::map<int, Link> links_;

@@ -11,15 +11,17 @@
 namespace hybridcomm {
 
 // The route's steps 3 to 7, each seen from one rank:
-//   put      step 3, not the owner: copy a region into the lane to the owner
-//   reduce   step 3, the owner: own region + the lanes of the others -> own region
+//   put      step 3, not the owner: offer a region to the owner
+//   reduce   step 3, the owner: own region + those of the others -> own region
 //   encode   step 4: own region + residual -> payload in scratch, new residual
 //   send, receive   step 5: bytes of the tensor or of scratch, to or from a rank of another node
 //   sum      step 5 dense: own region + received regions -> own region
 //   decode   step 6: payloads in scratch -> own region
-//   publish  step 7, the owner: copy a region into the lane that the node's others read
+//   publish  step 7, the owner: offer a region to the group's others
 //   get      step 7, the others: copy it from there
-enum class Kind : uint8_t { put, reduce, encode, send, receive, sum, decode, publish, get };
+//   share    steps 3 and 7 in one, for small regions: copy a region out for all others of the group ...
+//   collect  ... and sum theirs and the own one
+enum class Kind : uint8_t { put, reduce, encode, send, receive, sum, decode, publish, get, share, collect };
 enum class Memory : uint8_t { tensor, scratch };
 
 constexpr int64_t kOwnRegion = -1;  // among the sources of a sum: this rank's tensor
@@ -36,8 +38,11 @@ struct Op {
   uint64_t nbytes = 0;    // of the message (send, receive) or payload (encode)
   uint64_t residual = 0;  // element offset of the region's residual (encode)
   uint32_t divisor = 1;
-  std::vector<uint32_t> after;   // operations of this program that must have completed
-  std::vector<int64_t> sources;  // local ranks (reduce), scratch offsets (sum, decode), in group order
+  bool deliver = false;         // reduce and the publish of its result: write it straight to those who let it
+  std::vector<uint32_t> after;  // operations of this program that must have completed
+  std::vector<int64_t>
+      sources;  // local ranks of the group (reduce, publish, share, collect), scratch offsets
+                // (sum, decode), in group order
 };
 
 // Streams are issued in order; a stream's next operation starts when the one before it was issued and `after`

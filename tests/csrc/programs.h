@@ -43,6 +43,7 @@ class DenseAllreduce {
     if (layout_.per_node > 1 && owner) {
       Op op = region(Kind::reduce, kReduce, begin_, count_);
       for (int i = 0; i < layout_.per_node; ++i) op.sources.push_back(i);
+      op.deliver = layout_.nodes == 1;
       done = {add(op)};
     } else if (layout_.per_node > 1) {
       Op op = region(Kind::put, lane(0, shard), begin_, count_);
@@ -55,7 +56,14 @@ class DenseAllreduce {
     if (layout_.per_node > 1) {
       Op op = region(owner ? Kind::publish : Kind::get, owner ? uint32_t{kPublish} : lane(1, shard), begin_,
                      count_);
-      op.peer = shard;
+      if (owner) {
+        for (int i = 0; i < layout_.per_node; ++i) {
+          if (i != shard) op.sources.push_back(i);
+        }
+        op.deliver = layout_.nodes == 1;
+      } else {
+        op.peer = shard;
+      }
       op.after = done;
       add(op);
     }

@@ -21,6 +21,7 @@ csrc/.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 try:
@@ -59,6 +60,7 @@ __all__ = [
     "barrier",
     "broadcast",
     "default_context",
+    "empty",
     "init",
     "premul_sum",
     "reduce_scatter",
@@ -176,6 +178,17 @@ def reduce_scatter(
 def barrier(*, group: Context | None = None) -> None:
     """Returns on no rank before every rank has entered."""
     _context(group).barrier()
+
+
+def empty(*size: int | Sequence[int], dtype: Any = None, group: Context | None = None) -> Array:
+    """An uninitialised tensor in memory shared by the node's ranks, for the fastest collectives.
+
+    ``size`` as in ``torch.empty``. ``dtype``: of torch or NumPy, and so is the result; a name or None (float32)
+    gives a torch tensor if torch was imported, else a NumPy array. Give each rank its own; collectives on it, and
+    on contiguous parts of it, copy nothing. The memory is whole pages, allocated now, and returned when the last
+    view dies. On a node of one rank it is ordinary memory. Raises `SharedMemoryError` when there is no room.
+    """
+    return _context(group).empty(*size, dtype=dtype)
 
 
 def _context(group: Context | None) -> Context:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from hybridcomm import _C, bootstrap, policy
+from hybridcomm import _C, bootstrap, policy, shared
 from hybridcomm.collectives import Collectives
 from hybridcomm.errors import UnsupportedError
 
 if TYPE_CHECKING:
+    from hybridcomm.arrays import Array
     from hybridcomm.topology import Topology
 
 __all__ = ["Context"]
@@ -68,6 +69,16 @@ class Context(Collectives):
         context._store = world.store  # the rank that hosts a store must not end it while others still read
         context.barrier()
         return context
+
+    def empty(self, *size: Any, dtype: Any = None) -> Array:
+        """An array in shared memory; see `hybridcomm.empty`."""
+        return shared.empty(self._engine, size, dtype)
+
+    def reach(self) -> dict[int, str]:
+        """How this rank gets at private tensors of the node's other ranks: "single_copy" (process_vm_readv),
+        "same_process" (ranks that are threads) or "staged" (two copies); decided once, at start.
+        """
+        return dict(self._engine.reach())
 
     def counters(self) -> dict[str, int]:
         """Bytes since the start: ``wire_tx_bytes`` and ``wire_rx_bytes`` to and from other nodes (message

@@ -76,7 +76,7 @@ class Reducer:
             setup.sync_parameters(ctx, module)
         device = next(iter(self._parameters.values())).device
         self._buckets = [Bucket(layout) for layout in self.layouts]
-        self._flats = [setup.flat_buffer(layout, device) for layout in self.layouts]
+        self._flats = [setup.flat_buffer(ctx, layout, device) for layout in self.layouts]
         self._works: list[WorkLike] = []
         self._running = False
         self._place: dict[str, tuple[int, torch.Tensor]] = {}

@@ -63,6 +63,8 @@ class ContextLike(Protocol):
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> Any: ...
 
+    def empty(self, *size: int, dtype: Any) -> Any: ...
+
 
 def trainable(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Parameters that require gradients, by name, in registration order; a shared one once, by its first
@@ -103,9 +105,13 @@ def layouts_of(
     return plan_buckets(sizes, cap_nbytes=cap, pad_to=pad_to)
 
 
-def flat_buffer(layout: BucketLayout, device: torch.device) -> torch.Tensor:
-    """The zeroed flat buffer of one bucket."""
-    return torch.zeros(layout.numel, dtype=getattr(torch, layout.dtype), device=device)
+def flat_buffer(ctx: ContextLike, layout: BucketLayout, device: torch.device) -> torch.Tensor:
+    """The zeroed flat buffer of one bucket; on the host in memory that the node's ranks share."""
+    dtype: torch.dtype = getattr(torch, layout.dtype)
+    if device.type != "cpu":
+        return torch.zeros(layout.numel, dtype=dtype, device=device)
+    flat: torch.Tensor = ctx.empty(layout.numel, dtype=dtype)
+    return flat.zero_()
 
 
 def check_agreement(ctx: ContextLike, layouts: Sequence[BucketLayout], compressor: Compressor | None) -> None:

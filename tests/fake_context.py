@@ -114,6 +114,9 @@ class FakeContext:
             staged = residual.stage(residual_key, numel=array.size, regions=regions, spans=spans)
         return self._issue(plan, tensor, array, async_op=async_op, staged=staged, name=residual_key)
 
+    def empty(self, *size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype)
+
     def broadcast(self, tensor: Any, root: int, *, async_op: bool = False) -> Any:
         array = _numpy(tensor)
         plan = plans.broadcast(self.topology, array.size, dtype=str(array.dtype), root=root)

@@ -74,6 +74,12 @@ void bind_engine(py::module_& module) {
       .def_property_readonly("seconds", &Work::seconds)
       .def_property_readonly("wire_nbytes", &Work::wire_nbytes);
 
+  py::class_<Arena::Block>(module, "SharedMemory", py::buffer_protocol())
+      .def_buffer([](Arena::Block& block) {
+        const auto nbytes = static_cast<py::ssize_t>(block.nbytes());
+        return py::buffer_info(block.data(), 1, "B", 1, {nbytes}, {py::ssize_t{1}});
+      });
+
   py::class_<Engine, std::shared_ptr<Engine>>(module, "Engine")
       .def(py::init(&make_engine), py::kw_only(), py::arg("rank"), py::arg("local_ranks"),
            py::arg("remote_peers"), py::arg("token"), py::arg("name"), py::arg("slot_nbytes"),
@@ -101,6 +107,21 @@ void bind_engine(py::module_& module) {
           py::arg("name") = 0, py::arg("pieces") = Pieces{}, py::arg("timeout_s") = 0.0)
       .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>())
       .def("abort", &Engine::abort, py::call_guard<py::gil_scoped_release>())
+      .def(
+          "allocate",
+          [](const Engine& engine, size_t nbytes) -> std::unique_ptr<Arena::Block> {
+            const auto& arena = engine.node().arena();
+            return arena ? arena->allocate(nbytes) : nullptr;
+          },
+          py::call_guard<py::gil_scoped_release>())
+      .def("shared_nbytes",
+           [](const Engine& engine) { return engine.node().arena() ? engine.node().arena()->nbytes() : 0; })
+      .def("reach",
+           [](const Engine& engine) {
+             py::dict result;
+             for (const auto& [rank, reach] : engine.node().reaches()) result[py::int_(rank)] = reach_name(reach);
+             return result;
+           })
       .def("counters", [](const Engine& engine) {
         const WireCounters& counters = engine.counters();
         py::dict result;

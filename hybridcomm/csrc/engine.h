@@ -56,6 +56,7 @@ class Engine {
   void abort();
 
   const WireCounters& counters() const { return executor_->counters(); }
+  const Node& node() const { return executor_->node(); }
 
  private:
   void check(const Program& program) const;

@@ -34,6 +34,14 @@ Node::Node(Mesh& mesh, bool single_copy) : mesh_(mesh), me_(mesh.local_rank()), 
   }
 }
 
+std::vector<std::pair<int, Reach>> Node::reaches() const {
+  std::vector<std::pair<int, Reach>> found;
+  for (int peer = 0; peer < locals_; ++peer) {
+    if (peer != me_) found.emplace_back(mesh_.global_rank(peer), reach(peer));
+  }
+  return found;
+}
+
 bool Node::full(Lane lane, int reader) {
   const uint64_t read = mesh_.segment(reader).tail(lane, me_).load(std::memory_order_seq_cst);
   return posted_[ring(lane, reader)] - read >= kRing;

@@ -54,6 +54,7 @@ class Node {
   std::vector<int> silent(Lane lane, const std::vector<int64_t>& writers);
   std::vector<int> pending_readers();
   Reach reach(int local) const { return reach_[static_cast<size_t>(local)]; }
+  std::vector<std::pair<int, Reach>> reaches() const;  // of the node's other ranks
   const std::shared_ptr<Arena>& arena() const { return arena_; }
   int local_rank() const { return me_; }
 

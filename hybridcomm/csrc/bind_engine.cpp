@@ -74,11 +74,10 @@ void bind_engine(py::module_& module) {
       .def_property_readonly("seconds", &Work::seconds)
       .def_property_readonly("wire_nbytes", &Work::wire_nbytes);
 
-  py::class_<Arena::Block>(module, "SharedMemory", py::buffer_protocol())
-      .def_buffer([](Arena::Block& block) {
-        const auto nbytes = static_cast<py::ssize_t>(block.nbytes());
-        return py::buffer_info(block.data(), 1, "B", 1, {nbytes}, {py::ssize_t{1}});
-      });
+  py::class_<Arena::Block>(module, "SharedMemory", py::buffer_protocol()).def_buffer([](Arena::Block& block) {
+    const auto nbytes = static_cast<py::ssize_t>(block.nbytes());
+    return py::buffer_info(block.data(), 1, "B", 1, {nbytes}, {py::ssize_t{1}});
+  });
 
   py::class_<Engine, std::shared_ptr<Engine>>(module, "Engine")
       .def(py::init(&make_engine), py::kw_only(), py::arg("rank"), py::arg("local_ranks"),
@@ -119,7 +118,8 @@ void bind_engine(py::module_& module) {
       .def("reach",
            [](const Engine& engine) {
              py::dict result;
-             for (const auto& [rank, reach] : engine.node().reaches()) result[py::int_(rank)] = reach_name(reach);
+             for (const auto& [rank, reach] : engine.node().reaches())
+               result[py::int_(rank)] = reach_name(reach);
              return result;
            })
       .def("counters", [](const Engine& engine) {

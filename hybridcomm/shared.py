@@ -33,7 +33,7 @@ def empty(engine: _C.Engine, size: Sequence[Any], dtype: Any) -> Array:
     block = engine.allocate(prod(shape) * numpy_dtype.itemsize)
     if block is None:
         return np.empty(shape, numpy_dtype)
-    return np.frombuffer(block, numpy_dtype, prod(shape)).reshape(shape)
+    return np.frombuffer(memoryview(block), numpy_dtype, prod(shape)).reshape(shape)
 
 
 def _torch_empty(engine: _C.Engine, shape: tuple[int, ...], dtype: Any) -> Array:

@@ -50,7 +50,7 @@ std::unique_ptr<Arena::Block> Arena::allocate(size_t nbytes) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const uint64_t offset = place(whole);
   try {
-    allocate_shared(fd_.get(), offset, whole, "free tensors, raise the limit, or use private memory");
+    allocate_shared(fd_.get(), offset, whole, "raise the memory or file-size limit, or use private memory");
     Mapping mapping = map_shared(fd_.get(), offset, whole);
     ::madvise(mapping.data(), whole, MADV_HUGEPAGE);  // taken up where the kernel allows it for shared memory
     auto block = std::make_unique<Block>(shared_from_this(), offset, std::move(mapping));

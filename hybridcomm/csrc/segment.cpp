@@ -44,7 +44,7 @@ void allocate_shared(int fd, size_t offset, size_t nbytes, const std::string& wh
   if (failed == 0) return;
   errno = failed;
   throw Error(Code::shared_memory, errno_text("no room for " + std::to_string(nbytes >> 20) +
-                                              " MiB of shared memory; " + what_to_do));
+                                              " MiB of shared memory; free some, " + what_to_do));
 }
 
 Mapping map_shared(int fd, size_t offset, size_t nbytes) {
@@ -58,7 +58,7 @@ Segment Segment::create(const SegmentShape& shape) {
   if (!fd) throw Error(Code::shared_memory, errno_text("memfd_create failed (descriptor limit?)"));
   const size_t nbytes = arena_offset(shape);
   allocate_shared(fd.get(), 0, nbytes,
-                  "free some, raise the memory or file-size limit, or pass a smaller chunk_nbytes to init()");
+                  "raise the memory or file-size limit, or pass a smaller chunk_nbytes to init()");
   Mapping mapping = map_shared(fd.get(), 0, nbytes);
   return Segment(std::move(fd), std::move(mapping), shape);
 }

@@ -138,7 +138,8 @@ def test_empty_follows_the_dtype(pair: list[Context], monkeypatch: pytest.Monkey
     assert pair[0].empty(3, dtype="bfloat16").dtype == torch.bfloat16
     monkeypatch.delitem(sys.modules, "torch")
     array = pair[0].empty(3)
-    assert isinstance(array, np.ndarray) and array.dtype == np.float32
+    assert isinstance(array, np.ndarray)
+    assert array.dtype == np.float32
     assert array.flags.writeable
 
 

@@ -2,6 +2,7 @@
 
 An all-reduce goes through these stages, chunk by chunk; a stage with no peer vanishes:
 
+    small        reduce_all, on a single node
     dense        reduce -> exchange_reduce (one slice per node) -> exchange_gather -> gather
     compressed   reduce -> compress -> exchange_payload -> decompress -> gather
 """
@@ -55,15 +56,20 @@ def allreduce(
     )
     writer = Writer(topology, bucket)
     divisor = world if op == "mean" else 1
+    one_shot = nodes == 1 < world and chunk_elems is None
+    one_shot = one_shot and numel * policy.itemsize(dtype) <= min(policy.one_shot_nbytes(world), chunk_nbytes)
 
     stages: list[Stage] = []
-    if topology.K > 1:
+    if one_shot:
+        shards, size = [Region(0, numel)], max(size, numel)
+        stages.append(lambda chunk: writer.reduce_all(chunk, divisor))
+    elif topology.K > 1:
         stages.append(lambda chunk: writer.reduce(chunk, divisor if nodes == 1 else 1))
     if codec is not None:
         stages += [writer.compress, writer.exchange_payload, lambda chunk: writer.decompress(chunk, divisor)]
     elif nodes > 1:
         stages += [lambda chunk: writer.exchange_reduce(chunk, divisor), writer.exchange_gather]
-    if topology.K > 1:
+    if topology.K > 1 and not one_shot:
         stages.append(writer.gather)
     pipeline(stages, [chunks_of(s, r, size, topology.owners(s)) for s, r in enumerate(shards)])
     return Plan(

@@ -132,6 +132,15 @@ class _Model:
         after = [*self._after(step, step.root), *puts]
         self.done[step.id, step.root] = [self._on_rank(step.root, half * len(others), "reduce", after)]
 
+    def _reduce_all(self, step: Step) -> None:
+        alpha, half = self._hop(step)
+        shares = {
+            rank: self._on_rank(rank, half, "share", self._after(step, rank), alpha) for rank in step.group
+        }
+        for rank in step.group:
+            seconds = half * (len(step.group) - 1)
+            self.done[step.id, rank] = [self._on_rank(rank, seconds, "collect", list(shares.values()))]
+
     def _gather(self, step: Step) -> None:
         alpha, half = self._hop(step)
         publish = self._on_rank(step.root, half, "publish", self._after(step, step.root), alpha)

@@ -3,6 +3,7 @@
 A step names a collective act of a group; lowering writes down this rank's part in it:
 
     reduce            owner: reduce                      others: put
+    reduce_all        all: share, then collect
     compress          encode
     exchange_payload  send to and receive from every other owner
     exchange_reduce   root: receive from all, then sum   others: send to root
@@ -217,6 +218,13 @@ class _Lowering:
         else:
             lane = self._local(step.root)
             op = self._add(_C.Kind.put, ("put", lane), step, after=self._after(step), peer=lane)
+        self.done_by[step.id] = [op]
+
+    def _reduce_all(self, step: Step) -> None:
+        sources = self._locals(step)
+        out = self._add(_C.Kind.share, "share", step, after=self._after(step), sources=sources)
+        after = [*self._after(step), out]  # what goes out is the input, not the sum
+        op = self._add(_C.Kind.collect, "collect", step, after=after, sources=sources, divisor=step.divisor)
         self.done_by[step.id] = [op]
 
     def _gather(self, step: Step) -> None:

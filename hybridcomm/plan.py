@@ -31,6 +31,7 @@ STREAMS = ("reduce", "compress", "exchange", "decompress", "gather")
 
 OPS = {
     "reduce": "reduce",  # step 3, shared memory: root's region becomes the sum over group, in group order
+    "reduce_all": "reduce",  # steps 3 and 7 in one, small regions: every rank of group sums all of theirs itself
     "compress": "compress",  # step 4: root encodes its region (+ residual) into the payload of (shard, chunk)
     "exchange_payload": "exchange",  # step 5: every owner in group gets all owners' payloads
     "exchange_reduce": "exchange",  # step 5, dense, first half: like reduce, between nodes

@@ -17,7 +17,8 @@ from hybridcomm.plan_streams import check_progress
 
 __all__ = ["check_plan"]
 
-_IN_NODE = ("reduce", "gather")
+_IN_NODE = ("reduce", "gather", "reduce_all")
+_ROOTLESS = ("exchange_payload", "reduce_all")
 _ALONE = ("compress", "decompress")
 
 
@@ -47,7 +48,7 @@ def _check_step(plan: Plan, step: Step, place: int) -> None:
         raise _fail(step, f"region is empty or not within the {plan.numel} elements")
     if any(not 0 <= rank < plan.topology.world_size for rank in step.group):
         raise _fail(step, f"group names a rank outside 0..{plan.topology.world_size - 1}")
-    if (step.op == "exchange_payload") != (step.root == -1):
+    if (step.op in _ROOTLESS) != (step.root == -1):
         raise _fail(step, "needs a root" if step.root == -1 else "takes no root")
     if step.root != -1 and step.root not in step.group:
         raise _fail(step, f"root {step.root} is not in the group")
@@ -74,7 +75,7 @@ def _check_group(plan: Plan, step: Step) -> None:
             raise _fail(step, "group must be all ranks of one node of two or more, ascending")
     elif nodes != list(range(len(topology.nodes))) or len(nodes) < 2:
         raise _fail(step, "group must hold one rank per node, in node order, of two or more nodes")
-    if plan.collective in ("allreduce", "barrier"):
+    if plan.collective in ("allreduce", "barrier") and step.op != "reduce_all":
         owners = topology.owners(step.shard)
         wrong = [r for r in (step.group if step.stream == "exchange" else (step.root,)) if r not in owners]
         if wrong:
@@ -129,6 +130,11 @@ class _Symbols:
             for atom in self.atoms.of(step):
                 values = [self.held[rank][atom] for rank in step.group]
                 self.held[step.root][atom] = self._add(step, values, step.divisor)
+        elif step.op == "reduce_all":
+            for atom in self.atoms.of(step):
+                total = self._add(step, [self.held[rank][atom] for rank in step.group], step.divisor)
+                for rank in step.group:
+                    self.held[rank][atom] = total
         elif step.op in ("gather", "exchange_gather"):
             for atom in self.atoms.of(step):
                 for rank in step.group:
@@ -207,6 +213,8 @@ def _accesses(step: Step, rank: int) -> Iterator[tuple[str, bool]]:
         yield "buffer", rank == step.root
     elif step.op in ("gather", "exchange_gather"):
         yield "buffer", rank != step.root
+    elif step.op == "reduce_all":
+        yield "buffer", True
     elif step.op == "compress":
         yield "buffer", False
         yield "payload", True

@@ -71,6 +71,10 @@ class Writer:
                 chunk.reduced[node] = self.add("reduce", chunk, ranks, chunk.owners[node], divisor=divisor)
         chunk.ready = tuple(step for step in chunk.reduced if step >= 0)
 
+    def reduce_all(self, chunk: Chunk, divisor: int) -> None:
+        """On a single node."""
+        chunk.ready = (self.add("reduce_all", chunk, self.nodes[0], -1, divisor=divisor),)
+
     def compress(self, chunk: Chunk) -> None:
         chunk.ready = tuple(
             self.add("compress", chunk, (owner,), owner, _known(chunk.reduced[node]))

@@ -7,6 +7,7 @@ and the steps it waits for are done on this rank. Then:
                    the root is done when every lane has brought its chunk
     gather         the root publishes if its slowest reader is fewer than ``slots`` behind; readers take
     exchange_*     all of the group meet (no buffering: what ends so ends with any amount of it)
+    reduce_all     likewise
     (de)compress   alone
 """
 
@@ -74,7 +75,7 @@ class _Machine:
         step = self.queues[place][0]
         if not self._may_start(rank, step):
             return False
-        if step.stream == "exchange":
+        if step.stream == "exchange" or step.op == "reduce_all":
             return self._meet(step)
         if step.op == "reduce":
             moved = self._collect(step) if rank == step.root else self._put("reduce", rank, step.root, step)

@@ -14,9 +14,11 @@ __all__ = [
     "ITEMSIZE",
     "MAX_CHUNK_NBYTES",
     "MIN_CHUNK_NBYTES",
+    "ONE_SHOT_READ_NBYTES",
     "bucket_nbytes",
     "chunk_elems",
     "itemsize",
+    "one_shot_nbytes",
 ]
 
 ITEMSIZE = {
@@ -48,6 +50,9 @@ DENSE_CHUNK_NBYTES = 512 * 1024
 MIN_CHUNK_NBYTES = 64 * 1024
 """Below this the cost of a hand-off (about 33 us across cores) exceeds what more overlap gains."""
 
+ONE_SHOT_READ_NBYTES = 32 * 1024
+"""What a rank may read from the others of its node so that it sums all itself."""
+
 _CHUNKS_WANTED = 4  # enough that the in-node and the inter-node stage overlap
 
 
@@ -72,6 +77,14 @@ def chunk_elems(
     dense = min(max(shard_nbytes // _CHUNKS_WANTED, MIN_CHUNK_NBYTES), DENSE_CHUNK_NBYTES)
     nbytes = MAX_CHUNK_NBYTES if compressed else dense
     return max(nbytes // size // align, 1) * align
+
+
+def one_shot_nbytes(ranks: int) -> int:
+    """Up to how many bytes the ranks of one node each sum everything themselves: one hand-off instead of two.
+
+    Every rank reads all others' inputs, so the more there are the sooner that costs more than it saves.
+    """
+    return ONE_SHOT_READ_NBYTES // max(ranks - 1, 1)
 
 
 def bucket_nbytes(total_nbytes: int) -> int:

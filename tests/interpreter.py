@@ -84,6 +84,12 @@ class Interpreter:
         sources = [buffers[rank][part] for rank in step.group]
         buffers[step.root][part] = combine(self.plan.op, sources, step.divisor)
 
+    def _reduce_all(self, step: Step, buffers: Buffers, _: object) -> None:
+        part = slice(*step.region)
+        total = combine(self.plan.op, [buffers[rank][part] for rank in step.group], step.divisor)
+        for rank in step.group:
+            buffers[rank][part] = total
+
     def _exchange_reduce(self, step: Step, buffers: Buffers, residuals: object) -> None:
         for rank in step.group:
             if rank != step.root:

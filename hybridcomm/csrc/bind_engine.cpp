@@ -4,17 +4,12 @@
 
 #include "bindings.h"
 #include "engine.h"
+#include "signals.h"
 
 namespace py = pybind11;
 
 namespace hybridcomm {
 namespace {
-
-// Ctrl-C during a long wait: the engine calls this now and then, without the GIL.
-void raise_pending_signals() {
-  const py::gil_scoped_acquire gil;
-  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-}
 
 using Pieces = std::vector<std::pair<uint64_t, uintptr_t>>;
 

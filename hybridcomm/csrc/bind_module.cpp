@@ -5,6 +5,7 @@ PYBIND11_MODULE(_C, module) {
   hybridcomm::bind_errors(module);
   hybridcomm::bind_program(module);
   hybridcomm::bind_engine(module);
+  hybridcomm::bind_prepared(module);
   hybridcomm::bind_handshake(module);
   hybridcomm::bind_reduce(module);
 }

@@ -52,7 +52,14 @@ def allreduce(
     align = codec.block if codec is not None else policy.DENSE_ALIGN
     shards = shard_regions(numel, topology.K, align)
     size = _chunk_size(
-        chunk_elems, chunk_nbytes, numel, dtype, len(shards), align, compressed=codec is not None
+        chunk_elems,
+        chunk_nbytes,
+        numel,
+        dtype,
+        len(shards),
+        align,
+        compressed=codec is not None,
+        overlap=nodes > 1,
     )
     writer = Writer(topology, bucket)
     divisor = world if op == "mean" else 1
@@ -216,6 +223,7 @@ def _chunk_size(
     align: int,
     *,
     compressed: bool = False,
+    overlap: bool = True,
 ) -> int:
     """``asked`` elements, or what policy says, within ``limit`` bytes (a slot of the shared memory)."""
     if asked is not None:
@@ -227,7 +235,9 @@ def _chunk_size(
         raise UnsupportedError(
             f"chunk_nbytes={limit}: a chunk cannot hold one block of {align} {dtype}; raise it"
         )
-    wanted = policy.chunk_elems(numel=numel, dtype=dtype, shards=shards, align=align, compressed=compressed)
+    wanted = policy.chunk_elems(
+        numel=numel, dtype=dtype, shards=shards, align=align, compressed=compressed, overlap=overlap
+    )
     return min(wanted, most)
 
 

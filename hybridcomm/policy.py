@@ -65,16 +65,23 @@ def itemsize(dtype: str) -> int:
 
 
 def chunk_elems(
-    *, numel: int, dtype: str, shards: int, align: int = DENSE_ALIGN, compressed: bool = False
+    *,
+    numel: int,
+    dtype: str,
+    shards: int,
+    align: int = DENSE_ALIGN,
+    compressed: bool = False,
+    overlap: bool = True,
 ) -> int:
     """Elements per chunk: a quarter of a shard, within 64..512 KiB, and a multiple of ``align``.
 
-    Compressed chunks are as long as a slot: their payloads are a hundredth of that, and short messages cost
+    Without stages to ``overlap`` (an all-reduce inside one node keeps every rank busy) 512 KiB. Compressed chunks are as long as a slot: their payloads are a hundredth of that, and short messages cost
     more in headers than pipelining them gains.
     """
     size = itemsize(dtype)
     shard_nbytes = -(-numel // max(shards, 1)) * size
-    dense = min(max(shard_nbytes // _CHUNKS_WANTED, MIN_CHUNK_NBYTES), DENSE_CHUNK_NBYTES)
+    wanted = shard_nbytes // _CHUNKS_WANTED if overlap else DENSE_CHUNK_NBYTES
+    dense = min(max(wanted, MIN_CHUNK_NBYTES), DENSE_CHUNK_NBYTES)
     nbytes = MAX_CHUNK_NBYTES if compressed else dense
     return max(nbytes // size // align, 1) * align
 

@@ -22,8 +22,8 @@ Executor::Executor(Mesh& mesh, double timeout_s, bool crowded)
     : mesh_(mesh),
       default_timeout_(seconds(timeout_s)),
       timeout_(default_timeout_),
-      spin_for_(std::chrono::microseconds(crowded ? 2 : 100)),
-      yield_for_(std::chrono::microseconds(crowded ? 100 : 300)),
+      spin_for_(std::chrono::microseconds(crowded ? 0 : 100)),
+      yield_for_(std::chrono::microseconds(300)),
       epoll_(::epoll_create1(EPOLL_CLOEXEC)),
       node_(mesh, mesh.single_copy()) {
   watch_sockets();

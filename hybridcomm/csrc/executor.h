@@ -57,6 +57,7 @@ class Executor final : private Completion {
   bool open_sources(Lane lane, const Op& op);
   void take_sources(Lane lane, const Op& op);
   void sum_pieces(const Op& op);
+  void fetch_pieces(const Op& op, std::byte* own, uint64_t offset, uint64_t nbytes);
   // While it lives, the peers of regions_ do not let go of their memory.
   class Touching {
    public:
@@ -116,7 +117,8 @@ class Executor final : private Completion {
   std::vector<size_t> next_;
   std::vector<uint8_t> complete_;
   std::vector<const void*> sources_;      // of the operation at hand
-  std::vector<PeerRegion> regions_;       // likewise
+  std::vector<PeerRegion> regions_;       // likewise, of the other ranks among its sources
+  size_t own_place_ = 0;                  // of this rank among them
   std::vector<const uint8_t*> payloads_;  // likewise
   size_t remaining_ = 0;
   size_t in_flight_ = 0;  // messages posted and not complete

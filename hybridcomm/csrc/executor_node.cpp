@@ -51,9 +51,14 @@ bool Executor::open_sources(Lane lane, const Op& op) {
     check_message(*message, peer, expected);
   }
   regions_.clear();
+  own_place_ = op.sources.size();
   for (const int64_t source : op.sources) {
     const int peer = static_cast<int>(source);
-    if (peer != me) regions_.push_back(node_.open(*node_.next(lane, peer), peer));
+    if (peer == me) {
+      own_place_ = regions_.size();
+    } else {
+      regions_.push_back(node_.open(*node_.next(lane, peer), peer));
+    }
   }
   return true;
 }
@@ -94,25 +99,27 @@ void Executor::sum_pieces(const Op& op) {
   for (uint64_t begin = 0; begin < op.count; begin += piece) {
     const uint64_t count = std::min(piece, op.count - begin);
     std::byte* own = tensor_at(op) + begin * item;
-    sources_.clear();
-    size_t peer = 0;
-    for (const int64_t source : op.sources) {
-      if (source == node_.local_rank()) {
-        sources_.push_back(own);
-        continue;
-      }
-      const PeerRegion& region = regions_[peer];
-      const std::byte* bytes =
-          fetch(region, begin * item, count * item, pieces_.data() + peer * (share / 64 * 64));
-      if (bytes == nullptr) lost(region.local);
-      sources_.push_back(bytes);
-      ++peer;
-    }
+    fetch_pieces(op, own, begin * item, count * item);
     reduce_sources(op, own, count);
     if (!op.deliver) continue;
-    for (const PeerRegion& region : regions_) {
+    for (size_t turn = 0; turn < regions_.size(); ++turn) {
+      const PeerRegion& region = regions_[(turn + own_place_) % regions_.size()];
       if (region.writable && !store(region, begin * item, own, count * item)) lost(region.local);
     }
+  }
+}
+
+// Sets sources_, in group order. Fetched in another one, beginning behind this rank: the ranks of a node would
+// otherwise all be at the same peer's page tables at a time.
+void Executor::fetch_pieces(const Op& op, std::byte* own, uint64_t offset, uint64_t nbytes) {
+  const size_t stride = pieces_.size() / std::max<size_t>(regions_.size(), 1) / 64 * 64;
+  sources_.assign(op.sources.size(), own);
+  for (size_t turn = 0; turn < regions_.size(); ++turn) {
+    const size_t peer = (turn + own_place_) % regions_.size();
+    const PeerRegion& region = regions_[peer];
+    const std::byte* bytes = fetch(region, offset, nbytes, pieces_.data() + peer * stride);
+    if (bytes == nullptr) lost(region.local);
+    sources_[peer < own_place_ ? peer : peer + 1] = bytes;
   }
 }
 

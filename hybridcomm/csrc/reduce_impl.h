@@ -104,16 +104,36 @@ void tiles(const Job& job) {
   }
 }
 
-// The common case, two float32 sources: no accumulator tile.
-inline void sum_two(const Job& job) {
+// The common case, a few float32 sources: the sum stays in registers.
+template <int kCount>
+void sum_few(const Job& job) {
+  const float* sources[kCount];
+  for (int s = 0; s < kCount; ++s) sources[s] = static_cast<const float*>(job.sources[s]);
   auto* out = static_cast<float*>(job.out);
-  const auto* a = static_cast<const float*>(job.sources[0]);
-  const auto* b = static_cast<const float*>(job.sources[1]);
-  if (job.divisor == 1) {
-    for (size_t i = 0; i < job.numel; ++i) out[i] = a[i] + b[i];
-  } else {
-    const auto divisor = static_cast<float>(job.divisor);
-    for (size_t i = 0; i < job.numel; ++i) out[i] = (a[i] + b[i]) / divisor;
+  const auto divisor = static_cast<float>(job.divisor);
+  const bool divide = job.divisor != 1;
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC ivdep  // `out` is a source or does not overlap one
+#endif
+  for (size_t i = 0; i < job.numel; ++i) {
+    float total = sources[0][i];
+    for (int s = 1; s < kCount; ++s) total += sources[s][i];
+    out[i] = divide ? total / divisor : total;
+  }
+}
+
+inline void sum_floats(const Job& job) {
+  switch (job.count) {
+    case 2:
+      return sum_few<2>(job);
+    case 3:
+      return sum_few<3>(job);
+    case 4:
+      return sum_few<4>(job);
+    case 8:
+      return sum_few<8>(job);
+    default:
+      return tiles<Plain<float>, Sum>(job);
   }
 }
 
@@ -168,7 +188,7 @@ inline void booleans(Reduction op, const Job& job) {
 inline void reduce_here(Dtype dtype, Reduction op, const Job& job) {
   switch (dtype) {
     case Dtype::float32:
-      if (job.count == 2 && is_sum(op)) return sum_two(job);
+      if (is_sum(op)) return sum_floats(job);
       return floats<Plain<float>>(op, job);
     case Dtype::bfloat16:
       return floats<Bfloat16>(op, job);

@@ -75,8 +75,9 @@ def chunk_elems(
 ) -> int:
     """Elements per chunk: a quarter of a shard, within 64..512 KiB, and a multiple of ``align``.
 
-    Without stages to ``overlap`` (an all-reduce inside one node keeps every rank busy) 512 KiB. Compressed chunks are as long as a slot: their payloads are a hundredth of that, and short messages cost
-    more in headers than pipelining them gains.
+    Without stages to ``overlap`` (an all-reduce inside one node keeps every rank busy) 512 KiB. Compressed
+    chunks are as long as a slot: their payloads are a hundredth of that, and short messages cost more in
+    headers than pipelining them gains.
     """
     size = itemsize(dtype)
     shard_nbytes = -(-numel // max(shards, 1)) * size

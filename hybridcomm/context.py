@@ -102,4 +102,5 @@ class Context(Collectives):
         self.close()
 
     def __repr__(self) -> str:
-        return f"Context(rank={self.rank}, topology={self.topology})"
+        in_node = "+".join(sorted(set(self.reach().values()))) or "alone"
+        return f"Context(rank={self.rank}, topology={self.topology}, in_node={in_node})"

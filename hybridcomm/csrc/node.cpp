@@ -111,11 +111,12 @@ Node::Posted Node::post(Lane lane, const Message& message, const std::vector<int
     } else if (shared) {
       write(lane, reader, message.tag, Place::arena, *shared, references);
     } else {
+      hand_over(reinterpret_cast<uint64_t>(message.data));
       write(lane, reader, message.tag, Place::address, reinterpret_cast<uint64_t>(message.data), references);
     }
   }
   if (references.empty()) return Posted::complete;
-  references_.push_back({message.op, std::move(references)});
+  references_.push_back({message.op, reinterpret_cast<uint64_t>(message.data), std::move(references)});
   return Posted::pending;
 }
 
@@ -127,6 +128,7 @@ bool Node::progress(Completion& done) {
   size_t kept = 0;
   for (size_t i = 0; i < references_.size(); ++i) {
     if (read(references_[i])) {
+      take_over(references_[i].address);
       done.complete(references_[i].op);
     } else {
       if (kept != i) references_[kept] = std::move(references_[i]);
@@ -151,6 +153,7 @@ PeerRegion Node::open(const Descriptor& message, int from) {
   if (message.place == Place::slot || message.place == Place::arena) {
     region.direct = mesh_.segment(from).at(message.at, message.tag.nbytes);
   } else if (reach(from) == Reach::same_process) {
+    take_over(message.at);
     region.direct = reinterpret_cast<std::byte*>(message.at);
   } else {
     region.pid = mesh_.segment(from).identity().pid;
@@ -161,6 +164,7 @@ PeerRegion Node::open(const Descriptor& message, int from) {
 
 void Node::take(Lane lane, int from) {
   uint64_t& taken = taken_[ring(lane, from)];
+  if (reach(from) == Reach::same_process) hand_over(mesh_.segment(from).descriptor(lane, me_, taken).at);
   mesh_.own().tail(lane, from).store(++taken, std::memory_order_seq_cst);
   mesh_.ring(from);
 }

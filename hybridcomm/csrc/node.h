@@ -66,6 +66,7 @@ class Node {
   };
   struct Reference {
     uint32_t op;
+    uint64_t address;
     std::vector<Use> uses;
   };
   size_t ring(Lane lane, int local) const {

@@ -28,6 +28,18 @@ struct PeerRegion {
   uint64_t address = 0;
 };
 
+// Ranks that are threads order their accesses to one address through words that each sees at an address of its own
+// (every rank maps every segment), which a thread sanitizer cannot know: it is told.
+#if defined(__SANITIZE_THREAD__)
+extern "C" void __tsan_acquire(void* address);
+extern "C" void __tsan_release(void* address);
+inline void hand_over(uint64_t address) { __tsan_release(reinterpret_cast<void*>(address)); }
+inline void take_over(uint64_t address) { __tsan_acquire(reinterpret_cast<void*>(address)); }
+#else
+inline void hand_over(uint64_t) {}
+inline void take_over(uint64_t) {}
+#endif
+
 // Bytes of a region, copied to `scratch` if need be; null: the peer's memory cannot be read (errno says why).
 const std::byte* fetch(const PeerRegion& region, uint64_t offset, size_t nbytes, std::byte* scratch);
 bool store(const PeerRegion& region, uint64_t offset, const std::byte* data, size_t nbytes);

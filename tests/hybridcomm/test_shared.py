@@ -15,6 +15,8 @@ import torch
 import hybridcomm
 from hybridcomm.context import Context
 from hybridcomm.errors import DataTypeError, SharedMemoryError, UnsupportedError
+from hybridcomm.lower import lower
+from hybridcomm.plan import Plan, Region, Step
 from hybridcomm.store import DirectoryStore
 from hybridcomm.topology import Topology
 from tests.engine_ranks import TIMEOUT_S, close_all, each_rank, engine_contexts
@@ -25,7 +27,7 @@ TOPOLOGIES = {"1x2": [2], "1x4": [4], "2x2": [2, 2], "2+1": [2, 1], "3+2": [3, 2
 SIZES = (1, 17, 4096, 40_009, 300_001)
 
 
-def connect(topology: Topology, staged: set[int]) -> list[Any]:
+def connect(topology: Topology, staged: set[int], chunk_nbytes: int = 65536) -> list[Any]:
     """Contexts of threads; the ranks in ``staged`` neither reach other memory nor let others reach theirs."""
     with tempfile.TemporaryDirectory(prefix="hybridcomm-test-") as directory:
         found = each_rank(
@@ -35,7 +37,7 @@ def connect(topology: Topology, staged: set[int]) -> list[Any]:
                 rank=rank,
                 world_size=topology.world_size,
                 timeout=TIMEOUT_S,
-                chunk_nbytes=65536,
+                chunk_nbytes=chunk_nbytes,
                 single_copy=rank not in staged,
             ),
             topology.world_size,
@@ -198,6 +200,52 @@ def test_alone_on_a_node_it_is_ordinary_memory() -> None:
         assert contexts[0].empty(4, dtype=np.float32).shape == (4,)
         assert contexts[0]._engine.shared_nbytes() == 0
         assert contexts[0].reach() == {}
+
+
+def test_repr_says_how_memory_is_reached(pair: list[Context]) -> None:
+    assert repr(pair[0]).endswith("in_node=same_process)")
+
+
+def test_some_ranks_of_a_node_work_alone() -> None:
+    """Steps inside a node may run over a part of it: ranks 1 and 3 here, in memory of all three kinds."""
+    topology, numel = Topology.virtual(1, 4), 50_000
+    steps = tuple(
+        Step(
+            id=place,
+            op=op,
+            bucket=0,
+            shard=0,
+            chunk=0,
+            region=Region(0, numel),
+            group=(1, 3),
+            root=root,
+            divisor=1,
+            after=tuple(range(place)),
+        )
+        for place, (op, root) in enumerate([("reduce", 3), ("gather", 3), ("reduce_all", -1)])
+    )
+    plan = Plan(
+        collective="allreduce",
+        numel=numel,
+        dtype="float32",
+        op="sum",
+        compressor="none",
+        topology=topology,
+        chunk_elems=numel,
+        steps=steps,
+    )
+    for staged in (set(), {1}, {1, 3}):
+        contexts = connect(topology, staged, chunk_nbytes=1 << 20)
+
+        def body(rank: int, contexts: list[Any] = contexts) -> Any:
+            array = np.full(numel, rank + 1, np.float32)
+            contexts[rank]._engine.run(lower(plan, rank, None), array.ctypes.data)
+            return set(array)
+
+        try:
+            assert each_rank(body, 4) == [{1.0}, {12.0}, {3.0}, {12.0}]
+        finally:
+            close_all(contexts)
 
 
 def test_module_function_uses_the_default_context(pair: list[Context]) -> None:

@@ -1,0 +1,90 @@
+"""Bugs planted in the engine's source: its own test program must notice each (built once, then file by file)."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+import pytest
+
+from tests.hybridcomm.test_sanitizers import ROOT, needs_time
+
+MUTANTS: dict[str, tuple[str, dict[str, str]]] = {
+    "a reference is complete before it was read": (
+        "node.cpp",
+        {"if (references.empty()) return Posted::complete;": "return Posted::complete;"},
+    ),
+    "a message is handed back before it was read": (
+        "executor_node.cpp",
+        {
+            "  sum_pieces(op);\n  if (op.deliver) {": "  take_sources(Lane::reduce, op);\n  ::usleep(500);\n"
+            "  sum_pieces(op);\n  if (op.deliver) {",
+            "    delivered_.push_back(delivered);\n  }\n  take_sources(Lane::reduce, op);\n": ""
+            "    delivered_.push_back(delivered);\n  }\n",
+        },
+    ),
+    "withdrawn memory is used": (
+        "node.cpp",
+        {"return mesh_.segment(local).revoked().load(std::memory_order_seq_cst) == 0;": "return true;"},
+    ),
+    "a sum is said to be delivered, and is not": (
+        "executor_node.cpp",
+        {
+            "if (region.writable && !store(region, begin * item, own, count * item)) "
+            "lost(region.local);": "(void)region;"
+        },
+    ),
+    "a slot is used again while it is read": (
+        "node.cpp",
+        {
+            "if (!std::all_of(uses.begin(), uses.end(), [this](const Use& use) { return used(use); })) "
+            "return nullptr;": ""
+        },
+    ),
+}
+
+
+def build(cmake: str, folder: Path) -> None:
+    command = [cmake, "--build", str(folder), "--target", "hybridcomm_engine_test", "-j2"]
+    made = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
+    assert made.returncode == 0, made.stdout + made.stderr
+
+
+def passes(folder: Path) -> bool:
+    program = str(folder / "hybridcomm_engine_test")
+    try:
+        done = subprocess.run([program], check=False, capture_output=True, timeout=150)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
+@needs_time
+@pytest.mark.timeout(1800)
+def test_planted_bugs_are_noticed(tmp_path: Path) -> None:
+    source, folder = tmp_path / "source", tmp_path / "build"
+    for name in ("hybridcomm/csrc", "kernels/host", "tests/csrc"):
+        shutil.copytree(ROOT / name, source / name)
+    shutil.copy(ROOT / "CMakeLists.txt", source)
+    cmake = shutil.which("cmake") or "cmake"
+    configure = [cmake, f"-S{source}", f"-B{folder}", f"-DPython_EXECUTABLE={sys.executable}"]
+    configure.append(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
+    subprocess.run(configure, check=True, capture_output=True, timeout=300)
+    build(cmake, folder)
+    assert passes(folder)
+    survivors = []
+    for what, (name, changes) in MUTANTS.items():
+        path = source / "hybridcomm/csrc" / name
+        text = changed = path.read_text()
+        for before, after in changes.items():
+            assert changed.count(before) == 1, f"{what}: {name} has changed"
+            changed = changed.replace(before, after)
+        path.write_text(changed)
+        build(cmake, folder)
+        if passes(folder):
+            survivors.append(what)
+        path.write_text(text)
+    assert survivors == []

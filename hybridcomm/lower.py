@@ -17,7 +17,7 @@ may arrive while the one before it is still being summed, but not more than ``RI
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypedDict
 
 from hybridcomm import _C, policy, reduction
@@ -141,7 +141,7 @@ class _Lowering:
         self.receive_ring = _Ring(0, inter * self.itemsize)
         self.payload_ring = _Ring(self.receive_ring.end, self._payload_set_nbytes(steps))
         self.program.scratch_nbytes = self.payload_ring.end
-        for step in steps:
+        for step in _hand_out_first(steps, rank):
             getattr(self, f"_{step.op}")(step)
 
     def _new_program(self) -> _C.Program:
@@ -362,6 +362,18 @@ class _Lowering:
         )
         slot.users.append(op)
         self.done_by[step.id] = [op]
+
+
+def _hand_out_first(steps: Sequence[Step], rank: int) -> list[Step]:
+    """Steps in the order in which their operations are tried: what ``rank`` only hands to others comes first.
+
+    Otherwise it might sum a chunk of its own first, while another rank waits for what it has ready.
+    """
+    reduces = [step for step in steps if step.op == "reduce"]
+    if any(step.after for step in reduces):  # a lane's order is the plan's
+        return list(steps)
+    first = [step for step in reduces if step.root != rank]
+    return [*first, *(step for step in steps if step.op != "reduce" or step.root == rank)]
 
 
 def _delivered(steps: Iterable[Step], rank: int) -> set[int]:

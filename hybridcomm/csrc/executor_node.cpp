@@ -14,8 +14,8 @@ namespace hybridcomm {
 namespace {
 
 constexpr uint64_t kDirectPiece = 16 << 10;  // bytes: source and result pieces stay in the first-level cache
-constexpr uint64_t kFetchedPieces = 256
-                                    << 10;  // bytes of scratch for all peers' pieces: a share of the second
+constexpr uint64_t kFetchedPieces =
+    256 << 10;  // of scratch for all peers' pieces: a share of the second-level one
 constexpr uint64_t kLongestPiece = 128 << 10;
 
 }  // namespace

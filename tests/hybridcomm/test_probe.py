@@ -40,7 +40,9 @@ def test_one_disturbed_sample_does_not_move_beta(disturbed: int) -> None:
 
 def test_plans_of_one_link_class_touch_only_that() -> None:
     topology = Topology.from_sizes([2, 3, 1])
-    near, far = (build(topology, 999, 1 << 20) for build in (probing._inside_nodes, probing._between_nodes))
+    near, far = (
+        build(topology, 99_999, 1 << 20) for build in (probing._inside_nodes, probing._between_nodes)
+    )
     assert {step.op for step in near.steps} == {"reduce", "gather"}
     assert {step.group for step in near.steps} == {(0, 1), (2, 3, 4)}
     assert {step.op for step in far.steps} == {"exchange_reduce", "exchange_gather"}

@@ -17,11 +17,12 @@ may arrive while the one before it is still being summed, but not more than ``RI
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 from typing import TYPE_CHECKING, TypedDict
 
 from hybridcomm import _C, policy, reduction
 from hybridcomm.errors import PlanError
+from hybridcomm.lower_node import delivered, hand_out_first
 
 if TYPE_CHECKING:
     from hybridcomm.compress import Compressor
@@ -134,14 +135,14 @@ class _Lowering:
         self.residual_offset = _offsets(plan.residual_regions(rank))
         self.program = self._new_program()
         steps = plan.for_rank(rank)
-        self.delivered = _delivered(steps, rank)
+        self.delivered = delivered(steps, rank)
         inter = max(
             (s.region.numel * (len(s.group) - 1) for s in steps if s.op == "exchange_reduce"), default=0
         )
         self.receive_ring = _Ring(0, inter * self.itemsize)
         self.payload_ring = _Ring(self.receive_ring.end, self._payload_set_nbytes(steps))
         self.program.scratch_nbytes = self.payload_ring.end
-        for step in _hand_out_first(steps, rank):
+        for step in hand_out_first(steps, rank):
             getattr(self, f"_{step.op}")(step)
 
     def _new_program(self) -> _C.Program:
@@ -362,36 +363,6 @@ class _Lowering:
         )
         slot.users.append(op)
         self.done_by[step.id] = [op]
-
-
-def _hand_out_first(steps: Sequence[Step], rank: int) -> list[Step]:
-    """Steps in the order in which their operations are tried: what ``rank`` only hands to others comes first.
-
-    Otherwise it might sum a chunk of its own first, while another rank waits for what it has ready.
-    """
-    reduces = [step for step in steps if step.op == "reduce"]
-    if any(step.after for step in reduces):  # a lane's order is the plan's
-        return list(steps)
-    first = [step for step in reduces if step.root != rank]
-    return [*first, *(step for step in steps if step.op != "reduce" or step.root == rank)]
-
-
-def _delivered(steps: Iterable[Step], rank: int) -> set[int]:
-    """The reduces of ``rank``, and their gathers, whose result goes straight to the others of the group.
-
-    That is where a gather of the same region to the same ranks waits for nothing but the reduce. The engine
-    remembers who got it from one to the other first in, first out, so both must come in one order.
-    """
-    own = [step for step in steps if step.root == rank and step.op in ("reduce", "gather")]
-    reduces = {step.id: step for step in own if step.op == "reduce"}
-    pairs = []
-    for step in own:
-        before = reduces.get(step.after[0]) if step.op == "gather" and len(step.after) == 1 else None
-        if before is not None and (before.region, before.group) == (step.region, step.group):
-            pairs.append((before.id, step.id))
-    if pairs != sorted(pairs) or len({before for before, _ in pairs}) != len(pairs):
-        return set()
-    return {step for pair in pairs for step in pair}
 
 
 def _offsets(regions: Iterable[Region]) -> dict[Region, int]:

@@ -110,7 +110,7 @@ def test_the_wheel_holds_nothing_else(built: Built) -> None:
 def test_the_sdist_holds_the_sources(built: Built) -> None:
     with tarfile.open(built.sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    for name in ("CMakeLists.txt", "LICENSE", "kernels/host/topk.h", "hybridcomm/csrc/engine.cpp"):
+    for name in ("CMakeLists.txt", "LICENSE", "kernels/host/codec.h", "hybridcomm/csrc/engine.cpp"):
         assert name in held
     assert not [
         name for name in held if name.endswith((".so", ".pyc")) or name.startswith((".venv", "build/"))

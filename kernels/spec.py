@@ -18,7 +18,7 @@ from hybridcomm.kernels.payload import (
     SpecError,
     Status,
 )
-from hybridcomm.kernels.specs.quant import CastSpec, Fp8Spec, Int4Spec, Int8Spec, SignSpec
+from hybridcomm.kernels.specs.quant import CastSpec, Fp8Spec, IntegerSpec, SignSpec
 from hybridcomm.kernels.specs.topk import DEFAULT_BLOCK, DEFAULT_RATIO, TopKSpec
 
 __all__ = [
@@ -46,8 +46,8 @@ CODECS: Mapping[str, Callable[[str], Spec]] = MappingProxyType(
         "fp16": CastSpec.parse,
         "bf16": CastSpec.parse,
         "fp8": Fp8Spec.parse,
-        "int8": Int8Spec.parse,
-        "int4": Int4Spec.parse,
+        "int8": IntegerSpec.parse,
+        "int4": IntegerSpec.parse,
         "sign1": SignSpec.parse,
     }
 )

@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Protocol
 
 from hybridcomm import policy, reduction
-from hybridcomm.errors import UnsupportedError
 from hybridcomm.copy_plans import (
     all_gather,
     all_to_all,
@@ -25,6 +24,7 @@ from hybridcomm.copy_plans import (
     parts_by_rank,
     scatter,
 )
+from hybridcomm.errors import UnsupportedError
 from hybridcomm.plan import ALL, Part, Plan, Region
 from hybridcomm.plan_stages import (
     Chunk,

@@ -2,32 +2,113 @@
 
 In: arrays, the operation, the compressor. Out: a program of the group's plan cache, run on its engine.
 
-    collectives_base.py     plan cache, launch        collectives_reduce.py   allreduce, reduce, reduce_scatter
+    collectives_base.py     plan cache, launch        collectives_reduce.py   reduce, reduce_scatter
     memory.py, parted.py    whose memory is where     collectives_copy.py     broadcast, all_gather, gather, ...
-    coalesce.py             several calls as one
+    coalesce.py             several calls as one      here                    allreduce, barriers
 """
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hybridcomm import collective_plans
+from hybridcomm import auto, collective_plans
+from hybridcomm import compress as compressors
+from hybridcomm.arrays import Array, view
 from hybridcomm.coalesce import Coalescing
+from hybridcomm.collectives_base import scale
 from hybridcomm.collectives_copy import Copies
 from hybridcomm.collectives_reduce import Reductions
 from hybridcomm.errors import StallError, UnsupportedError
 from hybridcomm.reduction import Op
 
 if TYPE_CHECKING:
+    from hybridcomm.bucket import Span
+    from hybridcomm.compress import Compressor
+    from hybridcomm.plan import Plan
+    from hybridcomm.residual import Residual
     from hybridcomm.work import Work
 
 __all__ = ["Collectives", "Op"]
 
+_UNNAMED = "tensor"
+
 
 class Collectives(Reductions, Copies):
     """What a rank can do together with the others of its group."""
+
+    def allreduce(
+        self,
+        t: Array,
+        *,
+        op: Op = "sum",
+        compress: str | Compressor | None = None,
+        residual: Residual | None = None,
+        async_op: bool = False,
+        residual_key: str = _UNNAMED,
+        spans: Sequence[Span] | None = None,
+    ) -> Work | None:
+        """Reduces ``t`` over all ranks, in place; see `hybridcomm.allreduce`.
+
+        ``residual_key`` and ``spans`` name the tensor and its parameters within ``residual``, for callers
+        that keep one `Residual` for many buckets. The name rides in every header too, so that ranks which mix
+        up tensors of one shape get an error.
+        """
+        plain = compress is None and residual is None and residual_key is _UNNAMED and not async_op
+        if self._batch is not None:
+            self._batch.allreduce(t, op, plain=plain)
+            return None
+        if plain and self._prepared.run(t, op):
+            return None
+        target = view(t)
+        name, factor = self._operation(op, target.dtype)
+        compressor = auto.resolve(self, compress, numel=target.numel, dtype=target.dtype, op=name)
+        if compressor is None and auto.is_auto(compress):
+            residual = None  # the policy's answer for this size is dense, now and later
+        if compressor is None and residual is not None:
+            raise UnsupportedError("residual= needs compress=: a dense all-reduce leaves nothing behind")
+        if compressor is not None:
+            compressors.check_compressible(compressor, dtype=target.dtype, op=name)
+        plan, program = self._program(
+            ("allreduce", target.numel, target.dtype, name, str(compressor)),
+            lambda: collective_plans.allreduce(
+                self.topology,
+                target.numel,
+                dtype=target.dtype,
+                op=name,
+                compressor=compressor,
+                chunk_nbytes=self.chunk_nbytes,
+            ),
+            compressor,
+        )
+        scale(target.dtype, target.address, target.numel, factor)
+        e_in = e_out = None
+        if residual is not None:
+            regions = plan.residual_regions(self.rank)
+            e_in, e_out = residual.stage(residual_key, numel=target.numel, regions=regions, spans=spans)
+        # A lazily conjugated view looks plain to the short way.
+        if plain and factor is None and not target.dtype.startswith("complex"):
+            self._prepared.remember(t, op, program)
+        memory = self._memory(target.dtype)
+        memory.place(0, target.numel, target.address)
+        memory.write_to(target)
+        tensor = zlib.crc32(residual_key.encode()) if residual_key != _UNNAMED else 0
+        return self._launch(program, memory, async_op, residual=(e_in, e_out), name=tensor)
+
+    all_reduce = allreduce
+
+    def plan_allreduce(
+        self, numel: int, *, dtype: str = "float32", op: Op = "sum", compress: str | Compressor | None = None
+    ) -> Plan:
+        """The plan that `allreduce` would run for such a tensor: print it, check it, compare digests."""
+        name, _ = self._operation(op, dtype)
+        compressor = auto.resolve(self, compress, numel=numel, dtype=dtype, op=name)
+        return collective_plans.allreduce(
+            self.topology, numel, dtype=dtype, op=name, compressor=compressor, chunk_nbytes=self.chunk_nbytes
+        )
 
     def barrier(self, *, async_op: bool = False) -> Work | None:
         """Returns on no rank before every rank has entered."""

@@ -61,9 +61,13 @@ class CollectivesBase:
     def _views(self, arrays: Sequence[Array] | None, name: str, *, like: View, written: bool) -> list[View]:
         """One view per rank of a caller's list, all of the dtype of ``like``."""
         if not isinstance(arrays, (list, tuple)):
-            raise UnsupportedError(f"{name}: expected a list of one array per rank, got {type(arrays).__name__}")
+            raise UnsupportedError(
+                f"{name}: expected a list of one array per rank, got {type(arrays).__name__}"
+            )
         if len(arrays) != self.world_size:
-            raise UnsupportedError(f"{name} holds {len(arrays)} arrays; {self.world_size} ranks need one each")
+            raise UnsupportedError(
+                f"{name} holds {len(arrays)} arrays; {self.world_size} ranks need one each"
+            )
         views = [view(array, f"{name}[{rank}]", written=written) for rank, array in enumerate(arrays)]
         for rank, each in enumerate(views):
             check_dtypes((f"{name}[{rank}]", each), ("the other tensor", like))

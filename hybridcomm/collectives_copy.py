@@ -63,7 +63,8 @@ class Copies(CollectivesBase):
     ) -> Work | None:
         """Of ``packed`` tensors in one message, and of the others."""
         if self._batch is not None:
-            return self._batch.all_gather(entries, async_op=async_op)
+            self._batch.all_gather(entries, async_op=async_op)
+            return None
         dtype, sizes = (*entries, *packed)[0].own.dtype, sizes_of(packed, entries)
         _, program = self._program(
             ("all_gather", sizes, dtype),
@@ -196,7 +197,9 @@ class Copies(CollectivesBase):
         shape = tuple(whole.owner.shape)
         rows, world = (shape or (0,))[0], self.world_size
         if not shape:
-            raise UnsupportedError(f"{what}: a tensor without dimensions cannot be split; pass it as t.view(1)")
+            raise UnsupportedError(
+                f"{what}: a tensor without dimensions cannot be split; pass it as t.view(1)"
+            )
         if sizes is None:
             if rows % world:
                 raise UnsupportedError(f"{what} has {rows} rows: give {name}, or a multiple of {world} rows")

@@ -1,9 +1,9 @@
 """Builders of the collectives that copy and combine nothing; each byte crosses a slow link once per node that wants it.
 
-    broadcast, all_gather      exchange_gather to one leader per node -> gather inside the nodes
-    gather, scatter,           from rank to rank: gather between two ranks of a node,
-    all_to_all                 exchange_gather between ranks of two nodes
-    monitored_barrier          every rank to rank 0, then rank 0 to every rank
+broadcast, all_gather      exchange_gather to one leader per node -> gather inside the nodes
+gather, scatter,           from rank to rank: gather between two ranks of a node,
+all_to_all                 exchange_gather between ranks of two nodes
+monitored_barrier          every rank to rank 0, then rank 0 to every rank
 """
 
 from __future__ import annotations

@@ -126,7 +126,11 @@ class Memory:
         size, merged = itemsize(self.dtype), list[_Span]()
         for span in sorted(self._spans):
             last = merged[-1] if merged else None
-            if last and last.end == span.begin and last.address + (last.end - last.begin) * size == span.address:
+            if (
+                last
+                and last.end == span.begin
+                and last.address + (last.end - last.begin) * size == span.address
+            ):
                 merged[-1] = last._replace(end=span.end)
             else:
                 merged.append(span)

@@ -264,7 +264,7 @@ class Plan:
 def _writes(step: Step, rank: int) -> bool:
     if step.op in ("gather", "exchange_gather"):
         return rank != step.root
-    return rank == step.root and step.op != "compress" or step.op == "reduce_all"
+    return (rank == step.root and step.op != "compress") or step.op == "reduce_all"
 
 
 def _parse_part(text: str) -> Part:

@@ -114,13 +114,15 @@ def _check_parts(plan: Plan) -> None:
     at = 0
     for part in plan.parts:
         if part.begin != at or part.end <= part.begin:
-            raise PlanError(f"part {part}: parts must tile the {plan.numel} elements, the next begins at {at}")
+            raise PlanError(
+                f"part {part}: parts must tile the {plan.numel} elements, the next begins at {at}"
+            )
         at = part.end
         for kind, rank in zip(kinds, (part.source, part.target), strict=True):
             good = {"all": rank == ALL, "root": rank == plan.root, "rank": rank != ALL}[kind]
             if not good or not ALL <= rank < plan.topology.world_size:
                 raise PlanError(f"part {part}: no part of {plan.collective} with root {plan.root}")
-    if plan.parts and at != plan.numel or not plan.parts and plan.numel and kinds != ("all", "all"):
+    if (plan.parts and at != plan.numel) or (not plan.parts and plan.numel and kinds != ("all", "all")):
         raise PlanError(f"the parts of {plan.collective} end at {at} of {plan.numel} elements")
 
 

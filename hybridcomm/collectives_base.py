@@ -119,7 +119,7 @@ class CollectivesBase:
     ) -> Work | None:
         e_in, e_out = (0 if half is None else half.ctypes.data for half in residual)
         address, pieces = memory.table()
-        where = (address, e_in, e_out, name, pieces, timeout_s)
+        where = (address, e_in, e_out, self._prepared.stamp(program, name), pieces, timeout_s)
         for array in memory.written:
             _note_written(array)
         if not async_op:

@@ -141,7 +141,7 @@ def _slowest(context: Collectives, call: Callable[[], object], *, batch: int) ->
             call()
         times.append((time.perf_counter() - begin) / batch)
     every = np.zeros(context.world_size)
-    context.all_gather(every, np.array([statistics.median(times[1:])]))
+    context.all_gather_into_tensor(every, np.array([statistics.median(times[1:])]))
     return _agreed(context, [float(every.max())])[0]
 
 

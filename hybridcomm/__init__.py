@@ -35,7 +35,7 @@ except ImportError as error:
 
 from hybridcomm import policy
 from hybridcomm.arrays import Array
-from hybridcomm.compress import Compressor
+from hybridcomm.compress import Compress, Compressor
 from hybridcomm.context import Context
 from hybridcomm.errors import HybridCommError
 from hybridcomm.reduction import Op, premul_sum
@@ -130,7 +130,7 @@ def allreduce(
     t: Array,
     *,
     op: Op = "sum",
-    compress: str | Compressor | None = None,
+    compress: Compress = None,
     residual: Residual | None = None,
     group: Context | None = None,
     async_op: bool = False,

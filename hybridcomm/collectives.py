@@ -18,12 +18,12 @@ from hybridcomm.arrays import Array, View, view
 from hybridcomm.errors import DataTypeError, UnsupportedError
 from hybridcomm.lower import DTYPES, lower
 from hybridcomm.reduction import Op
-from hybridcomm.residual import Residual
+from hybridcomm.residual import Residual, Staged
 from hybridcomm.work import Work
 
 if TYPE_CHECKING:
     from hybridcomm.bucket import Span
-    from hybridcomm.compress import Compressor
+    from hybridcomm.compress import Compress, Compressor
     from hybridcomm.plan import Plan
     from hybridcomm.topology import Topology
 
@@ -67,7 +67,7 @@ class Collectives:
         t: Array,
         *,
         op: Op = "sum",
-        compress: str | Compressor | None = None,
+        compress: Compress = None,
         residual: Residual | None = None,
         async_op: bool = False,
         residual_key: str = _UNNAMED,
@@ -92,7 +92,7 @@ class Collectives:
         if compressor is not None:
             compressors.check_compressible(compressor, dtype=target.dtype, op=name)
         plan, program = self._program(
-            ("allreduce", target.numel, target.dtype, name, str(compressor)),
+            ("allreduce", target.numel, target.dtype, name, str(compressor), compressor),
             lambda: collective_plans.allreduce(
                 self.topology,
                 target.numel,
@@ -104,14 +104,14 @@ class Collectives:
             compressor,
         )
         _scale(target, factor)
-        e_in = e_out = None
+        staged = None
         if residual is not None:
             regions = plan.residual_regions(self.rank)
-            e_in, e_out = residual.stage(residual_key, numel=target.numel, regions=regions, spans=spans)
+            staged = residual.prepare(residual_key, numel=target.numel, regions=regions, spans=spans)
         if plain and factor is None:
             self._prepared.remember(t, op, program)
         tensor = zlib.crc32(residual_key.encode()) if residual_key != _UNNAMED else 0
-        return self._launch(program, target, async_op, residual=(e_in, e_out), name=tensor)
+        return self._launch(program, target, async_op, staged=staged, name=tensor)
 
     all_reduce = allreduce
 
@@ -168,7 +168,7 @@ class Collectives:
         return self._launch(program, view(np.zeros(1, np.int64)), async_op)
 
     def plan_allreduce(
-        self, numel: int, *, dtype: str = "float32", op: Op = "sum", compress: str | Compressor | None = None
+        self, numel: int, *, dtype: str = "float32", op: Op = "sum", compress: Compress = None
     ) -> Plan:
         """The plan that `allreduce` would run for such a tensor: print it, check it, compare digests."""
         name, _ = self._operation(op, dtype)
@@ -216,26 +216,22 @@ class Collectives:
         target: View,
         async_op: bool,
         *,
-        residual: tuple[Any, Any] = (None, None),
+        staged: Staged | None = None,
         name: int = 0,
         finish: Callable[[], None] | None = None,
         keep: Sequence[Array] = (),
     ) -> Work | None:
-        e_in, e_out = residual
-        addresses = (
-            target.address,
-            0 if e_in is None else e_in.ctypes.data,
-            0 if e_out is None else e_out.ctypes.data,
-            name,
-        )
+        e_in, e_out = (0, 0) if staged is None else (staged.e_in.ctypes.data, staged.e_out.ctypes.data)
+        addresses = (target.address, e_in, e_out, name)
+        feedback = {} if staged is None else {"feedback": staged.feedback}
         _note_written(target.owner)
         if not async_op:
-            self._engine.run(program, *addresses)
+            self._engine.run(program, *addresses, **feedback)
             if finish is not None:
                 finish()
             return None
-        tensors = [target.owner, *keep, *(e for e in residual if e is not None)]
-        work = Work(self._engine.submit(program, *addresses), tensors, finish=finish)
+        tensors = [target.owner, *keep, *(() if staged is None else staged.arrays)]
+        work = Work(self._engine.submit(program, *addresses, **feedback), tensors, finish=finish)
         while self._running and self._running[0].is_completed():
             self._running.popleft()
         self._running.append(work)

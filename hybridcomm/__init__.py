@@ -36,10 +36,13 @@ except ImportError as error:
 from hybridcomm import policy
 from hybridcomm.arrays import Array
 from hybridcomm.compress import Compress, Compressor
+from hybridcomm.compression_policy import CompressionPolicy, Rule
 from hybridcomm.context import Context
+from hybridcomm.custom import CustomCompressor
 from hybridcomm.errors import HybridCommError
 from hybridcomm.reduction import Op, premul_sum
 from hybridcomm.residual import Residual
+from hybridcomm.schedule import Schedule
 from hybridcomm.topology import Topology
 from hybridcomm.work import Work
 
@@ -47,11 +50,15 @@ if TYPE_CHECKING:
     from hybridcomm.reducer import Reducer
 
 __all__ = [
+    "CompressionPolicy",
     "Compressor",
     "Context",
+    "CustomCompressor",
     "HybridCommError",
     "Reducer",
     "Residual",
+    "Rule",
+    "Schedule",
     "Topology",
     "Work",
     "all_gather",

@@ -109,6 +109,11 @@ class Residual:
         self._loaded: dict[str, list[tuple[int, FloatArray]]] = {}
         self._strict = False  # a state was loaded: what it does not hold is an error, not a zero
 
+    @property
+    def settings(self) -> str:
+        """What must be equal on all ranks, as text."""
+        return f"decay={self.decay:g} momentum={self.momentum:g} masking={self.masking}"
+
     def stage(
         self,
         name: str,

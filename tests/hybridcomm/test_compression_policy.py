@@ -228,7 +228,7 @@ def test_the_table_says_what_is_active_per_bucket() -> None:
     assert rows[2][:2] == ["inter_node", "policy"]
     assert rows[4][:-1] == ["0", "float32", "1", "0.00", *["topk:0.2/b32/k6/v11"] * 2]
     assert float(rows[4][-1]) > 1
-    assert rows[6] == ["2", "float32", "2", "0.00", "none", "dense", "1.0"]
+    assert rows[5] == ["1", "float32", "2", "0.00", "none", "dense", "1.0"]
     assert rows[7][-2] == "dense"
     assert rows[7][-3].endswith("custom:half@3")
     alone = run_ranks(rank, make_fake_contexts(NAMED["1x1"]))[0].splitlines()

@@ -79,9 +79,7 @@ class BucketLayout:
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def plan_buckets(
-    parameters: Iterable[ParameterSize], *, cap_nbytes: int
-) -> tuple[BucketLayout, ...]:
+def plan_buckets(parameters: Iterable[ParameterSize], *, cap_nbytes: int) -> tuple[BucketLayout, ...]:
     """Lays parameters, given in registration order, into buckets in backward (reverse) order.
 
     A bucket closes when the next parameter would take it past ``cap_nbytes``; a larger parameter gets a

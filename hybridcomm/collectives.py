@@ -18,7 +18,7 @@ from hybridcomm.arrays import Array, View, view
 from hybridcomm.errors import DataTypeError, UnsupportedError
 from hybridcomm.lower import DTYPES, lower
 from hybridcomm.reduction import Op
-from hybridcomm.residual import Residual, Staged
+from hybridcomm.residual import NO_FEEDBACK, Residual, Staged
 from hybridcomm.work import Work
 
 if TYPE_CHECKING:
@@ -223,15 +223,15 @@ class Collectives:
     ) -> Work | None:
         e_in, e_out = (0, 0) if staged is None else (staged.e_in.ctypes.data, staged.e_out.ctypes.data)
         addresses = (target.address, e_in, e_out, name)
-        feedback = {} if staged is None else {"feedback": staged.feedback}
+        feedback = NO_FEEDBACK if staged is None else staged.feedback
         _note_written(target.owner)
         if not async_op:
-            self._engine.run(program, *addresses, **feedback)
+            self._engine.run(program, *addresses, feedback=feedback)
             if finish is not None:
                 finish()
             return None
         tensors = [target.owner, *keep, *(() if staged is None else staged.arrays)]
-        work = Work(self._engine.submit(program, *addresses, **feedback), tensors, finish=finish)
+        work = Work(self._engine.submit(program, *addresses, feedback=feedback), tensors, finish=finish)
         while self._running and self._running[0].is_completed():
             self._running.popleft()
         self._running.append(work)

@@ -87,7 +87,9 @@ def resolve(compress: Compress) -> Compressor | None:
 
     name = name_of(compress)
     if name == "custom":
-        raise CompressorError(f"compress={compress!r}: pass the CustomCompressor itself, its text names no code")
+        raise CompressorError(
+            f"compress={compress!r}: pass the CustomCompressor itself, its text names no code"
+        )
     if name not in CODECS:
         near = difflib.get_close_matches(name.lower(), CODECS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(CODECS)}"

@@ -77,7 +77,9 @@ class Rule:
 
     def to_dict(self) -> dict[str, Any]:
         """Conditions that are set, and the compressor's text; for JSON."""
-        fields = {name: getattr(self, name) for name in ("match", "role", "min_numel", "max_numel", "optional")}
+        fields = {
+            name: getattr(self, name) for name in ("match", "role", "min_numel", "max_numel", "optional")
+        }
         defaults = Rule(compress=None)
         kept = {name: value for name, value in fields.items() if value != getattr(defaults, name)}
         return {**kept, "compress": str(_canonical(self.compress))}
@@ -121,7 +123,8 @@ class CompressionPolicy:
             why = f"rules before it decide about {', '.join(met[:5])}" if met else "no parameter meets it"
             raise CompressorError(f"{rule} has no effect: {why}; correct it, or set optional=True")
         return {
-            name: _canonical(self.default if rule is None else rule.compress) for name, rule in deciding.items()
+            name: _canonical(self.default if rule is None else rule.compress)
+            for name, rule in deciding.items()
         }
 
     def to_dict(self) -> dict[str, Any]:

@@ -149,7 +149,9 @@ def schedules_of(
         choice = choices[layout.names[0]]
         if isinstance(choice, str):
             context: Any = ctx
-            choice = Schedule((0, auto.resolve(context, choice, numel=layout.numel, dtype="float32", op="mean")))
+            choice = Schedule(
+                (0, auto.resolve(context, choice, numel=layout.numel, dtype="float32", op="mean"))
+            )
         found.append(choice)
     return tuple(found)
 

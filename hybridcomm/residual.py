@@ -28,9 +28,12 @@ from numpy.typing import NDArray
 from hybridcomm.bucket import Span
 from hybridcomm.errors import ResidualError, UnsupportedError
 
-__all__ = ["Residual", "Staged"]
+__all__ = ["NO_FEEDBACK", "Residual", "Staged"]
 
 FloatArray = NDArray[np.float32]
+
+NO_FEEDBACK = (1.0, 0.0, True, 0, 0)
+"""`Staged.feedback` of a call without a residual."""
 
 _VELOCITY = ":velocity"  # behind the names of an entry, and of its spans, that holds velocities
 
@@ -182,7 +185,9 @@ class Residual:
         ``momentum``: a dense sum does not tell that of a node, which the velocity is made of.
         """
         if self.momentum:
-            raise UnsupportedError("momentum= cannot be kept up over a dense step: begin with 'topk:0.25' or so")
+            raise UnsupportedError(
+                "momentum= cannot be kept up over a dense step: begin with 'topk:0.25' or so"
+            )
         if name not in self._entries and not self._strict:
             return  # no step was compressed yet
         e_in, e_out = self.stage(name, numel=flat.size, regions=regions, spans=spans)

@@ -37,7 +37,9 @@ class Schedule:
             raise CompressorError(f"a schedule's steps must ascend from 0, got {steps}")
         codecs = [resolve(compress) for _, compress in phases]
         align = math.lcm(*(codec.block for codec in codecs if codec is not None))
-        aligned = (codec and replace(codec, align=align if len(phases) > 1 else codec.align) for codec in codecs)
+        aligned = (
+            codec and replace(codec, align=align if len(phases) > 1 else codec.align) for codec in codecs
+        )
         object.__setattr__(self, "phases", tuple(zip(steps, aligned, strict=True)))
 
     @classmethod
@@ -56,7 +58,9 @@ class Schedule:
         for part in text.split(","):
             codec, _, step = part.strip().partition("@")
             if step and not step.isdecimal():
-                raise CompressorError(f"compress={text!r}: {part!r} needs a step behind the @, as topk:0.1@100")
+                raise CompressorError(
+                    f"compress={text!r}: {part!r} needs a step behind the @, as topk:0.1@100"
+                )
             phases.append((int(step or 0), codec))
         return cls(*phases)
 

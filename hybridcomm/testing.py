@@ -109,7 +109,7 @@ def _deterministic(case: _Case) -> Iterator[str]:
     case.encode(case.normal(1000))
     other = copy.deepcopy(case)
     for who, again in (("a second call", case.encode(grad, e_in)), ("a copy", other.encode(grad, e_in))):
-        if not all(np.array_equal(a, b) for a, b in zip(first, again, strict=True)):
+        if not (np.array_equal(first[0], again[0]) and np.array_equal(first[1], again[1])):
             yield f"{who} gives other bytes or another residual: no state, no clock, no global random numbers"
     sums = [each.decode(first[0], numel=1000) for each in (case, other, copy.deepcopy(case))]
     if not all(np.array_equal(sums[0], each) for each in sums):
@@ -171,7 +171,8 @@ def _contracts(case: _Case) -> Iterator[str]:
             lost = float(((grad.astype(np.float64) - decoded) ** 2).sum())
             sent = max(sent, 1 - lost / energy)
             if case.own.contraction is not None and lost > (1 - claim) * energy * (1 + 1e-6):
-                yield f"{kind} input of {numel} elements: {lost / energy:.4f} of the energy is lost, claimed {1 - claim:.4f}"
+                share = f"{lost / energy:.4f} of the energy is lost, claimed {1 - claim:.4f}"
+                yield f"{kind} input of {numel} elements: {share}"
     if sent <= 0:
         yield "no input is approximated better than by zeros: nothing would ever be learnt"
 
@@ -211,7 +212,9 @@ def _wrapped(case: _Case) -> Iterator[str]:
     if not np.array_equal(out, case.decode(body, body, numel=numel, weight=0.5)):
         yield "a memoryless call is not one with a residual of zeros"
     grad[0], kept = np.nan, e_in.copy()
-    if not case.spec.encode_payload(grad, e_in, in_place, payload, _DIGEST) or not np.array_equal(in_place, kept):
+    if not case.spec.encode_payload(grad, e_in, in_place, payload, _DIGEST) or not np.array_equal(
+        in_place, kept
+    ):
         yield "a NaN does not leave the residual as it was"
 
 

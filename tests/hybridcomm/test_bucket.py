@@ -19,7 +19,8 @@ SIZES = st.lists(
 
 def named(sizes: Sequence[tuple[Any, ...]]) -> list[ParameterSize]:
     return [
-        ParameterSize(f"p{i}", *fields, *(PADDING[name] for name in fields[2:])) for i, fields in enumerate(sizes)
+        ParameterSize(f"p{i}", *fields, *(PADDING[name] for name in fields[2:]))
+        for i, fields in enumerate(sizes)
     ]
 
 

@@ -70,7 +70,9 @@ def chosen(policy: CompressionPolicy) -> dict[str, str]:
 def test_roles_come_from_the_module_tree() -> None:
     rules = tuple(Rule(role=role, compress=f"topk:0.{5 + i}/b16") for i, role in enumerate(ROLES))
     ratios = {f"topk:0.{5 + i}": role for i, role in enumerate(ROLES)}
-    got = {name: ratios[text.partition("/")[0]] for name, text in chosen(CompressionPolicy(rules=rules)).items()}
+    got = {
+        name: ratios[text.partition("/")[0]] for name, text in chosen(CompressionPolicy(rules=rules)).items()
+    }
     assert got == ROLE_OF
 
 
@@ -165,7 +167,9 @@ def test_assignment_is_a_linear_search(rules: list[Rule], facts: list[ParameterF
         assert got[fact.name] == next((r.compress for r in rules if r.meets(fact)), policy.default)
 
 
-@pytest.mark.parametrize("data", [{"rules": [{"compress": None, "size": 3}]}, {"defualt": "topk"}, {"default": "x"}])
+@pytest.mark.parametrize(
+    "data", [{"rules": [{"compress": None, "size": 3}]}, {"defualt": "topk"}, {"default": "x"}]
+)
 def test_what_is_no_policy_is_refused(data: dict[str, Any]) -> None:
     with pytest.raises(CompressorError):
         CompressionPolicy.from_dict(data)

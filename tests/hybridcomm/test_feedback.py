@@ -77,7 +77,9 @@ class Oracle:
             self.state[node] = left, velocity
         for part in self.regions:
             payloads = [encoded[node, part.start] for node in range(len(self.topology.nodes))]
-            reference.decode_add(self.spec, payloads, out[part], float(np.float32(1 / self.topology.world_size)))
+            reference.decode_add(
+                self.spec, payloads, out[part], float(np.float32(1 / self.topology.world_size))
+            )
         return out
 
     def _encode(self, grad: Array, left: Array, velocity: Array) -> Array:

@@ -45,7 +45,9 @@ def test_texts_round_trip_and_phases_begin_at_their_steps(phases: list[tuple[int
     assert schedule.dense_later == (len({codec is None for _, codec in phases}) == 2)
 
 
-@pytest.mark.parametrize("text", ["", "topk@5", "topk,none", "topk,none@0", "topk,none@x", "auto,none@5", "topc@0"])
+@pytest.mark.parametrize(
+    "text", ["", "topk@5", "topk,none", "topk,none@0", "topk,none@x", "auto,none@5", "topc@0"]
+)
 def test_what_is_no_schedule_is_refused(text: str) -> None:
     with pytest.raises(CompressorError):
         Schedule.parse(text)
@@ -67,10 +69,13 @@ def test_no_phase_moves_an_element_to_another_owner(topology: Any, phases: Any, 
 def test_unaligned_codecs_would_move_elements() -> None:
     """The control: codecs as they are, not as a schedule aligns them."""
     residual = Residual()
+    small, large = (
+        plans.allreduce(NAMED["2x2"], 10_000, op="mean", compressor=resolve(text)).residual_regions(0)
+        for text in ("topk:0.1/b64", "topk:0.01/b4096")
+    )
+    residual.stage("t", numel=10_000, regions=small)
     with pytest.raises(ResidualError, match="now asked for"):
-        for text in ("topk:0.1/b64", "topk:0.01/b4096"):
-            plan = plans.allreduce(NAMED["2x2"], 10_000, op="mean", compressor=resolve(text))
-            residual.stage("t", numel=10_000, regions=plan.residual_regions(0))
+        residual.stage("t", numel=10_000, regions=large)
 
 
 # -- the law -------------------------------------------------------------------------------------------------
@@ -188,7 +193,9 @@ def test_skipped_steps_do_not_count_and_states_carry_the_count(make_contexts: Ma
 
         model, reducer = make()
         seen = [train(ctx, reducer, model, applied=applied) for applied in (True, False, False, True, True)]
-        assert ["topk:0.1/b64/k6/v10 + dense" in text.splitlines()[2] for text in seen] == [False] * 4 + [True], seen
+        assert ["topk:0.1/b64/k6/v10 + dense" in text.splitlines()[2] for text in seen] == [False] * 4 + [
+            True
+        ], seen
         assert reducer.stats().applied == 3
         other_model, other = make()
         other.load_state_dict(reducer.state_dict())

@@ -70,7 +70,7 @@ Compress = str | Compressor | CustomCompressor | None
 
 def resolve(compress: Compress) -> Compressor | None:
     """What ``compress=`` means: None and "none" are dense; "topk" takes the default ratio, "topk:0.01" that
-    one; a `CustomCompressor` is wrapped.
+    one; "int8" the default group, "int8/g64" that one; a `CustomCompressor` is wrapped.
 
     Raises `CompressorError` for an unknown name (with the nearest known one) or a setting out of range.
     """

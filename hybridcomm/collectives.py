@@ -86,7 +86,8 @@ class Collectives(Reductions, Copies):
         )
         scale(target.dtype, target.address, target.numel, factor)
         staged = None
-        if residual is not None:
+        if residual is not None and compressor is not None:
+            compressors.check_feedback(compressor, residual)
             regions = plan.residual_regions(self.rank)
             staged = residual.prepare(residual_key, numel=target.numel, regions=regions, spans=spans)
         # A lazily conjugated view looks plain to the short way.

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 
 from hybridcomm.custom import CustomCompressor, CustomSpec
 from hybridcomm.errors import CompressorError, DataTypeError, UnsupportedError
+from hybridcomm.kernels.payload import Codec
 
 if TYPE_CHECKING:
     from hybridcomm.kernels.spec import Spec
+    from hybridcomm.residual import Residual
 
-__all__ = ["Compress", "Compressor", "check_compressible", "resolve"]
+__all__ = ["Compress", "Compressor", "check_compressible", "check_feedback", "resolve"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,8 @@ class Compressor:
         return str(self.spec)
 
 
+_OF_EVERY_ELEMENT = (Codec.FP16, Codec.BF16, Codec.FP8, Codec.INT8, Codec.INT4, Codec.SIGN1, Codec.POWERSGD)
+
 Compress = str | Compressor | CustomCompressor | None
 """What ``compress=`` takes."""
 
@@ -108,3 +112,13 @@ def check_compressible(compressor: Compressor, *, dtype: str, op: str) -> None:
         )
     if op not in ("sum", "mean"):
         raise UnsupportedError(f"compress={compressor}: op={op!r} cannot be compressed; use 'sum' or 'mean'")
+
+
+def check_feedback(compressor: Compressor, residual: Residual) -> None:
+    """Raises `UnsupportedError` for momentum with factor masking where a codec sends something of every element."""
+    codec = compressor.spec.codec
+    if residual.momentum and residual.masking and codec in _OF_EVERY_ELEMENT:
+        raise UnsupportedError(
+            f"compress={compressor} sends something of every element, so masking leaves no velocity: use a sparse "
+            "codec such as 'topk:0.01', Residual(masking=False), or the optimizer's own momentum"
+        )

@@ -342,7 +342,7 @@ class Reducer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a `state_dict` of the same rank and settings; raises `ResidualError` where it does not fit."""
         self.residual.load_state_dict(state["residual"])
-        self._guard.applied = int(state["applied"])
+        self._guard.resume(int(state["applied"]))
 
     def stats(self) -> ReducerStats:
         """Counters; see `ReducerStats`."""

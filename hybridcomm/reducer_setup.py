@@ -10,6 +10,7 @@ import torch
 
 from hybridcomm import auto, policy
 from hybridcomm import collective_plans as plans
+from hybridcomm import compress as compressors
 from hybridcomm.bucket import BucketLayout, ParameterSize, Span, plan_buckets
 from hybridcomm.compress import Compress
 from hybridcomm.compression_policy import CompressionPolicy, ParameterFacts
@@ -158,6 +159,8 @@ def schedules_of(
 
 def check_feedback(residual: Residual, schedules: Sequence[Schedule]) -> None:
     """Raises `UnsupportedError` where a schedule asks of the residual what it cannot do."""
+    for codec in [codec for schedule in schedules for codec in schedule.codecs]:
+        compressors.check_feedback(codec, residual)
     dense = next((schedule for schedule in schedules if schedule.dense_later), None)
     if residual.momentum and dense is not None:
         raise UnsupportedError(

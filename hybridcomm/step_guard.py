@@ -93,6 +93,11 @@ class StepGuard:
         self._close()
         self.residual.rollback()
 
+    def resume(self, applied: int) -> None:
+        """Goes on after so many applied steps, with none open."""
+        self.applied = applied
+        self._close()
+
     def _close(self) -> None:
         self._open = False
         self._stepped.clear()

@@ -232,6 +232,18 @@ def test_states_hold_the_velocity_and_refuse_another_kind() -> None:
         fresh.prepare("bucket", **place)
 
 
+def test_momentum_needs_a_sparse_codec_or_no_masking() -> None:
+    def rank(context: Any) -> None:
+        tensor = gradient(context.rank, 0)
+        with pytest.raises(UnsupportedError, match=r"int8.* sends something of every element"):
+            context.allreduce(tensor, compress="int8", residual=Residual(momentum=0.9))
+        context.allreduce(tensor, compress="int8", residual=Residual(momentum=0.9, masking=False))
+        context.allreduce(tensor, compress="int8", residual=Residual(decay=0.9))
+
+    with engine_contexts(Topology.virtual(2, 1)) as contexts:
+        run_ranks(rank, contexts)
+
+
 @pytest.mark.parametrize("settings", [{"decay": 0}, {"decay": 1.5}, {"momentum": 1.0}, {"momentum": -0.1}])
 def test_settings_out_of_range_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(UnsupportedError, match=next(iter(settings))):

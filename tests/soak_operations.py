@@ -131,7 +131,9 @@ def broadcast(ctx: Any, draw: Draw) -> Pending:
 def all_gather(ctx: Any, draw: Draw) -> Pending:
     dtype, numel = draw.choose((*FLOATS, *INTEGERS)), draw.numel // ctx.world_size
     out = torch.zeros(ctx.world_size * numel, dtype=getattr(torch, dtype))
-    work = ctx.all_gather(out, _tensor(_inputs(ctx, draw, dtype, numel=numel), dtype), async_op=draw.async_op)
+    work = ctx.all_gather_into_tensor(
+        out, _tensor(_inputs(ctx, draw, dtype, numel=numel), dtype), async_op=draw.async_op
+    )
 
     def check() -> bool:
         parts = [_values(rank, ctx.world_size, numel, draw.number, dtype) for rank in range(ctx.world_size)]
@@ -145,13 +147,74 @@ def reduce_scatter(ctx: Any, draw: Draw) -> Pending:
     numel = draw.numel // ctx.world_size
     whole = _tensor(_inputs(ctx, draw, dtype, numel=numel * ctx.world_size), dtype)
     out = torch.zeros(numel, dtype=whole.dtype)
-    work = ctx.reduce_scatter(out, whole, op=op, async_op=draw.async_op)
+    work = ctx.reduce_scatter_tensor(out, whole, op=op, async_op=draw.async_op)
 
     def check() -> bool:
         reduced = _reduced(ctx.world_size, numel * ctx.world_size, draw.number, dtype, op)
         return _same(out, reduced[ctx.rank * numel : (ctx.rank + 1) * numel], dtype)
 
     return Pending(work=work, check=check)
+
+
+def reduce(ctx: Any, draw: Draw) -> Pending:
+    dtype, op = draw.choose((*FLOATS, *INTEGERS)), draw.choose(tuple(REDUCTIONS), 1)
+    dst = draw.choose(tuple(range(ctx.world_size)), 2)
+    own = _inputs(ctx, draw, dtype)
+    value = _tensor(own, dtype)
+    work = ctx.reduce(value, dst, op=op, async_op=draw.async_op)
+
+    def check() -> bool:
+        reduced = _reduced(ctx.world_size, draw.numel, draw.number, dtype, op)
+        return _same(value, reduced if ctx.rank == dst else own, dtype)
+
+    return Pending(work=work, check=check)
+
+
+def gather(ctx: Any, draw: Draw) -> Pending:
+    dtype, numel = draw.choose((*FLOATS, *INTEGERS)), draw.numel // ctx.world_size
+    dst, kind = draw.choose(tuple(range(ctx.world_size)), 2), getattr(torch, dtype)
+    parts = [torch.zeros(numel, dtype=kind) for _ in range(ctx.world_size)] if ctx.rank == dst else None
+    own = _tensor(_inputs(ctx, draw, dtype, numel=numel), dtype)
+    work = ctx.gather(own, parts, dst, async_op=draw.async_op)
+
+    def check() -> bool:
+        return all(
+            _same(part, _values(rank, ctx.world_size, numel, draw.number, dtype), dtype)
+            for rank, part in enumerate(parts or [])
+        )
+
+    return Pending(work=work, check=check)
+
+
+def scatter(ctx: Any, draw: Draw) -> Pending:
+    dtype, numel = draw.choose((*FLOATS, *INTEGERS)), draw.numel // ctx.world_size
+    src = draw.choose(tuple(range(ctx.world_size)), 2)
+    parts = [_values(rank, ctx.world_size, numel, draw.number, dtype) for rank in range(ctx.world_size)]
+    given = [_tensor(part, dtype) for part in parts] if ctx.rank == src else None
+    out = torch.zeros(numel, dtype=getattr(torch, dtype))
+    work = ctx.scatter(out, given, src, async_op=draw.async_op)
+    return Pending(work=work, check=lambda: _same(out, parts[ctx.rank], dtype))
+
+
+def all_to_all(ctx: Any, draw: Draw) -> Pending:
+    """Uneven: rank a sends (a + 2 b) mod 4 shares to rank b."""
+    dtype, world = draw.choose((*FLOATS, *INTEGERS)), ctx.world_size
+    share = draw.numel // (4 * world)
+
+    def sent(a: int) -> list[np.ndarray[Any, Any]]:
+        sizes = [(a + 2 * b) % 4 * share for b in range(world)]
+        return np.split(_values(a, world, sum(sizes), draw.number, dtype), np.cumsum(sizes)[:-1])
+
+    own, due = sent(ctx.rank), [sent(rank)[ctx.rank] for rank in range(world)]
+    out = torch.zeros(sum(part.size for part in due), dtype=getattr(torch, dtype))
+    work = ctx.all_to_all_single(
+        out,
+        _tensor(np.concatenate(own), dtype),
+        [part.size for part in due],
+        [part.size for part in own],
+        async_op=draw.async_op,
+    )
+    return Pending(work=work, check=lambda: _same(out, np.concatenate(due), dtype))
 
 
 def barrier(ctx: Any, draw: Draw) -> Pending:
@@ -165,5 +228,9 @@ KINDS = (
     Kind(name="broadcast", start=broadcast),
     Kind(name="all_gather", start=all_gather),
     Kind(name="reduce_scatter", start=reduce_scatter),
+    Kind(name="reduce", start=reduce),
+    Kind(name="gather", start=gather),
+    Kind(name="scatter", start=scatter),
+    Kind(name="all_to_all", start=all_to_all),
     Kind(name="barrier", start=barrier),
 )

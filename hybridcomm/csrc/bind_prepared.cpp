@@ -70,6 +70,7 @@ class PreparedCalls {
 
   // Runs the remembered program on `array` to its end; false: nothing was done, take the long way.
   bool run(py::handle array, py::handle op) {
+    if (paused) return false;
     const PyTypeObject* type = Py_TYPE(array.ptr());
     Plain plain;
     if (tensor_type_ && type == reinterpret_cast<PyTypeObject*>(tensor_type_.ptr())) {
@@ -89,6 +90,8 @@ class PreparedCalls {
     engine_->run(program, buffers, raise_pending_signals);
     return true;
   }
+
+  bool paused = false;  // calls are collected, not run
 
   // The name that a call of `program` on the tensor `name` goes by, which tells the calls before it as well.
   uint32_t stamp(const Program& program, uint32_t name) {
@@ -163,6 +166,7 @@ void bind_prepared(py::module_& module) {
       .def(py::init<std::shared_ptr<Engine>>())
       .def("remember", &PreparedCalls::remember, py::arg("like"), py::arg("op"), py::arg("program"))
       .def("run", &PreparedCalls::run, py::arg("array"), py::arg("op"))
+      .def_readwrite("paused", &PreparedCalls::paused)
       .def("stamp", &PreparedCalls::stamp, py::arg("program"), py::arg("name"));
 }
 

@@ -14,24 +14,16 @@ from typing import TYPE_CHECKING
 from hybridcomm.errors import CompressorError, DataTypeError, UnsupportedError
 
 if TYPE_CHECKING:
-    from hybridcomm.kernels.spec import TopKSpec
+    from hybridcomm.kernels.spec import Spec
 
-__all__ = ["COMPRESSORS", "Compressor", "check_compressible", "resolve"]
-
-COMPRESSORS = ("topk",)
-"""Names that ``compress=`` knows."""
+__all__ = ["Compressor", "check_compressible", "resolve"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compressor:
-    """Block-wise top-k with quantised values; stateless and deterministic.
+    """A codec with its settings; stateless and deterministic."""
 
-    ``unbiased``: whether E[C(x)] = x. ``summable``: whether payloads can be added without decoding.
-    """
-
-    spec: TopKSpec
-    unbiased: bool = False
-    summable: bool = False
+    spec: Spec
 
     @property
     def block(self) -> int:
@@ -39,8 +31,18 @@ class Compressor:
         return self.spec.block
 
     @property
-    def contraction(self) -> float:
-        """delta in |x - C(x)|^2 <= (1 - delta) |x|^2, quantisation included."""
+    def unbiased(self) -> bool:
+        """Whether E[C(x)] = x."""
+        return self.spec.unbiased
+
+    @property
+    def summable(self) -> bool:
+        """Whether payloads can be added without decoding."""
+        return self.spec.summable
+
+    @property
+    def contraction(self) -> float | None:
+        """delta in |x - C(x)|^2 <= (1 - delta) |x|^2, quantisation included; None where there is none."""
         return self.spec.contraction
 
     def nbytes(self, numel: int) -> int:
@@ -57,7 +59,7 @@ class Compressor:
 
 def resolve(compress: str | Compressor | None) -> Compressor | None:
     """What ``compress=`` means: None and "none" are dense; "topk" takes the default ratio, "topk:0.01" that
-    one.
+    one; "int8" the default group, "int8/g64" that one.
 
     Raises `CompressorError` for an unknown name (with the nearest known one) or a setting out of range.
     """
@@ -67,18 +69,16 @@ def resolve(compress: str | Compressor | None) -> Compressor | None:
         raise CompressorError(f"compress={compress!r}: expected None or a text such as 'topk:0.01'")
     if compress == "none":
         return None
-    name, colon, setting = compress.partition("/")[0].partition(":")
-    if name not in COMPRESSORS:
-        near = difflib.get_close_matches(name.lower(), COMPRESSORS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(COMPRESSORS)}"
+
+    from hybridcomm.kernels.spec import CODECS, SpecError, name_of, parse
+
+    name = name_of(compress)
+    if name not in CODECS:
+        near = difflib.get_close_matches(name.lower(), CODECS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(CODECS)}"
         raise CompressorError(f"compress={compress!r}: unknown compressor {name!r}; {hint}")
-    if colon and not setting:
-        raise CompressorError(f"compress={compress!r}: give the ratio after the colon, such as 'topk:0.01'")
-
-    from hybridcomm.kernels.spec import SpecError, TopKSpec
-
     try:
-        return Compressor(spec=TopKSpec.parse(compress))
+        return Compressor(spec=parse(compress))
     except SpecError as error:
         raise CompressorError(f"compress={compress!r}: {error}") from error
 

@@ -56,7 +56,8 @@ def allreduce(
 
     ``op``: "sum", "avg", "min", "max", "product", "band", "bor", "bxor", `premul_sum` or torch's ``ReduceOp``; which
     dtypes each takes stands in docs/architecture.md (bfloat16 and float16 are accumulated in float32).
-    ``compress``: None (dense) or "topk:0.01" (block-wise top 1 %, quantised; float32 only). It acts between nodes;
+    ``compress``: None (dense), "topk:0.01" (block-wise top 1 %, quantised), "fp16", "bf16", "fp8", "int8", "int4" or
+    "sign1" (one bit); float32 only. It acts between nodes;
     with one node there is nothing to compress. "auto": where measured figures say it pays (`hybridcomm.auto`).
     ``residual``: keeps what compression left out and adds it to the next call (error
     feedback, Karimireddy et al. 2019); the law it keeps stands in ``residual.py``.

@@ -95,13 +95,15 @@ class PreparedCalls {
 
   // The name that a call of `program` on the tensor `name` goes by, which tells the calls before it as well.
   uint32_t stamp(const Program& program, uint32_t name) {
-    const uint32_t stamped = static_cast<uint32_t>(history_ >> 32) ^ name;
-    history_ = (history_ ^ program.tag.digest ^ name) * 0x9E3779B97F4A7C15u;
+    uint64_t& history = engine_->history(kAllRanks);
+    const uint32_t stamped = static_cast<uint32_t>(history >> 32) ^ name;
+    history = (history ^ program.tag.digest ^ name) * 0x9E3779B97F4A7C15u;
     return stamped;
   }
 
  private:
   static constexpr size_t kRemembered = 256;
+  static constexpr uint64_t kAllRanks = 0;  // the group that calls are made on
   struct Plain {
     py::object dtype;
     uint64_t numel = 0;
@@ -148,7 +150,6 @@ class PreparedCalls {
   }
 
   std::shared_ptr<Engine> engine_;
-  uint64_t history_ = 0;  // of all calls so far, in their order
   std::unordered_map<Key, Entry, KeyHash> programs_;
   py::object tensor_type_, array_type_, increment_version_;
   const py::str dtype_{intern("dtype")}, is_cpu_{intern("is_cpu")}, requires_grad_{intern("requires_grad")},

@@ -12,6 +12,7 @@
 #include <mutex>
 #include <optional>
 #include <thread>
+#include <unordered_map>
 
 #include "executor.h"
 
@@ -55,6 +56,10 @@ class Engine {
   // Makes the running and all later calls fail, here and on every peer.
   void abort();
 
+  // Of the collectives so far, in their order, on a set of ranks: whatever handles its callers hold. Not locked: the
+  // caller sees to the order of calls, and so to this.
+  uint64_t& history(uint64_t group) { return histories_[group]; }
+
   const WireCounters& counters() const { return executor_->counters(); }
   const Node& node() const { return executor_->node(); }
 
@@ -77,6 +82,7 @@ class Engine {
   bool closing_ = false;
   std::optional<Error> broken_;
   std::thread progress_;
+  std::unordered_map<uint64_t, uint64_t> histories_;
 };
 
 }  // namespace hybridcomm

@@ -38,6 +38,8 @@ from hybridcomm.arrays import Array
 from hybridcomm.compress import Compressor
 from hybridcomm.context import Context
 from hybridcomm.errors import HybridCommError
+from hybridcomm.groups import Group, Grouping
+from hybridcomm.point_to_point import P2POp, batch_isend_irecv
 from hybridcomm.reduction import Op, premul_sum
 from hybridcomm.residual import Residual
 from hybridcomm.topology import Topology
@@ -49,7 +51,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Compressor",
     "Context",
+    "Group",
     "HybridCommError",
+    "P2POp",
     "Reducer",
     "Residual",
     "Topology",
@@ -58,13 +62,20 @@ __all__ = [
     "all_reduce",
     "allreduce",
     "barrier",
+    "batch_isend_irecv",
     "broadcast",
     "default_context",
     "empty",
     "init",
+    "irecv",
+    "isend",
+    "new_group",
     "premul_sum",
+    "recv",
     "reduce_scatter",
+    "send",
     "shutdown",
+    "split",
 ]
 
 __version__ = "0.1.0"
@@ -132,7 +143,7 @@ def allreduce(
     op: Op = "sum",
     compress: str | Compressor | None = None,
     residual: Residual | None = None,
-    group: Context | None = None,
+    group: Grouping | None = None,
     async_op: bool = False,
 ) -> Work | None:
     """Sums or averages ``t`` over all ranks; with ``compress`` but no ``residual`` it is memoryless.
@@ -157,30 +168,72 @@ all_reduce = allreduce
 
 
 def broadcast(
-    t: Array, root: int = 0, *, group: Context | None = None, async_op: bool = False
+    t: Array, root: int = 0, *, group: Grouping | None = None, async_op: bool = False
 ) -> Work | None:
     """Copies rank ``root``'s ``t`` into every rank's ``t``."""
     return _context(group).broadcast(t, root, async_op=async_op)
 
 
-def all_gather(out: Array, t: Array, *, group: Context | None = None, async_op: bool = False) -> Work | None:
+def all_gather(out: Array, t: Array, *, group: Grouping | None = None, async_op: bool = False) -> Work | None:
     """Gathers every rank's ``t`` into ``out`` (world_size x t.numel() elements, rank order) on all ranks."""
     return _context(group).all_gather(out, t, async_op=async_op)
 
 
 def reduce_scatter(
-    out: Array, t: Array, *, op: Op = "sum", group: Context | None = None, async_op: bool = False
+    out: Array, t: Array, *, op: Op = "sum", group: Grouping | None = None, async_op: bool = False
 ) -> Work | None:
     """Reduces ``t`` (world_size x out.numel() elements) over all ranks; rank r gets part r in ``out``."""
     return _context(group).reduce_scatter(out, t, op=op, async_op=async_op)
 
 
-def barrier(*, group: Context | None = None) -> None:
+def barrier(*, group: Grouping | None = None) -> None:
     """Returns on no rank before every rank has entered."""
     _context(group).barrier()
 
 
-def empty(*size: int | Sequence[int], dtype: Any = None, group: Context | None = None) -> Array:
+def send(t: Array, dst: int, tag: int = 0, *, group: Grouping | None = None) -> None:
+    """Sends ``t`` to rank ``dst`` of ``group``; returns when ``t`` may be changed.
+
+    That is at once for messages up to 64 KiB (1 MiB of them per receiver), else when the receiver has taken it.
+    Messages of one (sender, receiver, group, ``tag``) are received in the order of their calls; they wait for no
+    collective. Raises `StallError` naming a receiver that did not come, `PeerLostError` one that is gone, and
+    `PlanMismatchError` where the receiver expects another size or dtype.
+    """
+    _context(group).send(t, dst, tag)
+
+
+def recv(t: Array, src: int | None, tag: int = 0, *, group: Grouping | None = None) -> int:
+    """Receives from rank ``src`` of ``group`` into ``t``, which has the size and dtype that were sent.
+
+    Returns ``src``. Any source (None) is refused with `UnsupportedError`. Other errors as in `send`.
+    """
+    return _context(group).recv(t, src, tag)
+
+
+def isend(t: Array, dst: int, tag: int = 0, *, group: Grouping | None = None) -> Work:
+    """As `send`, but returns at once; ``t`` must stay as it is until the work is done."""
+    return _context(group).isend(t, dst, tag)
+
+
+def irecv(t: Array, src: int | None, tag: int = 0, *, group: Grouping | None = None) -> Work:
+    """As `recv`, but returns at once; ``t`` holds the message when the work is done."""
+    return _context(group).irecv(t, src, tag)
+
+
+def new_group(ranks: Sequence[int]) -> Group:
+    """The group of ``ranks`` of the default context; see `Context.group`. It talks to nobody."""
+    return default_context().group(ranks)
+
+
+def split(color: int | None, key: int = 0, *, group: Grouping | None = None) -> Group | None:
+    """Divides the ranks into a group for each ``color``, ordered by ``key``, then rank; collective.
+
+    ``color=None`` joins no group and gets None. One small all-gather; nothing has to be given back.
+    """
+    return _context(group).split(color, key)
+
+
+def empty(*size: int | Sequence[int], dtype: Any = None, group: Grouping | None = None) -> Array:
     """An uninitialised tensor in memory shared by the node's ranks, for the fastest collectives.
 
     ``size`` as in ``torch.empty``. ``dtype``: of torch or NumPy, and so is the result; a name or None (float32)
@@ -191,7 +244,7 @@ def empty(*size: int | Sequence[int], dtype: Any = None, group: Context | None =
     return _context(group).empty(*size, dtype=dtype)
 
 
-def _context(group: Context | None) -> Context:
+def _context(group: Grouping | None) -> Grouping:
     return default_context() if group is None else group
 
 

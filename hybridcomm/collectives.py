@@ -24,6 +24,7 @@ from hybridcomm.work import Work
 if TYPE_CHECKING:
     from hybridcomm.bucket import Span
     from hybridcomm.compress import Compressor
+    from hybridcomm.members import Members
     from hybridcomm.plan import Plan
     from hybridcomm.topology import Topology
 
@@ -36,8 +37,17 @@ _UNNAMED = "tensor"
 class Collectives:
     """What a rank can do together with the others of its group."""
 
-    def __init__(self, *, rank: int, topology: Topology, engine: _C.Engine, chunk_nbytes: int) -> None:
+    def __init__(
+        self,
+        *,
+        rank: int,
+        topology: Topology,
+        engine: _C.Engine,
+        chunk_nbytes: int,
+        members: Members | None = None,
+    ) -> None:
         self.rank = rank
+        self.members = members  # None: all ranks of the job
         self.topology = topology
         self.chunk_nbytes = chunk_nbytes
         self._engine = engine
@@ -203,7 +213,7 @@ class Collectives:
         found = self._programs.get(key)
         if found is None:
             plan = build()
-            found = self._programs[key] = (plan, lower(plan, self.rank, compressor))
+            found = self._programs[key] = (plan, lower(plan, self.rank, compressor, self.members))
             if len(self._programs) > _CACHED_PLANS:
                 self._programs.popitem(last=False)
         else:

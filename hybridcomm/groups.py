@@ -22,7 +22,6 @@ from hybridcomm.members import Members
 from hybridcomm.point_to_point import PointToPoint
 
 if TYPE_CHECKING:
-    from hybridcomm import _C
     from hybridcomm.arrays import Array
     from hybridcomm.topology import Topology
 

@@ -82,9 +82,7 @@ RING = 16  # messages on the way per purpose; at 256 KiB each, 4 MiB cover 10 Gb
 _ALIGN = 64  # bytes: every scratch buffer begins on its own cache line
 
 
-def lower(
-    plan: Plan, rank: int, compressor: Compressor | None, members: Members | None = None
-) -> _C.Program:
+def lower(plan: Plan, rank: int, compressor: Compressor | None, members: Members | None = None) -> _C.Program:
     """The program that makes ``rank`` do its part of ``plan``; a pure function of its arguments.
 
     ``members`` says which of the job's ranks the plan's are; default: the same.
@@ -131,9 +129,7 @@ class _Ring:
 
 
 class _Lowering:
-    def __init__(
-        self, plan: Plan, rank: int, compressor: Compressor | None, members: Members | None
-    ) -> None:
+    def __init__(self, plan: Plan, rank: int, compressor: Compressor | None, members: Members | None) -> None:
         self.plan, self.rank, self.compressor, self.members = plan, rank, compressor, members
         self.node = plan.topology.nodes[plan.topology.node_of(rank)]
         self.itemsize = policy.itemsize(plan.dtype)

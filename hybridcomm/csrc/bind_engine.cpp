@@ -48,8 +48,7 @@ std::vector<Message> messages_of(const std::vector<Half>& halves) {
   return messages;
 }
 
-std::shared_ptr<Engine> make_engine(int rank, std::vector<int> local_ranks,
-                                    const Endpoints& remote_peers,
+std::shared_ptr<Engine> make_engine(int rank, std::vector<int> local_ranks, const Endpoints& remote_peers,
                                     const py::bytes& token, const std::string& name, size_t slot_nbytes,
                                     double timeout_s, bool crowded, bool single_copy,
                                     const Listener& listener, const Endpoints& others) {

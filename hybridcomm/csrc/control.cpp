@@ -20,6 +20,8 @@ void ControlChannel::chase(const Chase& chase) {
   frame.question = chase.other_call;
   frame.group = chase.group;
   frame.call = chase.call;
+  frame.from_group = chase.from_group;
+  frame.from_call = chase.from_call;
   frame.asker = chase.asker;
   send(frame);
 }
@@ -53,7 +55,15 @@ void ControlChannel::take(const Frame& frame) {
   } else if (frame.type == kHere) {
     asked_ = false;
   } else if (frame.type == kChase) {
-    Chase chase{frame.asker, frame.round, frame.group, frame.call, frame.rank, frame.question};
+    Chase chase;
+    chase.asker = frame.asker;
+    chase.round = frame.round;
+    chase.group = frame.group;
+    chase.call = frame.call;
+    chase.from_group = frame.from_group;
+    chase.from_call = frame.from_call;
+    chase.other = frame.rank;
+    chase.other_call = frame.question;
     chase.other_call.members[sizeof(chase.other_call.members) - 1] = 0;
     chases_.push_back(chase);
   }

@@ -25,11 +25,13 @@ struct Question {
 // those they wait for, and so on; if it comes back, it is.
 struct Chase {
   int asker = -1;
-  uint32_t round = 0;    // an asker's chases are counted
-  uint64_t group = 0;    // the asker's call
+  uint32_t round = 0;  // an asker's chases are counted
+  uint64_t group = 0;  // the asker's call
   uint64_t call = 0;
-  int other = -1;        // a rank on the way that is in another call ...
-  Question other_call;   // ... and which
+  uint64_t from_group = 0;  // the call that the one who sends it on waits in
+  uint64_t from_call = 0;
+  int other = -1;       // a rank on the way that is in another call ...
+  Question other_call;  // ... and which
 };
 
 class ControlChannel {
@@ -73,11 +75,12 @@ class ControlChannel {
     uint32_t reason = 0;
     uint32_t round = 0;
     Question question;
-    uint64_t group = 0, call = 0;  // chase: the asker's
+    uint64_t group = 0, call = 0;            // chase: the asker's
+    uint64_t from_group = 0, from_call = 0;  // chase: the sender's
     int32_t asker = -1;
     uint32_t reserved = 0;
   };
-  static_assert(sizeof(Frame) == 112, "the frame is part of the wire format");
+  static_assert(sizeof(Frame) == 128, "the frame is part of the wire format");
   void send(Type type, int rank, Code reason, const Question& question = {});
   void send(const Frame& frame);
   void take(const Frame& frame);

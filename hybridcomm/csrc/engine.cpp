@@ -139,8 +139,7 @@ std::shared_ptr<Work> Engine::submit(std::shared_ptr<const Program> program, con
 void Engine::execute(Work& work, const std::function<void()>& interrupted) {
   const auto begin = Clock::now();
   const uint64_t sent = counters().tx_bytes.load(std::memory_order_relaxed);
-  std::exception_ptr failure =
-      guarded([&] { executor_->run(*work.program_, work.buffers_, interrupted); });
+  std::exception_ptr failure = guarded([&] { executor_->run(*work.program_, work.buffers_, interrupted); });
   work.seconds_ = std::chrono::duration<double>(Clock::now() - begin).count();
   work.wire_nbytes_ = counters().tx_bytes.load(std::memory_order_relaxed) - sent;
   {
@@ -198,9 +197,8 @@ void Engine::serve() {
     std::optional<Error> broken;
     {
       std::unique_lock<std::mutex> lock(mutex_);
-      changed_.wait(lock, [this] {
-        return !busy_ && (!queue_.empty() || closing_ || executor_->messages().active());
-      });
+      changed_.wait(
+          lock, [this] { return !busy_ && (!queue_.empty() || closing_ || executor_->messages().active()); });
       if (broken_) drop_messages();
       if (!queue_.empty()) {
         work = std::move(queue_.front());

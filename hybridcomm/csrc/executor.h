@@ -145,9 +145,9 @@ class Executor final : private Completion {
   size_t in_flight_ = 0;     // messages posted and not complete
   bool wants_link_ = false;  // to a rank that is not connected yet
   Clock::time_point last_progress_, next_look_, asked_at_;
-  uint64_t moves_ = 0, seen_moves_ = 0;  // of the program, so far and at the last look
-  std::unordered_map<uint64_t, uint64_t> calls_;  // begun so far, by group
-  std::deque<Question> recent_;                   // the last calls; the running one is the last
+  uint64_t moves_ = 0, seen_moves_ = 0;                    // of the program, so far and at the last look
+  std::unordered_map<uint64_t, uint64_t> calls_;           // begun so far, by group
+  std::deque<Question> recent_;                            // the last calls; the running one is the last
   uint32_t round_ = 0, last_returned_ = 0, returned_ = 0;  // this rank's chases; returned: in this call
   Clock::time_point chased_at_;
   std::map<int, uint32_t> followed_;  // by asker: the last round

@@ -6,9 +6,10 @@
 namespace hybridcomm {
 namespace {
 
-constexpr auto kGrace = std::chrono::seconds(1);          // to answer a probe
-constexpr auto kChase = std::chrono::milliseconds(400);  // between chases, and without progress before the first
-constexpr uint32_t kRounds = 2;                          // that must come back: one may have met a passing state
+constexpr auto kGrace = std::chrono::seconds(1);  // to answer a probe
+constexpr auto kChase =
+    std::chrono::milliseconds(400);  // between chases, and without progress before the first
+constexpr uint32_t kRounds = 2;      // that must come back: one may have met a passing state
 
 }  // namespace
 
@@ -64,7 +65,8 @@ void Executor::check_overdue() {
   const std::vector<int> missing = messages_.waiting_for(timeout_);
   if (missing.empty()) return;
   throw Error(Code::stall,
-              "no progress for " + std::to_string(std::chrono::duration_cast<std::chrono::seconds>(timeout_).count()) +
+              "no progress for " +
+                  std::to_string(std::chrono::duration_cast<std::chrono::seconds>(timeout_).count()) +
                   " s in " + messages_.describe_waiting() + " on rank " + std::to_string(mesh_.rank()) +
                   ": waiting for " + join_ranks(missing) +
                   "; does it make the matching call, with the same group, tag, numel and dtype?",
@@ -82,14 +84,14 @@ void Executor::blame(int peer) {
   if (!aborted && found != nullptr && found->state() == ControlChannel::State::left) {
     throw Error(Code::peer_lost,
                 "rank " + std::to_string(peer) + " has closed its context, but " + what() + " on rank " +
-                    std::to_string(mesh_.rank()) +
-                    " still needs it: all ranks must make the same calls",
+                    std::to_string(mesh_.rank()) + " still needs it: all ranks must make the same calls",
                 peer);
   }
   if (!aborted) {
     throw Error(Code::peer_lost,
                 "rank " + std::to_string(peer) +
-                    " is gone (its connection closed without a goodbye) during " + what() + " on rank " + std::to_string(mesh_.rank()) + ": look at that rank's log",
+                    " is gone (its connection closed without a goodbye) during " + what() + " on rank " +
+                    std::to_string(mesh_.rank()) + ": look at that rank's log",
                 peer);
   }
   const ControlChannel& control = *found;
@@ -104,11 +106,10 @@ void Executor::blame(int peer) {
                       " until its timeout" + told,
                   culprit, {culprit});
     case Code::mismatch:
-      throw Error(
-          Code::mismatch,
-          "ranks disagree about the collective to run: rank " + std::to_string(culprit) + " differs" + told +
-              beside(control),
-          culprit);
+      throw Error(Code::mismatch,
+                  "ranks disagree about the collective to run: rank " + std::to_string(culprit) + " differs" +
+                      told + beside(control),
+                  culprit);
     default:
       throw Error(Code::aborted, "rank " + std::to_string(culprit) + " stopped the job" + told, culprit);
   }
@@ -151,7 +152,11 @@ void Executor::chase() {
   if (!waits(kChase) || now - chased_at_ < kChase) return;
   chased_at_ = now;
   const Question& mine = recent_.back();
-  const Chase question{mesh_.rank(), ++round_, mine.group, mine.call, -1, {}};
+  Chase question;
+  question.asker = mesh_.rank();
+  question.round = ++round_;
+  question.group = question.from_group = mine.group;
+  question.call = question.from_call = mine.call;
   for (int rank : waiting_for()) {
     if (ControlChannel* control = mesh_.find_control(rank)) control->chase(question);
   }
@@ -161,6 +166,10 @@ void Executor::chase() {
 void Executor::follow(const Chase& chase) {
   if (!waits(kChase / 2)) return;
   const Question& mine = recent_.back();
+  const bool same = mine.group == chase.from_group && mine.call == chase.from_call;
+  const auto entered = calls_.find(chase.from_group);
+  // This rank has done its part: what the sender waits for is on its way.
+  if (!same && entered != calls_.end() && entered->second >= chase.from_call) return;
   if (chase.asker == mesh_.rank()) {
     const bool current = mine.group == chase.group && mine.call == chase.call;
     if (!current || chase.other < 0 || chase.round == last_returned_) return;
@@ -177,6 +186,8 @@ void Executor::follow(const Chase& chase) {
   if (last == chase.round) return;
   last = chase.round;
   Chase next = chase;
+  next.from_group = mine.group;
+  next.from_call = mine.call;
   if (mine.group != chase.group || mine.call != chase.call) {
     next.other = mesh_.rank();
     next.other_call = mine;

@@ -168,8 +168,7 @@ void Executor::lost(int local) {
   control.drain_to_the_end(std::chrono::milliseconds(500));
   if (control.aborted() || control.state() != ControlChannel::State::open) blame(rank);
   throw Error(Code::shared_memory, "rank " + std::to_string(rank) + " is there, but " + why + " in " +
-                                       what() +
-                                       "; pass single_copy=False to init() on all ranks");
+                                       what() + "; pass single_copy=False to init() on all ranks");
 }
 
 }  // namespace hybridcomm

@@ -9,8 +9,8 @@ bool Mesh::want_link(int rank) {
   const auto found = links_.find(rank);
   if (found != links_.end() && is_whole(rank)) return true;
   if (endpoint(rank) == nullptr) {
-    throw Error(Code::invalid,
-                "a program sends to rank " + std::to_string(rank) + ", which is on no other node of this job");
+    throw Error(Code::invalid, "a program sends to rank " + std::to_string(rank) +
+                                   ", which is on no other node of this job");
   }
   if (rank < config_.rank) {
     for (int channel = 0; channel <= config_.data_sockets; ++channel) dial_later(rank, channel);
@@ -35,12 +35,12 @@ Mesh::Met Mesh::meet() {
     const Dialled state = dial_state(dial.socket);
     if (state == Dialled::failed) {
       // Its listener is open from before its start to its end.
-      throw Error(Code::peer_lost,
-                  errno_text("rank " + std::to_string(dial.rank) + " cannot be reached at " +
-                             endpoint(dial.rank)->host + " port " +
-                             std::to_string(endpoint(dial.rank)->port)) +
-                      "; it has closed its context or died, or the network between the nodes is down",
-                  dial.rank);
+      throw Error(
+          Code::peer_lost,
+          errno_text("rank " + std::to_string(dial.rank) + " cannot be reached at " +
+                     endpoint(dial.rank)->host + " port " + std::to_string(endpoint(dial.rank)->port)) +
+              "; it has closed its context or died, or the network between the nodes is down",
+          dial.rank);
     }
     if (state == Dialled::connected) {
       handshakes_.dial(std::move(dial.socket), dial.rank, dial.channel, false);

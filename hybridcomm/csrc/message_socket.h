@@ -27,8 +27,8 @@ struct MessageFrame {
 };
 static_assert(sizeof(MessageFrame) == 48, "the frame is part of the wire format");
 
-constexpr uint64_t kEagerNbytes = 64 << 10;    // longer messages wait for their receiver
-constexpr uint64_t kEagerWindow = 1 << 20;     // of short ones that a receiver has not asked for, per sender
+constexpr uint64_t kEagerNbytes = 64 << 10;   // longer messages wait for their receiver
+constexpr uint64_t kEagerWindow = 1 << 20;    // of short ones that a receiver has not asked for, per sender
 constexpr uint64_t kPieceNbytes = 512 << 10;  // of a long message, so that others go in between
 
 // Who takes frames in.

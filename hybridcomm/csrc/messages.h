@@ -106,7 +106,7 @@ class Messages final : private FrameSink {
     std::deque<Reply> replies;
   };
   using Key = std::pair<int, bool>;  // rank, dialled by this one
-  struct Under {  // what a frame under way stands for
+  struct Under {                     // what a frame under way stands for
     bool urgent = false;
     std::optional<Message> sending;  // complete when it is out
     std::optional<uint64_t> piece;   // id of a long message

@@ -11,9 +11,9 @@ std::string name_of(const char* const (&names)[N], uint8_t code) {
 }
 
 // The order is the wire format's; lower.py holds the same lists and a test compares them.
-const char* const kCollectives[] = {"allreduce",  "broadcast",        "all_gather", "reduce_scatter",
-                                    "barrier",    "reduce",           "gather",     "scatter",
-                                    "all_to_all", "monitored_barrier", "message"};
+const char* const kCollectives[] = {
+    "allreduce", "broadcast", "all_gather", "reduce_scatter",    "barrier", "reduce",
+    "gather",    "scatter",   "all_to_all", "monitored_barrier", "message"};
 const char* const kDtypes[] = {"float32",       "bfloat16",    "float16",   "int64",     "uint8",
                                "float64",       "int32",       "int8",      "int16",     "bool",
                                "float8_e4m3fn", "float8_e5m2", "complex64", "complex128"};

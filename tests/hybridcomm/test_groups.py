@@ -324,7 +324,9 @@ def test_overlapping_groups_in_other_orders_are_named(name: str, numel: int) -> 
     assert time.monotonic() - begin < 8
     errors = [error for error in outcome if isinstance(error, PlanMismatchError)]
     assert errors, outcome
-    assert any(str(numel + 17) in str(e) and str(numel + 27) in str(e) for e in errors), [str(e) for e in errors]
+    assert any(str(numel + 17) in str(e) and str(numel + 27) in str(e) for e in errors), [
+        str(e) for e in errors
+    ]
     assert contradiction(topology, [[pair, all_ranks], [pair, all_ranks], [all_ranks]], numel) == [None] * 3
 
 

@@ -44,7 +44,9 @@ def test_every_pair_every_size(ranks: list[Context]) -> None:
 
     def body(ctx: Context) -> None:
         dice = random.Random(ctx.rank)
-        jobs = [(peer, tag) for peer in range(ctx.world_size) if peer != ctx.rank for tag in range(len(SIZES))]
+        jobs = [
+            (peer, tag) for peer in range(ctx.world_size) if peer != ctx.rank for tag in range(len(SIZES))
+        ]
         dice.shuffle(jobs)
         works = [ctx.isend(message(ctx.rank, peer, tag, SIZES[tag]), peer, tag) for peer, tag in jobs]
         dice.shuffle(jobs)

@@ -36,6 +36,8 @@ from hybridcomm.compress import Compressor
 from hybridcomm.context import Context
 from hybridcomm.default import default_context, init, shutdown
 from hybridcomm.errors import HybridCommError
+from hybridcomm.groups import Group
+from hybridcomm.point_to_point import P2POp, batch_isend_irecv
 from hybridcomm.reduction import premul_sum
 from hybridcomm.residual import Residual
 from hybridcomm.topology import Topology
@@ -51,11 +53,17 @@ from hybridcomm.verbs import (
     coalescing,
     empty,
     gather,
+    irecv,
+    isend,
     monitored_barrier,
+    new_group,
+    recv,
     reduce,
     reduce_scatter,
     reduce_scatter_tensor,
     scatter,
+    send,
+    split,
 )
 from hybridcomm.work import Work
 
@@ -65,7 +73,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Compressor",
     "Context",
+    "Group",
     "HybridCommError",
+    "P2POp",
     "Reducer",
     "Residual",
     "Topology",
@@ -77,19 +87,26 @@ __all__ = [
     "all_to_all_single",
     "allreduce",
     "barrier",
+    "batch_isend_irecv",
     "broadcast",
     "coalescing",
     "default_context",
     "empty",
     "gather",
     "init",
+    "irecv",
+    "isend",
     "monitored_barrier",
+    "new_group",
     "premul_sum",
+    "recv",
     "reduce",
     "reduce_scatter",
     "reduce_scatter_tensor",
     "scatter",
+    "send",
     "shutdown",
+    "split",
 ]
 
 __version__ = "0.1.0"

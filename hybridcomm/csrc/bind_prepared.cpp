@@ -95,7 +95,7 @@ class PreparedCalls {
 
   // The name that a call of `program` on the tensor `name` goes by, which tells the calls before it as well.
   uint32_t stamp(const Program& program, uint32_t name) {
-    uint64_t& history = engine_->history(kAllRanks);
+    uint64_t& history = engine_->history(program.group);
     const uint32_t stamped = static_cast<uint32_t>(history >> 32) ^ name;
     history = (history ^ program.tag.digest ^ name) * 0x9E3779B97F4A7C15u;
     return stamped;
@@ -103,7 +103,6 @@ class PreparedCalls {
 
  private:
   static constexpr size_t kRemembered = 256;
-  static constexpr uint64_t kAllRanks = 0;  // the group that calls are made on
   struct Plain {
     py::object dtype;
     uint64_t numel = 0;

@@ -1,4 +1,4 @@
-"""The verbs on groups: roots and parts count the group's ranks, whatever their order, and handles of one group agree."""
+"""The verbs on groups: roots and parts count the group's ranks in their order, and handles of one group agree."""
 
 from __future__ import annotations
 

@@ -38,6 +38,8 @@ from hybridcomm.context import Context
 from hybridcomm.custom import CustomCompressor
 from hybridcomm.default import default_context, init, shutdown
 from hybridcomm.errors import HybridCommError
+from hybridcomm.groups import Group
+from hybridcomm.point_to_point import P2POp, batch_isend_irecv
 from hybridcomm.reduction import premul_sum
 from hybridcomm.residual import Residual
 from hybridcomm.schedule import Schedule
@@ -54,11 +56,17 @@ from hybridcomm.verbs import (
     coalescing,
     empty,
     gather,
+    irecv,
+    isend,
     monitored_barrier,
+    new_group,
+    recv,
     reduce,
     reduce_scatter,
     reduce_scatter_tensor,
     scatter,
+    send,
+    split,
 )
 from hybridcomm.work import Work
 
@@ -70,7 +78,9 @@ __all__ = [
     "Compressor",
     "Context",
     "CustomCompressor",
+    "Group",
     "HybridCommError",
+    "P2POp",
     "Reducer",
     "Residual",
     "Rule",
@@ -84,19 +94,26 @@ __all__ = [
     "all_to_all_single",
     "allreduce",
     "barrier",
+    "batch_isend_irecv",
     "broadcast",
     "coalescing",
     "default_context",
     "empty",
     "gather",
     "init",
+    "irecv",
+    "isend",
     "monitored_barrier",
+    "new_group",
     "premul_sum",
+    "recv",
     "reduce",
     "reduce_scatter",
     "reduce_scatter_tensor",
     "scatter",
+    "send",
     "shutdown",
+    "split",
 ]
 
 __version__ = "0.1.0"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +85,8 @@ def _torch_view(tensor: torch.Tensor, what: str, written: bool) -> View:
 
 
 def _numpy_view(array: np.ndarray[Any, Any], what: str, written: bool) -> View:
-    _check_dtype(array.dtype.name, what)
+    dtype = _numpy_name(array.dtype)
+    _check_dtype(dtype, what)
     if not array.dtype.isnative:
         raise DataTypeError(
             f"{what}: has the other byte order; pass array.astype(array.dtype.newbyteorder('='))"
@@ -93,7 +95,13 @@ def _numpy_view(array: np.ndarray[Any, Any], what: str, written: bool) -> View:
         raise DataTypeError(f"{what}: is not C-contiguous; pass numpy.ascontiguousarray(...)")
     if written and not array.flags.writeable:
         raise DataTypeError(f"{what}: is read-only; pass a copy")
-    return View(address=array.ctypes.data, numel=array.size, dtype=array.dtype.name, owner=array)
+    return View(address=array.ctypes.data, numel=array.size, dtype=dtype, owner=array)
+
+
+@lru_cache(maxsize=64)
+def _numpy_name(dtype: np.dtype[Any]) -> str:
+    """``dtype.name``, which NumPy puts together anew each time."""
+    return str(dtype.name)
 
 
 def _check_dtype(dtype: str, what: str) -> None:

@@ -25,7 +25,7 @@ from hybridcomm.topology import Topology
 
 __all__ = ["Membership", "World", "find_world", "join"]
 
-_WIRE_VERSION = 2
+_WIRE_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,13 +153,14 @@ def join(
     entries = _collect(world, prefix, entry, timeout)
     token = world.store.get(f"{prefix}/token", timeout)
     agreed = _agree(world, entries, topology)
-    machine = entry["machine"]
+    machine, own_node = entry["machine"], agreed.nodes[agreed.node_of(world.rank)]
+    endpoints = {peer: (peer, e["host"], e["port"]) for peer, e in enumerate(entries) if peer not in own_node}
+    first = _peers(agreed, world.rank)
     engine = _C.Engine(
         rank=world.rank,
-        local_ranks=list(agreed.nodes[agreed.node_of(world.rank)]),
-        remote_peers=[
-            (peer, entries[peer]["host"], entries[peer]["port"]) for peer in _peers(agreed, world.rank)
-        ],
+        local_ranks=list(own_node),
+        remote_peers=[endpoints[peer] for peer in first],
+        others=[endpoint for peer, endpoint in endpoints.items() if peer not in first],
         token=token,
         # Names of sockets can be read by every user of the machine, so they must not tell the token.
         name=f"hybridcomm-{hashlib.blake2b(token, digest_size=12).hexdigest()}",
@@ -253,8 +254,17 @@ def _topology_from_env(world: World) -> Topology | None:
 
 
 def _peers(topology: Topology, rank: int) -> list[int]:
-    """The ranks of other nodes that some plan may pair this one with: gather, scatter and all_to_all, all."""
-    return sorted(set(range(topology.world_size)) - set(topology.nodes[topology.node_of(rank)]))
+    """The ranks of other nodes that the job's own plans pair this one with: co-owners of a shard.
+
+    Others are connected to when a group's plan, or a message, first needs them.
+    """
+    peers = {
+        peer
+        for shard in range(topology.max_local_size)
+        if rank in topology.owners(shard)
+        for peer in topology.owners(shard)
+    }
+    return sorted(peers - {rank})
 
 
 def _boot_id() -> str:

@@ -39,15 +39,19 @@ class Coalescing:
     def __enter__(self) -> Coalescing:
         if self._collectives._batch is not None:
             raise UnsupportedError("coalescing() within coalescing(): end the outer block first")
-        self._collectives._batch = self
+        self._take_calls(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
     ) -> None:
-        self._collectives._batch = None
+        self._take_calls(None)
         if kind is None and self._kind is not None:
             self.work = self._run(*self._kind)
+
+    def _take_calls(self, batch: Coalescing | None) -> None:
+        self._collectives._batch = batch
+        self._collectives._prepared.paused = batch is not None
 
     def wait(self, timeout: float | None = None) -> bool:
         """Blocks until all results are in place; as `Work.wait`."""

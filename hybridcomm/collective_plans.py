@@ -112,16 +112,8 @@ def allreduce(
     if topology.K > 1 and not one_shot:
         stages.append(writer.gather)
     pipeline(stages, [chunks_of(s, r, size, topology.owners(s)) for s, r in enumerate(shards)])
-    return Plan(
-        collective="allreduce",
-        numel=numel,
-        dtype=dtype,
-        op=op,
-        compressor="none" if codec is None else str(codec),
-        topology=topology.without_links(),
-        chunk_elems=size,
-        steps=tuple(writer.steps),
-    )
+    text = "none" if codec is None else str(codec)
+    return finished("allreduce", writer, numel=numel, dtype=dtype, size=size, op=op, compressor=text)
 
 
 def _shards(sizes: Sequence[int], count: int, align: int) -> list[list[Region]]:

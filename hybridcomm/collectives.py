@@ -58,10 +58,10 @@ class Collectives(Reductions, Copies):
         up tensors of one shape get an error.
         """
         plain = compress is None and residual is None and residual_key is _UNNAMED and not async_op
+        if plain and self._prepared.run(t, op):
+            return None
         if self._batch is not None:
             self._batch.allreduce(t, op, plain=plain)
-            return None
-        if plain and self._prepared.run(t, op):
             return None
         target = view(t)
         name, factor = self._operation(op, target.dtype)

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from hybridcomm import auto
     from hybridcomm.coalesce import Coalescing
     from hybridcomm.compress import Compressor
+    from hybridcomm.members import Members
     from hybridcomm.plan import Plan
     from hybridcomm.topology import Topology
 
-__all__ = ["CollectivesBase", "check_dtypes", "scale"]
+__all__ = ["CollectivesBase", "check_dtypes", "note_written", "scale"]
 
 _CACHED_PLANS = 256
 
@@ -30,9 +31,18 @@ _CACHED_PLANS = 256
 class CollectivesBase:
     """One rank's part in the collectives of its group; the families of collectives derive from it."""
 
-    def __init__(self, *, rank: int, topology: Topology, engine: _C.Engine, chunk_nbytes: int) -> None:
+    def __init__(
+        self,
+        *,
+        rank: int,
+        topology: Topology,
+        engine: _C.Engine,
+        chunk_nbytes: int,
+        members: Members | None = None,
+    ) -> None:
         self.rank = rank
         self.topology = topology
+        self.members = members  # None: all ranks of the job
         self.chunk_nbytes = chunk_nbytes
         self._engine = engine
         self._prepared = _C.PreparedCalls(
@@ -101,7 +111,7 @@ class CollectivesBase:
         found = self._programs.get(key)
         if found is None:
             plan = build()
-            found = self._programs[key] = (plan, lower(plan, self.rank, compressor))
+            found = self._programs[key] = (plan, lower(plan, self.rank, compressor, self.members))
             if len(self._programs) > _CACHED_PLANS:
                 self._programs.popitem(last=False)
         else:
@@ -123,7 +133,7 @@ class CollectivesBase:
         address, pieces = memory.table()
         where = (address, e_in, e_out, self._prepared.stamp(program, name), pieces, timeout_s)
         for array in memory.written:
-            _note_written(array)
+            note_written(array)
         if not async_op:
             self._engine.run(program, *where, feedback)
             memory.finish()
@@ -149,7 +159,7 @@ def check_dtypes(left: tuple[str, View], right: tuple[str, View]) -> None:
         )
 
 
-def _note_written(array: Array) -> None:
+def note_written(array: Array) -> None:
     """Tells autograd that the engine writes a tensor's memory, so that a stale use of it raises."""
     if hasattr(array, "is_inference") and not array.is_inference():
         from torch.autograd.graph import increment_version

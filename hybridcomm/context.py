@@ -10,18 +10,17 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from hybridcomm import _C, bootstrap, policy, shared
-from hybridcomm.collectives import Collectives
+from hybridcomm import _C, bootstrap, policy
 from hybridcomm.errors import UnsupportedError
+from hybridcomm.groups import Grouping
 
 if TYPE_CHECKING:
-    from hybridcomm.arrays import Array
     from hybridcomm.topology import Topology
 
 __all__ = ["Context"]
 
 
-class Context(Collectives):
+class Context(Grouping):
     """One rank of a group; made by `Context.connect` (or `hybridcomm.init`)."""
 
     def __init__(
@@ -69,10 +68,6 @@ class Context(Collectives):
         context._store = world.store  # the rank that hosts a store must not end it while others still read
         context.barrier()
         return context
-
-    def empty(self, *size: Any, dtype: Any = None) -> Array:
-        """An array in shared memory; see `hybridcomm.empty`."""
-        return shared.empty(self._engine, size, dtype)
 
     def reach(self) -> dict[int, str]:
         """How this rank gets at private tensors of the node's other ranks: "single_copy" (process_vm_readv),

@@ -208,6 +208,7 @@ def finished(
     dtype: str,
     size: int,
     op: str = "none",
+    compressor: str = "none",
     root: int = -1,
     parts: Sequence[Part] = (),
 ) -> Plan:
@@ -217,7 +218,7 @@ def finished(
         numel=numel,
         dtype=dtype,
         op=op,
-        compressor="none",
+        compressor=compressor,
         topology=writer.topology.without_links(),
         chunk_elems=size,
         steps=tuple(writer.steps),

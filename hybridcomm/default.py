@@ -7,6 +7,7 @@ from typing import Any
 from hybridcomm import policy
 from hybridcomm.context import Context
 from hybridcomm.errors import HybridCommError
+from hybridcomm.groups import Grouping
 from hybridcomm.topology import Topology
 
 __all__ = ["context_of", "default_context", "init", "shutdown"]
@@ -68,6 +69,6 @@ def default_context() -> Context:
     return _default
 
 
-def context_of(group: Context | None) -> Context:
-    """What ``group=`` means: a context, or the default one."""
+def context_of(group: Grouping | None) -> Grouping:
+    """What ``group=`` means: a group or context, or the default context."""
     return default_context() if group is None else group

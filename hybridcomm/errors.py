@@ -10,6 +10,7 @@ __all__ = [
     "BootstrapError",
     "CompressorError",
     "DataTypeError",
+    "GroupError",
     "HybridCommError",
     "PayloadError",
     "PeerLostError",
@@ -41,6 +42,10 @@ class TopologyError(HybridCommError, ValueError):
 
 class DataTypeError(HybridCommError, TypeError):
     """A tensor's dtype, device or layout cannot be taken by the operation."""
+
+
+class GroupError(HybridCommError, ValueError):
+    """A collective of a group that this rank is not in, or ranks that no group can have."""
 
 
 class UnsupportedError(HybridCommError, ValueError):

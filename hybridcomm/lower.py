@@ -27,6 +27,7 @@ from hybridcomm.lower_node import delivered, hand_out_first
 
 if TYPE_CHECKING:
     from hybridcomm.compress import Compressor
+    from hybridcomm.members import Members
     from hybridcomm.plan import Plan, Region, Step
 
 __all__ = ["CODECS", "COLLECTIVES", "DTYPES", "OPS", "lower"]
@@ -43,6 +44,7 @@ COLLECTIVES = (
     "scatter",
     "all_to_all",
     "monitored_barrier",
+    "message",
 )
 DTYPES = (
     "float32",
@@ -81,14 +83,16 @@ RING = 16  # messages on the way per purpose; at 256 KiB each, 4 MiB cover 10 Gb
 _ALIGN = 64  # bytes: every scratch buffer begins on its own cache line
 
 
-def lower(plan: Plan, rank: int, compressor: Compressor | None) -> _C.Program:
+def lower(plan: Plan, rank: int, compressor: Compressor | None, members: Members | None = None) -> _C.Program:
     """The program that makes ``rank`` do its part of ``plan``; a pure function of its arguments.
+
+    ``members`` says which of the job's ranks the plan's are; default: the same.
 
     Raises `DataTypeError` for a dtype that ``plan.op`` cannot combine, `PlanError` for a step it cannot run.
     """
     if plan.op != "none":
         reduction.check(plan.op, plan.dtype)
-    return _Lowering(plan, rank, compressor).program
+    return _Lowering(plan, rank, compressor, members).program
 
 
 class _Bytes(TypedDict):
@@ -126,8 +130,8 @@ class _Ring:
 
 
 class _Lowering:
-    def __init__(self, plan: Plan, rank: int, compressor: Compressor | None) -> None:
-        self.plan, self.rank, self.compressor = plan, rank, compressor
+    def __init__(self, plan: Plan, rank: int, compressor: Compressor | None, members: Members | None) -> None:
+        self.plan, self.rank, self.compressor, self.members = plan, rank, compressor, members
         self.node = plan.topology.nodes[plan.topology.node_of(rank)]
         self.itemsize = policy.itemsize(plan.dtype)
         self.streams: dict[Hashable, int] = {}
@@ -151,11 +155,13 @@ class _Lowering:
         if self.compressor is not None and plan.compressor != "none":
             codec = {"codec": self.compressor.spec.params}
         program = _C.Program(
-            digest=plan.digest,
+            digest=plan.digest if self.members is None else self.members.digest_of(plan),
             numel=plan.numel,
             collective=COLLECTIVES.index(plan.collective),
             dtype=DTYPES.index(plan.dtype),
             op=OPS.index(plan.op),
+            group=0 if self.members is None else self.members.digest,
+            members="" if self.members is None else self.members.label,
             **codec,
         )
         if codec and self.compressor is not None and isinstance(self.compressor.spec, CustomSpec):
@@ -185,7 +191,7 @@ class _Lowering:
             begin=step.region.begin,
             count=step.region.numel,
             after=sorted(set(after)),
-            peer=peer,
+            peer=self._engine_rank(peer) if kind in (_C.Kind.send, _C.Kind.receive) else peer,
             in_scratch=in_scratch,
             offset=offset,
             nbytes=nbytes,
@@ -199,7 +205,10 @@ class _Lowering:
         return [op for before in step.after for op in self.done_by.get(before, ())]
 
     def _local(self, rank: int) -> int:
-        return self.node.index(rank)
+        return self.node.index(rank) if self.members is None else self.members.locals[rank]
+
+    def _engine_rank(self, rank: int) -> int:
+        return rank if self.members is None else self.members.ranks[rank]
 
     # -- inside the node: shared memory --------------------------------------------------------------------
 

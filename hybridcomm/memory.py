@@ -123,6 +123,8 @@ class Memory:
 
     def table(self) -> tuple[int, list[tuple[int, int]]]:
         """(address of all elements, no pieces), or (0, pieces) where they lie in several places."""
+        if len(self._spans) == 1 and self._spans[0].begin == 0:
+            return self._spans[0].address, []
         size, merged = itemsize(self.dtype), list[_Span]()
         for span in sorted(self._spans):
             last = merged[-1] if merged else None
@@ -142,5 +144,6 @@ class Memory:
         """After the call: the copies that are left, and scratch goes back."""
         for target, source, numel in self._copies:
             self.copy(target, source, numel)
-        self.pool.give(self._scratch)
+        if self._scratch:
+            self.pool.give(self._scratch)
         self._copies, self._scratch = [], []

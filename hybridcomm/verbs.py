@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hybridcomm.arrays import Array
-from hybridcomm.default import context_of
+from hybridcomm.default import context_of, default_context
 
 if TYPE_CHECKING:
     from hybridcomm.coalesce import Coalescing
     from hybridcomm.compress import Compress
-    from hybridcomm.context import Context
+    from hybridcomm.groups import Group, Grouping
     from hybridcomm.reduction import Op
     from hybridcomm.residual import Residual
     from hybridcomm.work import Work
@@ -35,18 +35,24 @@ __all__ = [
     "coalescing",
     "empty",
     "gather",
+    "irecv",
+    "isend",
     "monitored_barrier",
+    "new_group",
+    "recv",
     "reduce",
     "reduce_scatter",
     "reduce_scatter_tensor",
     "scatter",
+    "send",
+    "split",
 ]
 
 
 def allreduce(
     t: Array,
     op: Op = "sum",
-    group: Context | None = None,
+    group: Grouping | None = None,
     async_op: bool = False,
     *,
     compress: Compress = None,
@@ -73,19 +79,19 @@ all_reduce = allreduce
 
 
 def reduce(
-    t: Array, dst: int = 0, op: Op = "sum", group: Context | None = None, async_op: bool = False
+    t: Array, dst: int = 0, op: Op = "sum", group: Grouping | None = None, async_op: bool = False
 ) -> Work | None:
     """Reduces ``t`` over all ranks into rank ``dst``'s ``t``; the others' stay as they are."""
     return context_of(group).reduce(t, dst, op=op, async_op=async_op)
 
 
-def broadcast(t: Array, src: int = 0, group: Context | None = None, async_op: bool = False) -> Work | None:
+def broadcast(t: Array, src: int = 0, group: Grouping | None = None, async_op: bool = False) -> Work | None:
     """Copies rank ``src``'s ``t`` into every rank's ``t``."""
     return context_of(group).broadcast(t, src, async_op=async_op)
 
 
 def all_gather(
-    out: Sequence[Array] | Array, t: Array, group: Context | None = None, async_op: bool = False
+    out: Sequence[Array] | Array, t: Array, group: Grouping | None = None, async_op: bool = False
 ) -> Work | None:
     """Copies every rank's ``t`` into ``out[rank]`` on all ranks.
 
@@ -96,7 +102,7 @@ def all_gather(
 
 
 def all_gather_into_tensor(
-    out: Array, t: Array, group: Context | None = None, async_op: bool = False
+    out: Array, t: Array, group: Grouping | None = None, async_op: bool = False
 ) -> Work | None:
     """Gathers every rank's ``t`` into ``out`` (world_size x t.numel() elements, by rank) on all ranks.
 
@@ -109,7 +115,7 @@ def reduce_scatter(
     out: Array,
     input_list: Sequence[Array] | Array,
     op: Op = "sum",
-    group: Context | None = None,
+    group: Grouping | None = None,
     async_op: bool = False,
 ) -> Work | None:
     """Reduces every rank's ``input_list[r]`` into rank r's ``out``.
@@ -121,7 +127,7 @@ def reduce_scatter(
 
 
 def reduce_scatter_tensor(
-    out: Array, t: Array, op: Op = "sum", group: Context | None = None, async_op: bool = False
+    out: Array, t: Array, op: Op = "sum", group: Grouping | None = None, async_op: bool = False
 ) -> Work | None:
     """Reduces ``t`` (world_size x out.numel() elements) over all ranks; rank r gets part r in ``out``.
 
@@ -134,7 +140,7 @@ def gather(
     t: Array,
     gather_list: Sequence[Array] | None = None,
     dst: int = 0,
-    group: Context | None = None,
+    group: Grouping | None = None,
     async_op: bool = False,
 ) -> Work | None:
     """Copies every rank's ``t`` into rank ``dst``'s ``gather_list[rank]``; the other ranks pass no list."""
@@ -145,7 +151,7 @@ def scatter(
     t: Array,
     scatter_list: Sequence[Array] | None = None,
     src: int = 0,
-    group: Context | None = None,
+    group: Grouping | None = None,
     async_op: bool = False,
 ) -> Work | None:
     """Copies rank ``src``'s ``scatter_list[rank]`` into every rank's ``t``; the other ranks pass no list."""
@@ -157,7 +163,7 @@ def all_to_all_single(
     t: Array,
     output_split_sizes: Sequence[int] | None = None,
     input_split_sizes: Sequence[int] | None = None,
-    group: Context | None = None,
+    group: Grouping | None = None,
     async_op: bool = False,
 ) -> Work | None:
     """Rank r gets the r-th part of ``t``; what this rank gets lies in ``out`` by sender.
@@ -172,7 +178,7 @@ def all_to_all_single(
 
 
 def all_to_all(
-    out_list: Sequence[Array], in_list: Sequence[Array], group: Context | None = None, async_op: bool = False
+    out_list: Sequence[Array], in_list: Sequence[Array], group: Grouping | None = None, async_op: bool = False
 ) -> Work | None:
     """Copies ``in_list[r]`` to rank r, which gets it in its ``out_list`` at this rank's place.
 
@@ -181,13 +187,13 @@ def all_to_all(
     return context_of(group).all_to_all(out_list, in_list, async_op=async_op)
 
 
-def barrier(group: Context | None = None, async_op: bool = False) -> Work | None:
+def barrier(group: Grouping | None = None, async_op: bool = False) -> Work | None:
     """Returns on no rank before every rank has entered."""
     return context_of(group).barrier(async_op=async_op)
 
 
 def monitored_barrier(
-    group: Context | None = None, timeout: float | None = None, wait_all_ranks: bool = False
+    group: Grouping | None = None, timeout: float | None = None, wait_all_ranks: bool = False
 ) -> None:
     """A barrier whose `StallError` names ranks that did not come, on every rank that did (``error.missing``).
 
@@ -197,7 +203,7 @@ def monitored_barrier(
     context_of(group).monitored_barrier(timeout, wait_all_ranks)
 
 
-def coalescing(group: Context | None = None, async_op: bool = False) -> Coalescing:
+def coalescing(group: Grouping | None = None, async_op: bool = False) -> Coalescing:
     """A block whose all-reduces (or all_gathers, or reduce_scatters) run as one at its end.
 
         with hybridcomm.coalescing(async_op=True) as work:
@@ -212,7 +218,49 @@ def coalescing(group: Context | None = None, async_op: bool = False) -> Coalesci
     return context_of(group).coalescing(async_op=async_op)
 
 
-def empty(*size: int | Sequence[int], dtype: Any = None, group: Context | None = None) -> Array:
+def send(t: Array, dst: int, tag: int = 0, *, group: Grouping | None = None) -> None:
+    """Sends ``t`` to rank ``dst`` of ``group``; returns when ``t`` may be changed.
+
+    That is at once for messages up to 64 KiB (1 MiB of them per receiver), else when the receiver has taken it.
+    Messages of one (sender, receiver, group, ``tag``) are received in the order of their calls; they wait for no
+    collective. Raises `StallError` naming a receiver that did not come, `PeerLostError` one that is gone, and
+    `PlanMismatchError` where the receiver expects another size or dtype.
+    """
+    context_of(group).send(t, dst, tag)
+
+
+def recv(t: Array, src: int | None, tag: int = 0, *, group: Grouping | None = None) -> int:
+    """Receives from rank ``src`` of ``group`` into ``t``, which has the size and dtype that were sent.
+
+    Returns ``src``. Any source (None) is refused with `UnsupportedError`. Other errors as in `send`.
+    """
+    return context_of(group).recv(t, src, tag)
+
+
+def isend(t: Array, dst: int, tag: int = 0, *, group: Grouping | None = None) -> Work:
+    """As `send`, but returns at once; ``t`` must stay as it is until the work is done."""
+    return context_of(group).isend(t, dst, tag)
+
+
+def irecv(t: Array, src: int | None, tag: int = 0, *, group: Grouping | None = None) -> Work:
+    """As `recv`, but returns at once; ``t`` holds the message when the work is done."""
+    return context_of(group).irecv(t, src, tag)
+
+
+def new_group(ranks: Sequence[int]) -> Group:
+    """The group of ``ranks`` of the default context; see `Context.group`. It talks to nobody."""
+    return default_context().group(ranks)
+
+
+def split(color: int | None, key: int = 0, *, group: Grouping | None = None) -> Group | None:
+    """Divides the ranks into a group for each ``color``, ordered by ``key``, then rank; collective.
+
+    ``color=None`` joins no group and gets None. One small all-gather; nothing has to be given back.
+    """
+    return context_of(group).split(color, key)
+
+
+def empty(*size: int | Sequence[int], dtype: Any = None, group: Grouping | None = None) -> Array:
     """An uninitialised tensor in memory shared by the node's ranks, for the fastest collectives.
 
     ``size`` as in ``torch.empty``. ``dtype``: of torch or NumPy, and so is the result; a name or None (float32)

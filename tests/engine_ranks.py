@@ -48,6 +48,7 @@ def connect_each(
     *,
     timeout: float = TIMEOUT_S,
     chunk_nbytes: int = policy.MAX_CHUNK_NBYTES,
+    single_copy: bool = True,
 ) -> list[Any]:
     """One context per rank, or the error that rank got instead."""
     with tempfile.TemporaryDirectory(prefix="hybridcomm-test-") as directory:
@@ -59,6 +60,7 @@ def connect_each(
                 world_size=topology.world_size,
                 timeout=timeout,
                 chunk_nbytes=chunk_nbytes,
+                single_copy=single_copy,
             ),
             topology.world_size,
         )

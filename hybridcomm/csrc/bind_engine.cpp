@@ -12,6 +12,7 @@ namespace py = pybind11;
 namespace hybridcomm {
 namespace {
 
+using Endpoints = std::vector<std::tuple<int, std::string, uint16_t>>;
 using Pieces = std::vector<std::pair<uint64_t, uintptr_t>>;
 // decay, momentum, masking, addresses of the velocity before and after: Feedback's fields in their order.
 using FeedbackFields = std::tuple<float, float, bool, uintptr_t, uintptr_t>;
@@ -35,15 +36,36 @@ Buffers buffers_at(uintptr_t tensor, uintptr_t residual_in, uintptr_t residual_o
   return buffers;
 }
 
-std::shared_ptr<Engine> make_engine(int rank, std::vector<int> local_ranks,
-                                    const std::vector<std::tuple<int, std::string, uint16_t>>& remote_peers,
+// One end of a message: does it send, peer, group, tag, dtype, numel, address.
+using Half = std::tuple<bool, int, uint64_t, uint32_t, uint8_t, uint64_t, uintptr_t>;
+
+std::vector<Message> messages_of(const std::vector<Half>& halves) {
+  std::vector<Message> messages;
+  for (const auto& [send, peer, group, tag, dtype, numel, address] : halves) {
+    Message message;
+    message.send = send;
+    message.peer = peer;
+    message.tag.digest = group;
+    message.tag.tensor = tag;
+    message.tag.numel = numel;
+    message.tag.collective = kMessageCollective;
+    message.tag.dtype = dtype;
+    message.data = reinterpret_cast<std::byte*>(address);
+    message.nbytes = numel * itemsize(static_cast<Dtype>(dtype));
+    messages.push_back(std::move(message));
+  }
+  return messages;
+}
+
+std::shared_ptr<Engine> make_engine(int rank, std::vector<int> local_ranks, const Endpoints& remote_peers,
                                     const py::bytes& token, const std::string& name, size_t slot_nbytes,
                                     double timeout_s, bool crowded, bool single_copy,
-                                    const Listener& listener) {
+                                    const Listener& listener, const Endpoints& others) {
   MeshConfig config;
   config.rank = rank;
   config.local_ranks = std::move(local_ranks);
   for (const auto& [peer, host, port] : remote_peers) config.remote_peers.push_back({peer, host, port});
+  for (const auto& [peer, host, port] : others) config.others.push_back({peer, host, port});
   const std::string secret = token;
   std::copy_n(secret.begin(), std::min(secret.size(), config.token.size()), config.token.begin());
   config.name = name;
@@ -86,7 +108,8 @@ void bind_engine(py::module_& module) {
   py::class_<Engine, std::shared_ptr<Engine>>(module, "Engine")
       .def(py::init(&make_engine), py::kw_only(), py::arg("rank"), py::arg("local_ranks"),
            py::arg("remote_peers"), py::arg("token"), py::arg("name"), py::arg("slot_nbytes"),
-           py::arg("timeout_s"), py::arg("crowded"), py::arg("single_copy") = true, py::arg("listener"))
+           py::arg("timeout_s"), py::arg("crowded"), py::arg("single_copy") = true, py::arg("listener"),
+           py::arg("others") = Endpoints{})
       .def(
           "run",
           [](Engine& engine, std::shared_ptr<Program> program, uintptr_t tensor, uintptr_t residual_in,
@@ -113,6 +136,20 @@ void bind_engine(py::module_& module) {
           py::arg("program"), py::arg("tensor"), py::arg("residual_in") = 0, py::arg("residual_out") = 0,
           py::arg("name") = 0, py::arg("pieces") = Pieces{}, py::arg("timeout_s") = 0.0,
           py::arg("feedback") = FeedbackFields{1.0f, 0.0f, true, 0, 0})
+      .def(
+          "post",
+          [](Engine& engine, const std::vector<Half>& halves) {
+            const py::gil_scoped_release no_gil;
+            return engine.post(messages_of(halves));
+          },
+          py::arg("messages"))
+      .def(
+          "exchange",
+          [](Engine& engine, const std::vector<Half>& halves) {
+            const py::gil_scoped_release no_gil;
+            return engine.exchange(messages_of(halves), raise_pending_signals);
+          },
+          py::arg("messages"))
       .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>())
       .def("abort", &Engine::abort, py::call_guard<py::gil_scoped_release>())
       .def(

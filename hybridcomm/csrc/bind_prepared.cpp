@@ -70,6 +70,7 @@ class PreparedCalls {
 
   // Runs the remembered program on `array` to its end; false: nothing was done, take the long way.
   bool run(py::handle array, py::handle op) {
+    if (paused) return false;
     const PyTypeObject* type = Py_TYPE(array.ptr());
     Plain plain;
     if (tensor_type_ && type == reinterpret_cast<PyTypeObject*>(tensor_type_.ptr())) {
@@ -90,10 +91,13 @@ class PreparedCalls {
     return true;
   }
 
+  bool paused = false;  // calls are collected, not run
+
   // The name that a call of `program` on the tensor `name` goes by, which tells the calls before it as well.
   uint32_t stamp(const Program& program, uint32_t name) {
-    const uint32_t stamped = static_cast<uint32_t>(history_ >> 32) ^ name;
-    history_ = (history_ ^ program.tag.digest ^ name) * 0x9E3779B97F4A7C15u;
+    uint64_t& history = engine_->history(program.group);
+    const uint32_t stamped = static_cast<uint32_t>(history >> 32) ^ name;
+    history = (history ^ program.tag.digest ^ name) * 0x9E3779B97F4A7C15u;
     return stamped;
   }
 
@@ -145,7 +149,6 @@ class PreparedCalls {
   }
 
   std::shared_ptr<Engine> engine_;
-  uint64_t history_ = 0;  // of all calls so far, in their order
   std::unordered_map<Key, Entry, KeyHash> programs_;
   py::object tensor_type_, array_type_, increment_version_;
   const py::str dtype_{intern("dtype")}, is_cpu_{intern("is_cpu")}, requires_grad_{intern("requires_grad")},
@@ -163,6 +166,7 @@ void bind_prepared(py::module_& module) {
       .def(py::init<std::shared_ptr<Engine>>())
       .def("remember", &PreparedCalls::remember, py::arg("like"), py::arg("op"), py::arg("program"))
       .def("run", &PreparedCalls::run, py::arg("array"), py::arg("op"))
+      .def_readwrite("paused", &PreparedCalls::paused)
       .def("stamp", &PreparedCalls::stamp, py::arg("program"), py::arg("name"));
 }
 

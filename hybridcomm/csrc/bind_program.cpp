@@ -34,9 +34,12 @@ void bind_program(py::module_& module) {
   });
   py::class_<Program, std::shared_ptr<Program>>(module, "Program")
       .def(py::init([](uint64_t digest, uint64_t numel, uint8_t collective, uint8_t dtype, uint8_t op,
-                       std::tuple<uint8_t, uint8_t, uint8_t, uint32_t, uint32_t> codec) {
+                       std::tuple<uint8_t, uint8_t, uint8_t, uint32_t, uint32_t> codec, uint64_t group,
+                       const std::string& members) {
              auto program = std::make_shared<Program>();
              program->tag.digest = digest;
+             program->group = group;
+             program->members = members;
              program->tag.numel = numel;
              program->tag.collective = collective;
              program->tag.dtype = dtype;
@@ -49,7 +52,8 @@ void bind_program(py::module_& module) {
              return program;
            }),
            py::kw_only(), py::arg("digest"), py::arg("numel"), py::arg("collective"), py::arg("dtype"),
-           py::arg("op"), py::arg("codec") = std::make_tuple(0, 0, 0, 0, 0))
+           py::arg("op"), py::arg("codec") = std::make_tuple(0, 0, 0, 0, 0), py::arg("group") = 0,
+           py::arg("members") = "")
       .def(
           "add",
           [](Program& program, Kind kind, uint32_t stream, uint32_t step, int peer, uint64_t begin,

@@ -53,7 +53,10 @@ bool Work::wait(double limit_s) {
 
 Engine::Engine(const MeshConfig& config, const Listener& listener, bool crowded)
     : mesh_(std::make_unique<Mesh>(config, listener)),
-      executor_(std::make_unique<Executor>(*mesh_, config.timeout_s, crowded)) {}
+      executor_(std::make_unique<Executor>(*mesh_, config.timeout_s, crowded)) {
+  executor_->messages().on_finished(
+      [this](const std::shared_ptr<void>& work) { finish(*std::static_pointer_cast<Work>(work), nullptr); });
+}
 
 Engine::~Engine() { close(); }
 
@@ -95,9 +98,15 @@ std::shared_ptr<Work> Engine::run(std::shared_ptr<const Program> program, const 
   return work;
 }
 
-void Engine::enqueue(const std::shared_ptr<Work>& work) {
+void Engine::start_progress() {
   if (!progress_.joinable()) progress_ = std::thread([this] { serve(); });
+}
+
+void Engine::enqueue(const std::shared_ptr<Work>& work) {
+  start_progress();
   queue_.push_back(work);
+  queued_ = queue_.size();
+  if (on_messages_) executor_->wake();
   changed_.notify_all();
 }
 
@@ -130,28 +139,40 @@ std::shared_ptr<Work> Engine::submit(std::shared_ptr<const Program> program, con
 void Engine::execute(Work& work, const std::function<void()>& interrupted) {
   const auto begin = Clock::now();
   const uint64_t sent = counters().tx_bytes.load(std::memory_order_relaxed);
-  std::exception_ptr failure;
-  try {
-    executor_->run(*work.program_, work.buffers_, interrupted);
-  } catch (const Error& error) {
-    failure = std::current_exception();
-    executor_->tell_abort(error.rank, error.code);
-    remember_failure(error);
-  } catch (...) {  // an interrupt: a Python exception on its way to the caller
-    failure = std::current_exception();
-    executor_->tell_abort(mesh_->rank(), Code::aborted);
-    remember_failure(Error(Code::aborted, "an earlier call on this rank was interrupted", mesh_->rank()));
-  }
+  std::exception_ptr failure = guarded([&] { executor_->run(*work.program_, work.buffers_, interrupted); });
   work.seconds_ = std::chrono::duration<double>(Clock::now() - begin).count();
   work.wire_nbytes_ = counters().tx_bytes.load(std::memory_order_relaxed) - sent;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     // An abort that came too late for the executor to notice: the peers must learn of it all the same.
     if (!failure && executor_->abort_requested()) executor_->tell_abort(mesh_->rank(), Code::aborted);
-    busy_ = false;
+    release();
   }
   finish(work, failure);
+}
+
+// The thread that was busy is no more; with the mutex held.
+void Engine::release() {
+  busy_ = on_messages_ = false;
+  if (broken_) drop_messages();
+  if (executor_->messages().active()) start_progress();
   changed_.notify_all();
+}
+
+// What `run` fails with. Everybody is told, and later calls raise it too.
+std::exception_ptr Engine::guarded(const std::function<void()>& run) {
+  try {
+    run();
+    return nullptr;
+  } catch (const Error& error) {
+    executor_->tell_abort(error.rank, error.code);
+    remember_failure(error);
+    return std::current_exception();
+  } catch (...) {  // an interrupt: a Python exception on its way to the caller
+    executor_->tell_abort(mesh_->rank(), Code::aborted);
+    remember_failure(Error(Code::aborted, "an earlier call on this rank was interrupted", mesh_->rank()));
+    return std::current_exception();
+  }
 }
 
 void Engine::finish(Work& work, std::exception_ptr failure) {
@@ -176,15 +197,28 @@ void Engine::serve() {
     std::optional<Error> broken;
     {
       std::unique_lock<std::mutex> lock(mutex_);
-      changed_.wait(lock, [this] { return !busy_ && (!queue_.empty() || closing_); });
-      if (queue_.empty()) return;
-      work = std::move(queue_.front());
-      queue_.pop_front();
-      broken = broken_;
-      busy_ = !broken;
+      changed_.wait(
+          lock, [this] { return !busy_ && (!queue_.empty() || closing_ || executor_->messages().active()); });
+      if (broken_) drop_messages();
+      if (!queue_.empty()) {
+        work = std::move(queue_.front());
+        queue_.pop_front();
+        queued_ = queue_.size();
+        broken = broken_;
+        busy_ = !broken;
+      } else if (executor_->messages().active()) {
+        busy_ = on_messages_ = true;
+      } else if (closing_) {
+        return;
+      } else {
+        continue;
+      }
     }
-    if (broken) {
+    if (!work) {
+      execute_messages([this] { return queued_.load() > 0; }, nobody);
+    } else if (broken) {
       finish(*work, std::make_exception_ptr(*broken));
+      changed_.notify_all();
     } else {
       execute(*work, nobody);
     }
@@ -197,10 +231,14 @@ void Engine::close() {
     if (closing_) return;
     closing_ = true;
     changed_.notify_all();
-    changed_.wait(lock, [this] { return !busy_ && (queue_.empty() || !progress_.joinable()); });
+    changed_.wait(lock, [this] {
+      const bool idle = queue_.empty() && !executor_->messages().active();
+      return !busy_ && (idle || !progress_.joinable());
+    });
   }
   if (progress_.joinable()) progress_.join();
   executor_->tell_bye();
+  executor_->messages().disconnect(executor_->timeout());
   mesh_->disconnect();
 }
 

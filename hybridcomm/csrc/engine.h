@@ -5,6 +5,7 @@
 // started by the first asynchronous call, serves the queue. It touches no Python.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <exception>
@@ -12,6 +13,7 @@
 #include <mutex>
 #include <optional>
 #include <thread>
+#include <unordered_map>
 
 #include "executor.h"
 
@@ -28,6 +30,7 @@ class Work {
 
  private:
   friend class Engine;
+  Work() = default;  // of messages
   Work(std::shared_ptr<const Program> program, const Buffers& buffers)
       : program_(std::move(program)), buffers_(buffers) {}
   std::shared_ptr<const Program> program_;
@@ -50,10 +53,19 @@ class Engine {
                             const std::function<void()>& interrupted);
   std::shared_ptr<Work> submit(std::shared_ptr<const Program> program, const Buffers& buffers);
 
+  // Point-to-point messages, one work for all of them. They wait for no collective, and no collective for them.
+  std::shared_ptr<Work> post(std::vector<Message> messages);
+  // The same, and until they are complete.
+  std::shared_ptr<Work> exchange(std::vector<Message> messages, const std::function<void()>& interrupted);
+
   // Ends the queue, says goodbye to the peers and closes every connection. Idempotent.
   void close();
   // Makes the running and all later calls fail, here and on every peer.
   void abort();
+
+  // Of the collectives so far, in their order, on a set of ranks: whatever handles its callers hold. Not locked: the
+  // caller sees to the order of calls, and so to this.
+  uint64_t& history(uint64_t group) { return histories_[group]; }
 
   const WireCounters& counters() const { return executor_->counters(); }
   const Node& node() const { return executor_->node(); }
@@ -63,6 +75,15 @@ class Engine {
   void enqueue(const std::shared_ptr<Work>& work);  // with the mutex held
   void wait_in_queue(Work& work, const std::function<void()>& interrupted);
   void execute(Work& work, const std::function<void()>& interrupted);
+  std::exception_ptr execute_messages(const std::function<bool()>& stop,
+                                      const std::function<void()>& interrupted);
+  std::exception_ptr guarded(const std::function<void()>& run);
+  // With the mutex held:
+  void start_progress();
+  void release();
+  std::shared_ptr<Work> take_in(std::vector<Message> messages);
+  void hand_over();
+  void drop_messages();
   void finish(Work& work, std::exception_ptr failure);
   void serve();
   void fail_if_broken() const;
@@ -73,10 +94,13 @@ class Engine {
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<std::shared_ptr<Work>> queue_;
+  std::atomic<size_t> queued_{0};  // its length, to be looked at without the mutex
   bool busy_ = false;
+  bool on_messages_ = false;  // busy with them alone
   bool closing_ = false;
   std::optional<Error> broken_;
   std::thread progress_;
+  std::unordered_map<uint64_t, uint64_t> histories_;
 };
 
 }  // namespace hybridcomm

@@ -2,6 +2,8 @@
 
 #include <sched.h>
 #include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
 
 #include <algorithm>
 
@@ -25,7 +27,9 @@ Executor::Executor(Mesh& mesh, double timeout_s, bool crowded)
       spin_for_(std::chrono::microseconds(crowded ? 0 : 100)),
       yield_for_(std::chrono::microseconds(300)),
       epoll_(::epoll_create1(EPOLL_CLOEXEC)),
-      node_(mesh, mesh.single_copy()) {
+      alarm_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
+      node_(mesh, mesh.single_copy()),
+      messages_(mesh, node_, counters_) {
   watch_sockets();
 }
 
@@ -35,20 +39,46 @@ void Executor::run(const Program& program, const Buffers& buffers, const std::fu
   background_ = !interrupted;
   timeout_ = buffers.timeout_s > 0 ? seconds(buffers.timeout_s) : default_timeout_;
   prepare(program);
-  if (mesh_.local_size() > 1) mesh_.own().entered().fetch_add(1, std::memory_order_relaxed);
-  while (remaining_ > 0) {
+  note_call(program);
+  const auto over = [this] { return remaining_ == 0; };
+  while (!over()) {
     bool moved = in_flight_ > 0 && poll_sockets(0);
     moved |= pass();
-    if (!moved) wait_for_news();
+    if (!moved) wait_for_news(over);
   }
+  program_ = nullptr;
+}
+
+void Executor::run_messages(const std::function<bool()>& stop, const std::function<void()>& interrupted) {
+  interrupted_ = &interrupted;
+  background_ = !interrupted;
+  program_ = nullptr;
+  streams_.clear();
+  remaining_ = in_flight_ = 0;
+  timeout_ = default_timeout_;
+  const auto over = [this, &stop] { return !messages_.active() || stop(); };
+  while (!over()) {
+    bool moved = messages_.over_network() && poll_sockets(0);
+    moved |= pass();
+    if (!moved) wait_for_news(over);
+  }
+}
+
+void Executor::wake() {
+  const uint64_t one = 1;
+  [[maybe_unused]] const ssize_t n = ::write(alarm_.get(), &one, sizeof(one));
+  if (mesh_.local_size() == 1) return;
+  mesh_.own().doorbell().fetch_add(1, std::memory_order_seq_cst);
+  futex_wake(mesh_.own().doorbell());
 }
 
 // Bounded by time, not by rounds: beside a busy neighbour one yield may take a whole time slice. In the background
 // the neighbour is the caller's own computation, so there is no yielding at all: a sleeper is woken ahead of it.
-void Executor::wait_for_news() {
-  const auto begin = last_progress_ = Clock::now();
+template <typename Over>
+void Executor::wait_for_news(const Over& over) {
+  const auto begin = Clock::now();
   const auto yield_for = background_ ? spin_for_ : yield_for_;
-  while (remaining_ > 0) {
+  while (!over()) {
     const auto idle = Clock::now() - begin;
     if (idle < spin_for_) {
       pause_cpu();
@@ -57,7 +87,8 @@ void Executor::wait_for_news() {
     } else if (sleep()) {
       return;
     }
-    if ((in_flight_ > 0 && poll_sockets(0)) || pass()) return;
+    const bool network = in_flight_ > 0 || (messages_.active() && messages_.over_network());
+    if ((network && poll_sockets(0)) || pass()) return;
   }
 }
 
@@ -70,16 +101,43 @@ void Executor::prepare(const Program& program) {
   complete_.assign(program.ops.size(), 0);
   remaining_ = program.ops.size();
   in_flight_ = 0;
-  recent_[++calls_ % kRemembered] = program.tag;
-  recent_[calls_ % kRemembered].tensor = buffers_.name;
   last_progress_ = Clock::now();
+  ++moves_;
+}
+
+// What this rank is in from now on, for those who ask.
+void Executor::note_call(const Program& program) {
+  Question call;
+  call.group = program.group;
+  call.call = ++calls_[program.group];
+  call.tag = program.tag;
+  call.tag.tensor = buffers_.name;
+  program.members.copy(call.members, sizeof(call.members) - 1);
+  recent_.push_back(call);
+  if (recent_.size() > kRemembered) recent_.pop_front();
+  returned_ = 0;
+  if (mesh_.local_size() > 1) {
+    mesh_.own().entered().store(call.group ^ call.call * 0x9E3779B97F4A7C15u, std::memory_order_relaxed);
+  }
 }
 
 bool Executor::pass() {
   bool moved = false;
+  wants_link_ = false;
   for (uint32_t stream = 0; stream < streams_.size(); ++stream) moved |= advance(stream);
   moved |= node_.progress(*this);
+  if (moved) ++moves_;
+  if (messages_.active()) moved |= move_messages([this] { return messages_.progress(); });
   return moved;
+}
+
+bool Executor::move_messages(const std::function<bool()>& move) {
+  try {
+    return move();
+  } catch (const Messages::Gone& gone) {
+    if (gone.memory) lost(mesh_.local_index(gone.rank));
+    blame(gone.rank);
+  }
 }
 
 bool Executor::advance(uint32_t stream) {
@@ -124,8 +182,7 @@ Executor::Started Executor::start(uint32_t index) {
       return Started::complete;
     case Kind::send:
     case Kind::receive:
-      start_message(index, op);
-      return Started::issued;
+      return start_message(index, op) ? Started::issued : Started::no;
     case Kind::sum:
       start_sum(op);
       return Started::complete;
@@ -161,26 +218,26 @@ Tag Executor::tag_of(const Op& op, uint64_t nbytes) const {
 
 bool Executor::sleep() {
   bool moved = false;
+  const int limit = mesh_.dialling() ? 1 : kLookUpMs;
   if (mesh_.local_size() == 1) {
-    moved = poll_sockets(kLookUpMs);
+    moved = poll_sockets(limit);
   } else {
     Segment& own = mesh_.own();
-    const bool network = in_flight_ > 0;
+    const bool network = in_flight_ > 0 || wants_link_ || messages_.over_network() || mesh_.dialling();
     const uint32_t seen = own.doorbell().load(std::memory_order_seq_cst);
     // Said before the last look: a peer that moves a counter after this look sees it and rings.
     own.sleeping().store(network ? kOnEpoll : kOnFutex, std::memory_order_seq_cst);
-    moved = pass();
+    moved = pass() || move_messages([this] { return messages_.drain(); });
     if (!moved) {
       if (network) {
-        moved = poll_sockets(kLookUpMs);
+        moved = poll_sockets(limit);
       } else {
-        futex_wait(own.doorbell(), seen, std::chrono::milliseconds(kLookUpMs));
+        futex_wait(own.doorbell(), seen, std::chrono::milliseconds(limit));
       }
     }
     own.sleeping().store(kAwake, std::memory_order_seq_cst);
   }
   const auto now = Clock::now();
-  if (moved) last_progress_ = now;
   // Also when a slow link keeps bringing a little: an abort or Ctrl-C must not wait for its end.
   if (!moved || now >= next_look_) {
     next_look_ = now + std::chrono::milliseconds(kLookUpMs);

@@ -11,8 +11,10 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <unordered_map>
 
 #include "mesh.h"
+#include "messages.h"
 #include "node.h"
 #include "program.h"
 
@@ -27,11 +29,17 @@ class Executor final : private Completion {
   // Runs the program to its end. `interrupted` (may be empty) is called now and then on a long wait and may
   // throw.
   void run(const Program& program, const Buffers& buffers, const std::function<void()>& interrupted);
+  // Works on point-to-point messages alone until none is open, or `stop` says so.
+  void run_messages(const std::function<bool()>& stop, const std::function<void()>& interrupted);
+  Messages& messages() { return messages_; }
+  // From any thread: there is something new to do, or to stop for.
+  void wake();
 
   // Tells every peer that this rank gives up, and on whose account.
   void tell_abort(int culprit, Code reason);
   void tell_bye();
   void request_abort() { abort_requested_.store(true); }
+  Clock::duration timeout() const { return default_timeout_; }
   bool abort_requested() const { return abort_requested_.load(); }
   const WireCounters& counters() const { return counters_; }
   const Node& node() const { return node_; }
@@ -39,7 +47,11 @@ class Executor final : private Completion {
  private:
   static constexpr size_t kRemembered = 64;
   void prepare(const Program& program);
-  void wait_for_news();
+  void note_call(const Program& program);
+  template <typename Over>
+  void wait_for_news(const Over& over);
+  bool move_messages(const std::function<bool()>& move);
+  void meet_peers();
   bool pass();
   bool advance(uint32_t stream);
   // Whether an operation is under way, and whether that was all of it.
@@ -51,7 +63,7 @@ class Executor final : private Completion {
   uint32_t encode(const Op& op, const kernels::EncodeInput& input);
   void encode_velocity(const Op& op, const kernels::EncodeInput& input);
   [[noreturn]] void compressor_failed(const Op& op, const Error& error) const;
-  void start_message(uint32_t index, const Op& op);
+  bool start_message(uint32_t index, const Op& op);
   void start_sum(const Op& op);
   void reduce_sources(const Op& op, std::byte* out, size_t count);
   void start_decode(const Op& op);
@@ -76,6 +88,7 @@ class Executor final : private Completion {
   [[noreturn]] void lost(int local);
   void complete(uint32_t op) override;
 
+  void watch(int fd, uint64_t key);
   void watch_sockets();
   bool poll_sockets(int timeout_ms);
   bool progress_link(Link& link, int channel);
@@ -84,7 +97,14 @@ class Executor final : private Completion {
   void check_departed();
   void check_peers();
   [[noreturn]] void blame(int peer);
-  void answer(ControlChannel& control) const;
+  void answer(ControlChannel& control);
+  std::string beside(const ControlChannel& control) const;
+  static std::string name(const Question& call);
+  void follow(const Chase& chase);
+  void chase();
+  bool waits(Clock::duration at_least) const;
+  void check_overdue();
+  std::string what() const;
   void suspect(Clock::duration idle);
   [[noreturn]] void give_up(const std::vector<int>& waiting, const std::vector<int>& silent) const;
   std::vector<int> waiting_for();
@@ -104,12 +124,13 @@ class Executor final : private Completion {
   const Clock::duration default_timeout_;
   Clock::duration timeout_;  // of the running program
   const Clock::duration spin_for_, yield_for_;
-  Fd epoll_;
+  Fd epoll_, alarm_;
   WireCounters counters_;
   std::atomic<bool> abort_requested_{false};
   std::vector<std::byte> scratch_;  // persistent: grows to the largest program
 
   Node node_;
+  Messages messages_;
   std::deque<uint64_t> delivered_;  // per reduce whose publish is to come: who has the result already
   std::vector<std::byte> pieces_;   // of peers' regions that had to be fetched
 
@@ -125,10 +146,15 @@ class Executor final : private Completion {
   std::vector<const uint8_t*> payloads_;  // likewise
   std::vector<float> compensated_;        // likewise: what momentum correction encodes
   size_t remaining_ = 0;
-  size_t in_flight_ = 0;  // messages posted and not complete
+  size_t in_flight_ = 0;     // messages posted and not complete
+  bool wants_link_ = false;  // to a rank that is not connected yet
   Clock::time_point last_progress_, next_look_, asked_at_;
-  uint64_t calls_ = 0;                   // begun so far
-  std::array<Tag, kRemembered> recent_;  // of the last calls, by number
+  uint64_t moves_ = 0, seen_moves_ = 0;                    // of the program, so far and at the last look
+  std::unordered_map<uint64_t, uint64_t> calls_;           // begun so far, by group
+  std::deque<Question> recent_;                            // the last calls; the running one is the last
+  uint32_t round_ = 0, last_returned_ = 0, returned_ = 0;  // this rank's chases; returned: in this call
+  Clock::time_point chased_at_;
+  std::map<int, uint32_t> followed_;  // by asker: the last round
   const std::function<void()>* interrupted_ = nullptr;
   bool background_ = false;  // on the progress thread: nobody to interrupt
 };

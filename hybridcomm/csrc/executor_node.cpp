@@ -164,12 +164,11 @@ void Executor::Touching::untouch() {
 void Executor::lost(int local) {
   const std::string why = errno_text("its memory could not be reached");
   const int rank = mesh_.global_rank(local);
-  ControlChannel& control = mesh_.control(rank);
+  ControlChannel& control = *mesh_.find_control(rank);
   control.drain_to_the_end(std::chrono::milliseconds(500));
   if (control.aborted() || control.state() != ControlChannel::State::open) blame(rank);
   throw Error(Code::shared_memory, "rank " + std::to_string(rank) + " is there, but " + why + " in " +
-                                       describe(program_->tag) +
-                                       "; pass single_copy=False to init() on all ranks");
+                                       what() + "; pass single_copy=False to init() on all ranks");
 }
 
 }  // namespace hybridcomm

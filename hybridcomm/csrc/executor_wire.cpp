@@ -8,29 +8,56 @@
 namespace hybridcomm {
 namespace {
 
+// What an event is for: a data socket's is its rank and channel alone.
 constexpr uint64_t kControlEvent = uint64_t{1} << 63;
+constexpr uint64_t kMessageEvent = uint64_t{1} << 62;
+constexpr uint64_t kMeetingEvent = uint64_t{1} << 61;
+constexpr uint64_t kAlarmEvent = uint64_t{1} << 60;
+
+uint64_t data_key(int rank, int channel) {
+  return static_cast<uint64_t>(rank) << 16 | static_cast<uint64_t>(channel);
+}
 
 }  // namespace
 
-void Executor::watch_sockets() {
-  const auto add = [this](int fd, uint64_t key) {
-    epoll_event event{};
-    event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET;
-    event.data.u64 = key;
-    if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) != 0) {
-      throw Error(Code::bootstrap, errno_text("epoll_ctl failed"));
-    }
-  };
-  for (auto& control : mesh_.controls())
-    add(control.fd(), kControlEvent | static_cast<uint32_t>(control.peer()));
-  for (auto& [rank, link] : mesh_.links()) {
-    for (auto& [channel, socket] : link.sockets()) {
-      add(socket.fd(), static_cast<uint64_t>(rank) << 16 | static_cast<uint64_t>(channel));
-    }
+void Executor::watch(int fd, uint64_t key) {
+  epoll_event event{};
+  event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET;
+  if ((key & (kMeetingEvent | kAlarmEvent)) != 0) event.events = EPOLLIN | EPOLLET;
+  event.data.u64 = key;
+  if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) != 0) {
+    throw Error(Code::bootstrap, errno_text("epoll_ctl failed"));
   }
 }
 
-void Executor::start_message(uint32_t index, const Op& op) {
+void Executor::watch_sockets() {
+  watch(alarm_.get(), kAlarmEvent);
+  watch(mesh_.handshakes_fd(), kMeetingEvent);
+  for (auto& control : mesh_.controls())
+    watch(control.fd(), kControlEvent | static_cast<uint32_t>(control.peer()));
+  for (auto& [rank, link] : mesh_.links()) {
+    for (auto& [channel, socket] : link.sockets()) watch(socket.fd(), data_key(rank, channel));
+  }
+}
+
+// Ranks that connect only now, and those that this rank has dialled.
+void Executor::meet_peers() {
+  Mesh::Met met = mesh_.meet();
+  for (const auto& [rank, channel, fd] : met.kept) {
+    const bool control = channel == kControl || channel == kMessageControl;
+    watch(fd, control ? kControlEvent | static_cast<uint32_t>(rank) : data_key(rank, channel));
+  }
+  for (Connection& connection : met.messages) {
+    const uint64_t key = data_key(connection.rank, connection.dialled ? 1 : 0);
+    watch(messages_.adopt(std::move(connection)), kMessageEvent | key);
+  }
+}
+
+bool Executor::start_message(uint32_t index, const Op& op) {
+  if (!mesh_.want_link(op.peer)) {
+    wants_link_ = true;
+    return false;
+  }
   std::byte* data = op.memory == Memory::tensor ? element_at(op.offset / itemsize(program_->dtype))
                                                 : scratch_.data() + op.offset;
   Link& link = mesh_.link(op.peer);
@@ -44,6 +71,7 @@ void Executor::start_message(uint32_t index, const Op& op) {
     socket.post_receive(index, tag_of(op, op.nbytes), data);
     if (socket.progress_receive(op.peer, *this, counters_) == DataSocket::Result::closed) blame(op.peer);
   }
+  return true;
 }
 
 void Executor::start_sum(const Op& op) {
@@ -70,21 +98,29 @@ bool Executor::progress_link(Link& link, int channel) {
 bool Executor::poll_sockets(int timeout_ms) {
   epoll_event events[64];
   const int count = ::epoll_wait(epoll_.get(), events, 64, timeout_ms);
-  bool moved = false, news = false;
+  bool moved = false, news = false, meeting = mesh_.dialling();
   for (int i = 0; i < count; ++i) {
     const uint64_t key = events[i].data.u64;
-    if ((key & kControlEvent) != 0) {
-      news |= (events[i].events & ~static_cast<uint32_t>(EPOLLOUT)) != 0;
-      continue;
-    }
-    Link& link = mesh_.link(static_cast<int>(key >> 16));
-    const int channel = static_cast<int>(key & 0xFFFF);
     const uint32_t bits = events[i].events;
-    link.sockets().at(channel).set_ready((bits & ~static_cast<uint32_t>(EPOLLOUT)) != 0,
-                                         (bits & EPOLLOUT) != 0);
-    moved |= progress_link(link, channel);
+    const bool readable = (bits & ~static_cast<uint32_t>(EPOLLOUT)) != 0, writable = (bits & EPOLLOUT) != 0;
+    const int rank = static_cast<int>((key & 0xFFFFFFFFFFFF) >> 16), channel = static_cast<int>(key & 0xFFFF);
+    if ((key & kControlEvent) != 0) {
+      news |= readable;
+    } else if ((key & (kMeetingEvent | kAlarmEvent)) != 0) {
+      meeting = true;
+    } else if ((key & kMessageEvent) != 0) {
+      messages_.set_ready(rank, channel == 1, readable, writable);
+      moved |= move_messages([&] { return messages_.progress_socket(rank, channel == 1); });
+    } else {
+      Link& link = mesh_.link(rank);
+      link.sockets().at(channel).set_ready(readable, writable);
+      const bool program_moved = progress_link(link, channel);
+      if (program_moved) ++moves_;
+      moved |= program_moved;
+    }
   }
   if (news) check_peers();
+  if (meeting) meet_peers();
   return moved;
 }
 

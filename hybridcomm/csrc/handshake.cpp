@@ -60,7 +60,7 @@ Handshake Handshake::answer(const Self& self, Fd socket, bool local) {
 
 Connection Handshake::take() {
   const int rank = dialled_ ? hello_.peer : hello_.rank;
-  return {std::move(socket_), rank, hello_.channel, local_, std::move(segment_)};
+  return {std::move(socket_), rank, hello_.channel, local_, dialled_, std::move(segment_)};
 }
 
 Digest Handshake::proof(bool by_dialler) const {
@@ -198,6 +198,11 @@ void Handshakes::watch(int fd, uint64_t id) {
 void Handshakes::listen(const Fd& listener, bool local) {
   listeners_[static_cast<uint64_t>(listener.get())] = local;
   watch(listener.get(), static_cast<uint64_t>(listener.get()));
+}
+
+void Handshakes::ignore(const Fd& listener) {
+  ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, listener.get(), nullptr);
+  listeners_.erase(static_cast<uint64_t>(listener.get()));
 }
 
 void Handshakes::dial(Fd socket, int peer, int channel, bool local) {

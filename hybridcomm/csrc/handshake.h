@@ -21,12 +21,15 @@ namespace hybridcomm {
 using Token = std::array<uint8_t, 16>;
 using Nonce = std::array<uint8_t, 16>;
 
+// 0: control; from 1 on: data; and what a rank that sends point-to-point messages dials.
+enum Channel : int32_t { kControl = 0, kMessageControl = 254, kMessages = 255 };
+
 struct Hello {
   uint32_t magic = 0x43425948;  // "HYBC"
-  uint32_t version = 2;
+  uint32_t version = 3;
   int32_t rank = -1;
   int32_t peer = -1;     // the rank that is dialled
-  int32_t channel = -1;  // 0: control, 1..: data
+  int32_t channel = -1;  // see Channel
   uint32_t reserved = 0;
   Nonce nonce{};
 };
@@ -44,6 +47,7 @@ struct Connection {
   int rank = -1;
   int channel = -1;
   bool local = false;
+  bool dialled = false;  // by this rank
   Fd segment;
 };
 
@@ -102,11 +106,14 @@ class Handshakes {
   using Expected = std::function<bool(const Hello& hello, bool local)>;
   Handshakes(const Handshake::Self& self, Expected expected);
 
+  void hand_out(int segment) { self_.segment = segment; }  // to proven peers inside the node
   void listen(const Fd& listener, bool local);
+  void ignore(const Fd& listener);
   void dial(Fd socket, int peer, int channel, bool local);
   // The connections proven since the last call. Never blocks. Throws Error when a rank that this one dialled
   // fails to prove itself.
   std::vector<Connection> progress();
+  void close() { open_.clear(); }
   // Readable when progress() has something to do.
   int fd() const { return epoll_.get(); }
   size_t waiting() const { return open_.size(); }

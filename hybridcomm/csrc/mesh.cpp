@@ -1,5 +1,6 @@
 #include "mesh.h"
 
+#include <fcntl.h>
 #include <poll.h>
 
 #include <algorithm>
@@ -9,7 +10,12 @@
 
 namespace hybridcomm {
 
-Mesh::Mesh(const MeshConfig& config, const Listener& listener) : config_(config) {
+Mesh::Mesh(const MeshConfig& config, const Listener& listener)
+    : config_(config),
+      listener_(::fcntl(listener.tcp().get(), F_DUPFD_CLOEXEC, 0)),
+      handshakes_({config.token, config.rank, -1},
+                  [this](const Hello& hello, bool local) { return expects(hello, local); }) {
+  if (!listener_) throw Error(Code::bootstrap, errno_text("no descriptor left for the listener"));
   const auto& ranks = config_.local_ranks;
   local_rank_ = local_index(config_.rank);
   if (local_rank_ < 0) throw Error(Code::invalid, "local_ranks must hold this rank");
@@ -19,7 +25,7 @@ Mesh::Mesh(const MeshConfig& config, const Listener& listener) : config_(config)
     nonce_ = std::random_device()() | uint64_t{std::random_device()()} << 32 | 1;
     introduce(own(), nonce_, config_.single_copy);
   }
-  connect(listener);
+  connect();
 }
 
 int Mesh::local_index(int rank) const {
@@ -28,24 +34,25 @@ int Mesh::local_index(int rank) const {
   return at == ranks.end() ? -1 : static_cast<int>(at - ranks.begin());
 }
 
-bool Mesh::is_remote_peer(int rank) const {
-  const auto& peers = config_.remote_peers;
-  return std::any_of(peers.begin(), peers.end(), [rank](const Endpoint& peer) { return peer.rank == rank; });
+const Endpoint* Mesh::endpoint(int rank) const {
+  for (const auto* list : {&config_.remote_peers, &config_.others}) {
+    for (const Endpoint& peer : *list) {
+      if (peer.rank == rank) return &peer;
+    }
+  }
+  return nullptr;
 }
 
-void Mesh::connect(const Listener& listener) {
+void Mesh::connect() {
   const Patience patience{Clock::now() + seconds(config_.timeout_s), config_.interrupted};
-  const int segment = local_size() > 1 ? own().fd() : -1;
-  Handshakes handshakes({config_.token, config_.rank, segment}, [this](const Hello& hello, bool local) {
-    return hello.rank > config_.rank && is_missing(hello.rank, hello.channel, local);
-  });
   Fd unix_listener;
   if (local_size() > 1) {
+    handshakes_.hand_out(own().fd());
     unix_listener = listen_unix(unix_name(config_.rank));
-    handshakes.listen(unix_listener, true);
+    handshakes_.listen(unix_listener, true);
   }
-  handshakes.listen(listener.tcp(), false);
-  dial_lower_peers(handshakes, patience);
+  handshakes_.listen(listener_, false);
+  dial_lower_peers(patience);
   for (auto missing = missing_peers(); !missing.empty(); missing = missing_peers()) {
     if (patience.over()) {
       throw Error(Code::bootstrap,
@@ -54,22 +61,32 @@ void Mesh::connect(const Listener& listener) {
                       " s; look at the log of " + (missing.size() == 1 ? "that rank" : "those ranks"),
                   missing.front(), missing);
     }
-    pollfd ready{handshakes.fd(), POLLIN, 0};
+    pollfd ready{handshakes_.fd(), POLLIN, 0};
     ::poll(&ready, 1, 100);
-    for (Connection& connection : handshakes.progress()) keep(std::move(connection));
+    for (Connection& connection : handshakes_.progress()) keep(std::move(connection));
   }
+  if (unix_listener) handshakes_.ignore(unix_listener);
 }
 
-void Mesh::dial_lower_peers(Handshakes& handshakes, const Patience& patience) {
+void Mesh::dial_lower_peers(const Patience& patience) {
   for (int rank : config_.local_ranks) {
-    if (rank < config_.rank) handshakes.dial(dial_unix(unix_name(rank), rank, patience), rank, 0, true);
+    if (rank < config_.rank) handshakes_.dial(dial_unix(unix_name(rank), rank, patience), rank, 0, true);
   }
   for (const Endpoint& peer : config_.remote_peers) {
     if (peer.rank >= config_.rank) continue;
     for (int channel = 0; channel <= config_.data_sockets; ++channel) {
-      handshakes.dial(dial_tcp(peer, patience), peer.rank, channel, false);
+      asked_.emplace(peer.rank, channel, true);
+      handshakes_.dial(dial_tcp(peer, patience), peer.rank, channel, false);
     }
   }
+}
+
+// Whether a connection that a rank dials is one that this rank still lacks.
+bool Mesh::expects(const Hello& hello, bool local) const {
+  if (!local && (hello.channel == kMessages || hello.channel == kMessageControl)) {
+    return endpoint(hello.rank) != nullptr && kept_.count({hello.rank, hello.channel, false}) == 0;
+  }
+  return hello.rank > config_.rank && is_missing(hello.rank, hello.channel, local);
 }
 
 bool Mesh::is_missing(int rank, int channel, bool local) const {
@@ -77,13 +94,15 @@ bool Mesh::is_missing(int rank, int channel, bool local) const {
     const int index = local_index(rank);
     return index >= 0 && index != local_rank_ && channel == 0 && !segments_[static_cast<size_t>(index)];
   }
-  if (!is_remote_peer(rank) || channel < 0 || channel > config_.data_sockets) return false;
-  if (channel == 0) {
-    return std::none_of(controls_.begin(), controls_.end(),
-                        [rank](const ControlChannel& control) { return control.peer() == rank; });
+  if (endpoint(rank) == nullptr || channel < 0 || channel > config_.data_sockets) return false;
+  return kept_.count({rank, channel, rank < config_.rank}) == 0;
+}
+
+bool Mesh::is_whole(int rank) const {
+  for (int channel = 0; channel <= config_.data_sockets; ++channel) {
+    if (is_missing(rank, channel, false)) return false;
   }
-  const auto link = links_.find(rank);
-  return link == links_.end() || link->second.sockets().count(channel) == 0;
+  return true;
 }
 
 std::vector<int> Mesh::missing_peers() const {
@@ -92,11 +111,7 @@ std::vector<int> Mesh::missing_peers() const {
     if (is_missing(rank, 0, true)) missing.push_back(rank);
   }
   for (const Endpoint& peer : config_.remote_peers) {
-    bool whole = true;
-    for (int channel = 0; channel <= config_.data_sockets; ++channel) {
-      whole = whole && !is_missing(peer.rank, channel, false);
-    }
-    if (!whole) missing.push_back(peer.rank);
+    if (!is_whole(peer.rank)) missing.push_back(peer.rank);
   }
   return missing;
 }
@@ -107,9 +122,10 @@ void Mesh::keep(Connection connection) {
     segments_[static_cast<size_t>(local_index(rank))] =
         Segment::map(std::move(connection.segment), segment_shape());
   } else {
+    kept_.emplace(rank, connection.channel, connection.dialled);
     tune_tcp(connection.socket);
   }
-  if (connection.channel == 0) {
+  if (connection.channel == kControl || connection.channel == kMessageControl) {
     controls_.emplace_back(std::move(connection.socket), rank, connection.local);
     return;
   }
@@ -125,7 +141,7 @@ void Mesh::ring(int local) {
   if (mode == kOnFutex) {
     futex_wake(peer.doorbell());
   } else {
-    control(global_rank(local)).ring();
+    find_control(global_rank(local))->ring();
   }
 }
 
@@ -143,13 +159,15 @@ void Mesh::disconnect() {
   for (auto& control : controls_) control.drain();
   links_.clear();
   controls_.clear();
+  dials_.clear();
+  handshakes_.close();
+  listener_.reset();
 }
 
-ControlChannel& Mesh::control(int rank) {
+ControlChannel* Mesh::find_control(int rank) {
   const auto at = std::find_if(controls_.begin(), controls_.end(),
                                [rank](const ControlChannel& c) { return c.peer() == rank; });
-  if (at == controls_.end()) throw Error(Code::invalid, "no control channel to rank " + std::to_string(rank));
-  return *at;
+  return at == controls_.end() ? nullptr : &*at;
 }
 
 }  // namespace hybridcomm

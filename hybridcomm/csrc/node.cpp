@@ -67,13 +67,16 @@ bool Node::by_reference(const Message& message, int reader, bool in_arena) {
   return in_arena || mesh_.segment(reader).reaches(me_).load(std::memory_order_relaxed) != 0;
 }
 
-void Node::write(Lane lane, int reader, const Tag& tag, Place place, uint64_t at, std::vector<Use>& uses) {
+void Node::write(Lane lane, int reader, const MessageFrame& frame, Place place, uint64_t at,
+                 std::vector<Use>& uses) {
   uint64_t& posted = posted_[ring(lane, reader)];
   uses.push_back({lane, reader, posted});
   Descriptor& entry = mesh_.own().descriptor(lane, reader, posted);
-  entry.tag = tag;
+  entry.tag = frame.tag;
   entry.at = at;
   entry.place = place;
+  entry.kind = static_cast<uint32_t>(frame.kind);
+  entry.id = frame.id;
   entry.number.store(++posted, std::memory_order_seq_cst);
   mesh_.ring(reader);
 }
@@ -101,18 +104,20 @@ Node::Posted Node::post(Lane lane, const Message& message, const std::vector<int
     std::memcpy(mesh_.own().at(slot, message.nbytes), message.data, message.nbytes);
   }
   std::vector<Use> references, forgotten;
+  MessageFrame frame;
+  frame.tag = message.tag;
   for (const int64_t local : readers) {
     const int reader = static_cast<int>(local);
     if (reader == me_) continue;
     if (is_delivered(reader)) {
-      write(lane, reader, message.tag, Place::delivered, 0, forgotten);
+      write(lane, reader, frame, Place::delivered, 0, forgotten);
     } else if (!by_reference(message, reader, shared.has_value())) {
-      write(lane, reader, message.tag, Place::slot, slot, *slot_uses);
+      write(lane, reader, frame, Place::slot, slot, *slot_uses);
     } else if (shared) {
-      write(lane, reader, message.tag, Place::arena, *shared, references);
+      write(lane, reader, frame, Place::arena, *shared, references);
     } else {
       hand_over(reinterpret_cast<uint64_t>(message.data));
-      write(lane, reader, message.tag, Place::address, reinterpret_cast<uint64_t>(message.data), references);
+      write(lane, reader, frame, Place::address, reinterpret_cast<uint64_t>(message.data), references);
     }
   }
   if (references.empty()) return Posted::complete;
@@ -146,20 +151,43 @@ const Descriptor* Node::next(Lane lane, int from) {
   return entry.number.load(std::memory_order_seq_cst) == taken + 1 ? &entry : nullptr;
 }
 
-PeerRegion Node::open(const Descriptor& message, int from) {
+PeerRegion Node::open(const Pointer& pointer, uint64_t nbytes, int from) {
   PeerRegion region;
   region.local = from;
-  region.writable = message.place != Place::slot && from < kMaskBits;
-  if (message.place == Place::slot || message.place == Place::arena) {
-    region.direct = mesh_.segment(from).at(message.at, message.tag.nbytes);
+  region.writable = pointer.place != Place::slot && from < kMaskBits;
+  if (pointer.place == Place::slot || pointer.place == Place::arena) {
+    region.direct = mesh_.segment(from).at(pointer.at, nbytes);
   } else if (reach(from) == Reach::same_process) {
-    take_over(message.at);
-    region.direct = reinterpret_cast<std::byte*>(message.at);
+    take_over(pointer.at);
+    region.direct = reinterpret_cast<std::byte*>(pointer.at);
   } else {
     region.pid = mesh_.segment(from).identity().pid;
-    region.address = message.at;
+    region.address = pointer.at;
   }
   return region;
+}
+
+std::optional<Node::Pointer> Node::point_to(const std::byte* data, uint64_t nbytes, int reader) {
+  const std::optional<uint64_t> shared = arena_->find(data, nbytes);
+  if (!by_reference({0, {}, data, nbytes, false}, reader, shared.has_value())) return std::nullopt;
+  if (shared) return Pointer{Place::arena, *shared};
+  hand_over(reinterpret_cast<uint64_t>(data));
+  return Pointer{Place::address, reinterpret_cast<uint64_t>(data)};
+}
+
+bool Node::post_frame(int reader, const MessageFrame& frame, Pointer pointer, const std::byte* data) {
+  if (full(Lane::message, reader)) return false;
+  std::vector<Use> forgotten;
+  std::vector<Use>* uses = &forgotten;
+  if (data != nullptr && frame.tag.nbytes > 0) {
+    uses = free_slot(reader, &pointer.at);
+    if (uses == nullptr) return false;
+    uses->clear();
+    ++staged_[static_cast<size_t>(reader)];
+    std::memcpy(mesh_.own().at(pointer.at, frame.tag.nbytes), data, frame.tag.nbytes);
+  }
+  write(Lane::message, reader, frame, pointer.place, pointer.at, *uses);
+  return true;
 }
 
 void Node::take(Lane lane, int from) {

@@ -10,11 +10,13 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "arena.h"
 #include "link.h"
 #include "mesh.h"
+#include "message_socket.h"
 #include "peer_memory.h"
 
 namespace hybridcomm {
@@ -34,12 +36,23 @@ class Node {
 
   // To readers (local ranks; this one is left out); those of the bit mask `delivered` have the bytes already.
   Posted post(Lane lane, const Message& message, const std::vector<int64_t>& readers, uint64_t delivered = 0);
+  // How a region may be pointed to for one reader; nothing: it has to be copied.
+  struct Pointer {
+    Place place;
+    uint64_t at;
+  };
+  std::optional<Pointer> point_to(const std::byte* data, uint64_t nbytes, int reader);
+  // A point-to-point frame, its data (may be null) copied into a slot; false: no room now.
+  bool post_frame(int reader, const MessageFrame& frame, Pointer pointer, const std::byte* data);
   // Reports operations whose messages have all been read.
   bool progress(Completion& done);
 
   // The next message from a local rank, or null. It stays until take().
   const Descriptor* next(Lane lane, int from);
-  PeerRegion open(const Descriptor& message, int from);
+  PeerRegion open(const Descriptor& message, int from) {
+    return open({message.place, message.at}, message.tag.nbytes, from);
+  }
+  PeerRegion open(const Pointer& pointer, uint64_t nbytes, int from);
   void take(Lane lane, int from);
 
   // Around every use of peers' regions. False: that peer has failed and withdrawn its memory.
@@ -76,7 +89,8 @@ class Node {
   bool used(const Use& use);
   bool by_reference(const Message& message, int reader, bool in_arena);
   std::vector<Use>* free_slot(int area, uint64_t* offset);
-  void write(Lane lane, int reader, const Tag& tag, Place place, uint64_t at, std::vector<Use>& uses);
+  void write(Lane lane, int reader, const MessageFrame& frame, Place place, uint64_t at,
+             std::vector<Use>& uses);
 
   Mesh& mesh_;
   const int me_, locals_;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "codec.h"
@@ -50,7 +51,9 @@ struct Op {
 // Streams are issued in order; a stream's next operation starts when the one before it was issued and `after`
 // is complete. Different streams run past each other: that is the pipeline.
 struct Program {
-  Tag tag;  // digest and description; step and nbytes are filled in per message
+  Tag tag;              // digest and description; step and nbytes are filled in per message
+  uint64_t group = 0;   // digest of the ranks that run it; 0: all of the job
+  std::string members;  // these, as text
   Dtype dtype = Dtype::float32;
   Reduction op = Reduction::sum;
   uint64_t scratch_nbytes = 0;

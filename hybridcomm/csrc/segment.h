@@ -25,10 +25,10 @@ namespace hybridcomm {
 
 enum Sleep : uint32_t { kAwake = 0, kOnFutex = 1, kOnEpoll = 2 };
 
-// Which of the rings to a rank: towards the owner of a region, back from it, or small inputs to everybody. Apart,
-// so that none waits for another.
-enum class Lane : uint32_t { reduce = 0, gather = 1, share = 2 };
-constexpr int kLanes = 3;
+// Which of the rings to a rank: towards the owner of a region, back from it, small inputs to everybody, or
+// point-to-point messages. Apart, so that none waits for another.
+enum class Lane : uint32_t { reduce = 0, gather = 1, share = 2, message = 3 };
+constexpr int kLanes = 4;
 constexpr uint64_t kRing = 64;  // descriptors per ring
 
 // Where a message's bytes lie: in a staging slot or in a tensor of the writer's arena (offsets of its segment), at
@@ -40,6 +40,8 @@ struct alignas(64) Descriptor {
   Tag tag;
   uint64_t at;
   Place place;
+  uint32_t kind;  // of a point-to-point frame, and its number (message_socket.h)
+  uint64_t id;
 };
 static_assert(sizeof(Descriptor) == 64, "one cache line");
 
@@ -68,7 +70,7 @@ class Segment {
   std::atomic<uint32_t>& doorbell() { return control().doorbell; }
   std::atomic<uint32_t>& sleeping() { return control().sleeping; }
   std::atomic<uint32_t>& revoked() { return control().revoked; }
-  // Collective calls the owner has entered: tells a stalled rank who has not even arrived.
+  // The collective call that the owner entered last: tells a stalled rank who has not even arrived.
   std::atomic<uint64_t>& entered() { return control().entered; }
   // Who the owner is, for peers that try to read its memory: at `nonce_address` stands `nonce`.
   struct Identity {

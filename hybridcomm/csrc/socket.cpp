@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <netdb.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 
@@ -114,6 +115,27 @@ Fd dial_tcp(const Endpoint& endpoint, const Patience& patience) {
 
 Fd dial_unix(const std::string& name, int rank, const Patience& patience) {
   return dial(unix_address(name), "unix socket " + name, rank, patience);
+}
+
+Fd begin_dial_tcp(const Endpoint& endpoint) {
+  const Address address = tcp_address(endpoint.host, endpoint.port);
+  Fd fd = open_socket(address.storage.ss_family);
+  set_nonblocking(fd);
+  tune_tcp(fd);
+  while (::connect(fd.get(), address.get(), address.size) != 0 && errno == EINTR) {
+  }
+  return fd;
+}
+
+Dialled dial_state(const Fd& socket) {
+  pollfd ready{socket.get(), POLLOUT, 0};
+  if (::poll(&ready, 1, 0) != 1) return Dialled::pending;
+  int failure = 0;
+  socklen_t size = sizeof(failure);
+  ::getsockopt(socket.get(), SOL_SOCKET, SO_ERROR, &failure, &size);
+  if (failure == 0 && (ready.revents & POLLHUP) == 0) return Dialled::connected;
+  errno = failure == 0 ? ECONNREFUSED : failure;
+  return Dialled::failed;
 }
 
 void set_nonblocking(const Fd& socket) {

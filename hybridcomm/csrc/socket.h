@@ -32,6 +32,11 @@ struct Patience {
 Fd dial_tcp(const Endpoint& endpoint, const Patience& patience);
 Fd dial_unix(const std::string& name, int rank, const Patience& patience);
 
+// Without waiting: a connection that may still be on its way, and how far it is. `failed`: errno says why.
+enum class Dialled { pending, connected, failed };
+Fd begin_dial_tcp(const Endpoint& endpoint);
+Dialled dial_state(const Fd& socket);
+
 void set_nonblocking(const Fd& socket);
 void tune_tcp(const Fd& socket);
 

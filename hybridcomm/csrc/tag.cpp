@@ -11,9 +11,9 @@ std::string name_of(const char* const (&names)[N], uint8_t code) {
 }
 
 // The order is the wire format's; lower.py holds the same lists and a test compares them.
-const char* const kCollectives[] = {"allreduce",  "broadcast",        "all_gather", "reduce_scatter",
-                                    "barrier",    "reduce",           "gather",     "scatter",
-                                    "all_to_all", "monitored_barrier"};
+const char* const kCollectives[] = {
+    "allreduce", "broadcast", "all_gather", "reduce_scatter",    "barrier", "reduce",
+    "gather",    "scatter",   "all_to_all", "monitored_barrier", "message"};
 const char* const kDtypes[] = {"float32",       "bfloat16",    "float16",   "int64",     "uint8",
                                "float64",       "int32",       "int8",      "int16",     "bool",
                                "float8_e4m3fn", "float8_e5m2", "complex64", "complex128"};
@@ -30,6 +30,10 @@ bool same_message(const Tag& seen, const Tag& expected) {
 }
 
 std::string describe(const Tag& tag) {
+  if (tag.collective == kMessageCollective) {
+    return "message with tag " + std::to_string(tag.tensor) + " of " + std::to_string(tag.numel) + " " +
+           name_of(kDtypes, tag.dtype);
+  }
   std::string text = name_of(kCollectives, tag.collective) + "(" + name_of(kOps, tag.op);
   if (tag.codec != 0) text += ", " + name_of(kCodecs, tag.codec);
   return text + ") of " + std::to_string(tag.numel) + " " + name_of(kDtypes, tag.dtype);
@@ -39,7 +43,7 @@ std::string mismatch_text(int peer, const Tag& seen, const Tag& expected) {
   std::string text =
       "rank " + std::to_string(peer) + " runs " + describe(seen) + ", this rank " + describe(expected);
   if (seen.digest != expected.digest && describe(seen) == describe(expected)) {
-    text += " with another root, compress setting or chunk size";
+    text += " with another root, group, compress setting or chunk size";
   }
   if (seen.digest == expected.digest && seen.tensor != expected.tensor) {
     return text +

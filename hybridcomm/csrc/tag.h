@@ -23,6 +23,8 @@ struct Tag {
 };
 static_assert(sizeof(Tag) == 32, "the tag is part of the wire format");
 
+constexpr uint8_t kMessageCollective = 10;  // the tag of a point-to-point message
+
 bool same_message(const Tag& seen, const Tag& expected);
 
 // "allreduce(sum, topk) of 10 float32" of the plan a tag comes from.

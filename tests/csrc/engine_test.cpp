@@ -3,70 +3,12 @@
 // Every case ends or the watchdog ends the process. Exit code 0: all cases passed.
 
 #include <algorithm>
-#include <cstdio>
 #include <cstdlib>
-#include <functional>
 
-#include "programs.h"
+#include "harness.h"
 
 namespace hybridcomm::test {
 namespace {
-
-int failures = 0;
-std::mutex report;
-
-void check(bool good, const std::string& what) {
-  if (good) return;
-  const std::lock_guard<std::mutex> lock(report);
-  std::fprintf(stderr, "FAILED: %s\n", what.c_str());
-  ++failures;
-}
-
-// The outcome of a call, as an error code; `expected` runs that should raise.
-std::optional<Code> code_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error.code;
-  }
-  return std::nullopt;
-}
-
-using Body = std::function<void(int rank, Engine& engine)>;
-
-void with_ranks(const Layout& layout, const Body& body, double timeout_s = 20, size_t slot_nbytes = 4096) {
-  static int job = 0;
-  const std::string name =
-      "hybridcomm-engine-test-" + std::to_string(::getpid()) + "-" + std::to_string(job++);
-  std::vector<std::unique_ptr<Listener>> listeners;
-  for (int rank = 0; rank < layout.world(); ++rank)
-    listeners.push_back(std::make_unique<Listener>("127.0.0.1", 0));
-  const auto run = [&](int rank) {
-    try {
-      MeshConfig config;
-      config.rank = rank;
-      config.name = name;
-      config.slot_nbytes = slot_nbytes;
-      config.timeout_s = timeout_s;
-      config.token[0] = 7;
-      const int node = rank / layout.per_node;
-      for (int i = 0; i < layout.per_node; ++i) config.local_ranks.push_back(node * layout.per_node + i);
-      for (int other = 0; other < layout.nodes; ++other) {
-        if (other == node) continue;
-        const int peer = other * layout.per_node + rank % layout.per_node;
-        config.remote_peers.push_back({peer, "127.0.0.1", listeners[static_cast<size_t>(peer)]->port()});
-      }
-      Engine engine(config, *listeners[static_cast<size_t>(rank)], true);
-      body(rank, engine);
-      engine.close();
-    } catch (const std::exception& error) {
-      check(false, "rank " + std::to_string(rank) + ": " + error.what());
-    }
-  };
-  std::vector<std::thread> threads;
-  for (int rank = 0; rank < layout.world(); ++rank) threads.emplace_back(run, rank);
-  for (auto& thread : threads) thread.join();
-}
 
 struct Call {
   DenseAllreduce plan;
@@ -102,8 +44,6 @@ struct Call {
     }
   }
 };
-
-const std::function<void()> kNobody;
 
 void blocking(const Layout& layout) {
   with_ranks(layout, [&](int rank, Engine& engine) {
@@ -276,8 +216,8 @@ int main() {
   using namespace hybridcomm::test;
   ::alarm(100);  // a hang is a failure
   for (const Layout layout : {Layout{2, 2}, Layout{1, 3}, Layout{2, 1}}) {
-    for (const auto test :
-         {blocking, mixed, references, withdrawn, mismatch, aborted, left, stalled, concurrent_close})
+    for (const auto test : {blocking, mixed, references, withdrawn, mismatch, aborted, left, stalled,
+                            concurrent_close, messages, messages_abandoned, crosswise, circle})
       test(layout);
   }
   std::printf("%d failures\n", failures);

@@ -28,7 +28,7 @@ WELCOME = b"WLME"
 
 
 def make_hello(
-    rank: int, peer: int = 0, channel: int = 0, *, magic: bytes = b"HYBC", version: int = 2
+    rank: int, peer: int = 0, channel: int = 0, *, magic: bytes = b"HYBC", version: int = 3
 ) -> bytes:
     return _HELLO.pack(magic, version, rank, peer, channel, 0, os.urandom(16))
 

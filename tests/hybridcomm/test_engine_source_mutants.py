@@ -42,6 +42,32 @@ MUTANTS: dict[str, tuple[str, dict[str, str]]] = {
             "return nullptr;": ""
         },
     ),
+    "messages of other tags are taken": (
+        "messages.cpp",
+        {"return a.digest == b.digest && a.tensor == b.tensor;": "return a.digest == b.digest;"},
+    ),
+    "the newest message of a tag is taken, not the oldest": (
+        "messages.cpp",
+        {"peer.unexpected.push_back(std::move(arrived));": "peer.unexpected.push_front(std::move(arrived));"},
+    ),
+    "a message is said to be taken before it was read": (
+        "messages.cpp",
+        {
+            "    peer.fetching.push_back({std::move(receive), frame.id, pointer});": ""
+            "    reply(peer, FrameKind::taken, frame.id, true);\n    ::usleep(2000);\n"
+            "    peer.fetching.push_back({std::move(receive), frame.id, pointer});",
+            "  reply(peer, FrameKind::taken, front.id, true);\n": "",
+        },
+    ),
+    "open messages are forgotten when a rank gives up": (
+        "engine_messages.cpp",
+        {"finish(*std::static_pointer_cast<Work>(owner), std::make_exception_ptr(*broken_));": ""},
+    ),
+    "nobody chases": ("executor_faults.cpp", {"if (++returned_ < kRounds) return;": "return;"}),
+    "the lower rank waits for a link that nobody dials": (
+        "mesh_meet.cpp",
+        {"for (int channel = 0; channel <= config_.data_sockets; ++channel) dial_later(rank, channel);": ";"},
+    ),
 }
 
 

@@ -1,0 +1,60 @@
+"""Planted bugs: oracles that are wrong in one place; the comparison with C++ must notice each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hybridcomm.kernels.oracles import topk
+from tests.kernels import cases, sparse_cases
+from tests.kernels.sparse_cases import SPECS, case, encoder
+
+_signs = topk.quantise_signs
+
+
+def _mean_over_zeros_too(kept: Any) -> Any:
+    """Divides by all that is kept: zeros pull the scale down."""
+    padded = np.where(kept == 0, np.float32(1e-45), kept)
+    return _signs(padded)
+
+
+def _scale_of_the_largest(kept: Any) -> Any:
+    scales = np.maximum(topk.keys(kept).max(axis=1).astype(np.int64) >> 23, 1)
+    codes = np.sign(kept).astype(np.int64)
+    return scales, codes, codes.astype(np.float32) * topk.power(scales)[:, None]
+
+
+def _sends_what_is_below_half(kept: Any) -> Any:
+    scales, _, _ = _signs(kept)
+    codes = np.sign(kept).astype(np.int64)
+    return scales, codes, codes.astype(np.float32) * topk.power(scales)[:, None]
+
+
+MUTANTS: dict[str, tuple[str, Any, str, Callable[..., Any]]] = {
+    "zeros count in the mean": ("topk:0.1+sign/b64", topk, "quantise_signs", _mean_over_zeros_too),
+    "scale of the largest": ("topk:0.1+sign/b64", topk, "quantise_signs", _scale_of_the_largest),
+    "sends what is below half a scale": (
+        "topk:0.1+sign/b64",
+        topk,
+        "quantise_signs",
+        _sends_what_is_below_half,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_planted_bug_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, module, attribute, wrong = MUTANTS[name]
+    spec = SPECS[text]
+    monkeypatch.setattr(module, attribute, wrong)
+    caught = [
+        (kind, numel)
+        for kind in cases.KINDS
+        for numel in sparse_cases.sizes(spec)
+        if cases.run(case(spec, kind, numel), encoder())
+        != cases.run(case(spec, kind, numel), encoder("scalar"))
+    ]
+    assert caught, "the comparison let a wrong oracle pass"

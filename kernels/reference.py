@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from hybridcomm.kernels.oracles import topk
+from hybridcomm.kernels.oracles import quant, topk
 from hybridcomm.kernels.oracles.bits import INF_KEY, QUIET_NAN, Bytes, Floats, Oracle, keys
 from hybridcomm.kernels.payload import (
     FLAG_NONFINITE,
@@ -35,6 +35,12 @@ __all__ = ["check", "checksum", "compensate", "decode_add", "encode", "header"]
 ORACLES: Mapping[Codec, Oracle] = MappingProxyType(
     {
         Codec.TOPK: topk,
+        Codec.FP16: quant,
+        Codec.BF16: quant,
+        Codec.FP8: quant,
+        Codec.INT8: quant,
+        Codec.INT4: quant,
+        Codec.SIGN1: quant,
     }
 )
 

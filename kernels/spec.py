@@ -18,6 +18,7 @@ from hybridcomm.kernels.payload import (
     SpecError,
     Status,
 )
+from hybridcomm.kernels.specs.quant import CastSpec, Fp8Spec, Int4Spec, Int8Spec, SignSpec
 from hybridcomm.kernels.specs.topk import DEFAULT_BLOCK, DEFAULT_RATIO, TopKSpec
 
 __all__ = [
@@ -42,6 +43,12 @@ __all__ = [
 CODECS: Mapping[str, Callable[[str], Spec]] = MappingProxyType(
     {
         "topk": TopKSpec.parse,
+        "fp16": CastSpec.parse,
+        "bf16": CastSpec.parse,
+        "fp8": Fp8Spec.parse,
+        "int8": Int8Spec.parse,
+        "int4": Int4Spec.parse,
+        "sign1": SignSpec.parse,
     }
 )
 """Who reads a text that begins with this name."""

@@ -3,12 +3,24 @@
 
 namespace hybridcomm::kernels {
 
-extern const CodecRow kTopkRow;
+extern const CodecRow kTopkRow, kFp16Row, kBf16Row, kFp8Row, kInt8Row, kInt4Row, kSign1Row;
 
 const CodecRow* row_of(Codec codec) {
   switch (codec) {
     case Codec::topk:
       return &kTopkRow;
+    case Codec::fp16:
+      return &kFp16Row;
+    case Codec::bf16:
+      return &kBf16Row;
+    case Codec::fp8:
+      return &kFp8Row;
+    case Codec::int8:
+      return &kInt8Row;
+    case Codec::int4:
+      return &kInt4Row;
+    case Codec::sign1:
+      return &kSign1Row;
     default:
       return nullptr;
   }

@@ -18,6 +18,7 @@ from hybridcomm.kernels.payload import (
     SpecError,
     Status,
 )
+from hybridcomm.kernels.specs.gtop1 import GTop1Spec
 from hybridcomm.kernels.specs.quant import CastSpec, Fp8Spec, Int4Spec, Int8Spec, SignSpec
 from hybridcomm.kernels.specs.topk import DEFAULT_BLOCK, DEFAULT_RATIO, TopKSpec
 
@@ -49,6 +50,7 @@ CODECS: Mapping[str, Callable[[str], Spec]] = MappingProxyType(
         "int8": Int8Spec.parse,
         "int4": Int4Spec.parse,
         "sign1": SignSpec.parse,
+        "gtop1": GTop1Spec.parse,
     }
 )
 """Who reads a text that begins with this name."""

@@ -3,7 +3,7 @@
 
 namespace hybridcomm::kernels {
 
-extern const CodecRow kTopkRow, kFp16Row, kBf16Row, kFp8Row, kInt8Row, kInt4Row, kSign1Row;
+extern const CodecRow kTopkRow, kFp16Row, kBf16Row, kFp8Row, kInt8Row, kInt4Row, kSign1Row, kGtop1Row;
 
 const CodecRow* row_of(Codec codec) {
   switch (codec) {
@@ -21,6 +21,8 @@ const CodecRow* row_of(Codec codec) {
       return &kInt4Row;
     case Codec::sign1:
       return &kSign1Row;
+    case Codec::gtop1:
+      return &kGtop1Row;
     default:
       return nullptr;
   }

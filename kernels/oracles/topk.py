@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hybridcomm.kernels.oracles.bits import Bytes, Floats, Ints, keys, power
+from hybridcomm.kernels.oracles.bits import Bytes, Floats, Ints, keys, power, quantised
 from hybridcomm.kernels.payload import HEADER_NBYTES
 from hybridcomm.kernels.specs.topk import TopKSpec
 
@@ -30,12 +30,7 @@ def select(acc: Floats, k: int) -> Ints:
 
 def quantise(spec: TopKSpec, kept: Floats) -> tuple[Ints, Ints, Floats]:
     """Phases 2 and 3 on kept values (nblocks, k): scale bytes (nblocks,), codes and values (nblocks, k)."""
-    largest = keys(kept).max(axis=1).astype(np.int64)
-    scales = np.maximum((largest >> 23) + 2 - spec.layout[2], 1)
-    with np.errstate(under="ignore"):
-        codes = np.rint(kept * power(254 - scales)[:, None]).astype(np.int64)
-    codes = np.clip(codes, -spec.qmax, spec.qmax)
-    return scales, codes, codes.astype(np.float32) * power(scales)[:, None]
+    return quantised(kept, spec.layout[2])
 
 
 def quantise_signs(kept: Floats) -> tuple[Ints, Ints, Floats]:

@@ -152,8 +152,14 @@ class TopKSpec:
         default_block, value_bits = COMPOSITIONS.get(values, (DEFAULT_BLOCK, None))
         if bits is not None and value_bits not in (None, int(bits)):
             raise SpecError(f"{text!r}: +{values} has values of {value_bits} bits, not {bits}")
+        if share is not None and k is not None:
+            size = default_block if block is None else int(block)
+            if not abs(share * size - int(k)) <= 1:
+                raise SpecError(f"{text!r}: a share of {share} of {size} elements is not {k}")
+            if max(1, round(share * size)) != int(k):  # the text has fewer digits than the ratio had
+                share = None
         return cls(
-            ratio=None if k is not None else share,
+            ratio=share,
             block=default_block if block is None else int(block),
             k=None if k is None else int(k),
             value_bits=value_bits if bits is None else int(bits),

@@ -21,6 +21,10 @@ TEXTS = (
     "topk:0.01+sign",
     "topk:0.1+sign/b64",
     "topk:1+sign/b16",
+    "gtop1:0.01",
+    "gtop1:0.5/k16",
+    "gtop1:0.004/v4",
+    "gtop1:0.07/k48",
 )
 SPECS = {text: parse(text) for text in TEXTS}
 ISAS = host.available_isas()

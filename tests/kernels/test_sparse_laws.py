@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from hybridcomm.kernels import SpecError, TopKSpec, host
 from hybridcomm.kernels.spec import parse
+from hybridcomm.kernels.specs.gtop1 import GTop1Spec
 from tests.kernels.cases import Case
 from tests.kernels.sparse_cases import FINITE, SPECS, TEXTS, any_case, compress
 
@@ -64,6 +65,13 @@ def test_compositions_are_settings_of_topk() -> None:
         ("topk:0.01+int8/b512", "value_bits=8"),
         ("topk:0.01+int8/v6", "8 bits, not 6"),
         ("topk:0.01+sign/v3", "2 bits, not 3"),
+        ("topk:0.5/k3", "not 3"),
+        ("gtop1:", "write gtop1"),
+        ("gtop1:1", "from 0.00390625"),
+        ("gtop1:0.001", "from 0.00390625"),
+        ("gtop1:0.01/k24", "multiple of 16"),
+        ("gtop1:0.01/k64", "up to 32"),
+        ("gtop1:0.01/v10", "3 to 9 bits"),
     ],
 )
 def test_an_impossible_setting_is_refused(text: str, words: str) -> None:
@@ -84,6 +92,25 @@ def test_every_block_contracts(one: Case) -> None:
         before = energy(done.acc[part])
         slack = 2.0**-52 * block * before  # of the fp64 sums of this test
         assert energy(done.rest[part]) <= (1 - one.spec.contraction) * before + slack
+
+
+@settings(deadline=None, max_examples=60)
+@given(one=any_case(kinds=FINITE, texts=tuple(text for text in TEXTS if text.startswith("gtop1"))))
+def test_each_group_sends_its_largest(one: Case) -> None:
+    """Read by docs/payload.md: column j of a block of rows of k, one record each, ties to the first row."""
+    done, spec = compress(one), one.spec
+    assert isinstance(spec, GTop1Spec)
+    rows, k, value_bits = spec.layout
+    nblocks = -(-one.numel // spec.block)
+    start = 64 + -(-nblocks // 16) * 16
+    records = done.payload[start : start + 2 * k * nblocks].view("<u2").reshape(nblocks, k).astype(np.int64)
+    size = np.full(nblocks * spec.block, -1.0)
+    size[: one.numel] = np.abs(done.acc)
+    size = size.reshape(nblocks, rows, k)
+    row = records & ((1 << (16 - value_bits)) - 1)
+    there = size[:, 0] >= 0
+    assert (row == size.argmax(axis=1))[there].all()
+    assert (records[~there] == 0).all()
 
 
 def spiked(spec: TopKSpec) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hybridcomm.kernels.oracles import topk
+from hybridcomm.kernels.oracles import gtop1, topk
 from tests.kernels import cases, sparse_cases
 from tests.kernels.sparse_cases import SPECS, case, encoder
 
@@ -33,6 +33,27 @@ def _sends_what_is_below_half(kept: Any) -> Any:
     return scales, codes, codes.astype(np.float32) * topk.power(scales)[:, None]
 
 
+def _ties_to_the_last_row(acc: Any) -> Any:
+    rows = acc.shape[1]
+    return rows - 1 - np.argmax(gtop1.keys(acc[:, ::-1]), axis=1)
+
+
+def _compares_signed_values(acc: Any) -> Any:
+    return np.argmax(acc, axis=1)
+
+
+def _groups_side_by_side(acc: Any) -> Any:
+    """Group j as elements j * rows ... instead of column j."""
+    rows = acc.shape[1]
+    flat = acc.reshape(len(acc), acc.shape[2], rows)
+    return np.argmax(gtop1.keys(flat), axis=2)
+
+
+def _scale_one_octave_up(kept: Any, value_bits: int) -> Any:
+    scales, codes, decoded = topk.quantised(kept, value_bits)
+    return scales + 1, codes, decoded
+
+
 MUTANTS: dict[str, tuple[str, Any, str, Callable[..., Any]]] = {
     "zeros count in the mean": ("topk:0.1+sign/b64", topk, "quantise_signs", _mean_over_zeros_too),
     "scale of the largest": ("topk:0.1+sign/b64", topk, "quantise_signs", _scale_of_the_largest),
@@ -42,6 +63,10 @@ MUTANTS: dict[str, tuple[str, Any, str, Callable[..., Any]]] = {
         "quantise_signs",
         _sends_what_is_below_half,
     ),
+    "gtop1: ties to the last row": ("gtop1:0.5/k16", gtop1, "select", _ties_to_the_last_row),
+    "gtop1: signed comparison": ("gtop1:0.07/k48", gtop1, "select", _compares_signed_values),
+    "gtop1: groups side by side": ("gtop1:0.07/k48", gtop1, "select", _groups_side_by_side),
+    "gtop1: scale one octave up": ("gtop1:0.5/k16", gtop1, "quantised", _scale_one_octave_up),
 }
 
 

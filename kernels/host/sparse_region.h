@@ -1,0 +1,16 @@
+// All sparse codecs for one instruction set, with its lanes V.
+#pragma once
+
+#include "gtop1.h"
+#include "sparse.h"
+
+namespace hybridcomm::kernels {
+namespace {
+
+template <class V>
+constexpr SparseKernels sparse_kernels() {
+  return {{encode_gtop1<V>, decode_gtop1}};
+}
+
+}  // namespace
+}  // namespace hybridcomm::kernels

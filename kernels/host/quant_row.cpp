@@ -30,11 +30,13 @@ Layout layout_of(const CodecParams& params, size_t numel) {
 
 // Every code is one that an encoder writes, and so are the bits after the last one.
 bool check_halves(const CodecParams& params, const Layout& layout, const uint8_t* payload, size_t numel) {
-  const int32_t largest = params.codec == Codec::fp16 ? 0x7BFF : 0x7F7F;
+  const int16_t largest = params.codec == Codec::fp16 ? 0x7BFF : 0x7F7F;
   const uint8_t* codes = payload + layout.sections[1].offset;
-  int32_t most = 0;
+  int16_t most = 0;
   for (size_t i = 0; i < numel; ++i) {
-    const int32_t size = codes[2 * i] | (codes[2 * i + 1] & 0x7F) << 8;
+    int16_t code;
+    std::memcpy(&code, codes + 2 * i, 2);
+    const int16_t size = static_cast<int16_t>(code & 0x7FFF);
     most = size > most ? size : most;
   }
   return most <= largest;
@@ -59,19 +61,20 @@ bool check_fp8(const CodecParams& params, const Layout& layout, const uint8_t* p
 
 bool check_int8(const CodecParams&, const Layout& layout, const uint8_t* payload, size_t numel) {
   const uint8_t* codes = payload + layout.sections[1].offset;
-  bool reserved = false;
-  for (size_t i = 0; i < numel; ++i) reserved |= codes[i] == 0x80;
-  return !reserved && scales_within(layout, payload, 248);
+  uint8_t reserved = 0;
+  for (size_t i = 0; i < numel; ++i) reserved |= static_cast<uint8_t>(codes[i] == 0x80);
+  return reserved == 0 && scales_within(layout, payload, 248);
 }
 
 bool check_int4(const CodecParams&, const Layout& layout, const uint8_t* payload, size_t numel) {
   const uint8_t* codes = payload + layout.sections[1].offset;
-  bool reserved = numel % 2 != 0 && codes[numel / 2] >> 4 != 0;
-  for (size_t i = 0; i < layout.sections[1].used; ++i) {
-    reserved |= (codes[i] & 0x0F) == 0x08;
-    reserved |= (codes[i] & 0xF0) == 0x80;
+  uint8_t reserved = numel % 2 != 0 && codes[numel / 2] >> 4 != 0;
+  const size_t nbytes = layout.sections[1].used;
+  for (size_t i = 0; i < nbytes; ++i) {
+    reserved |= static_cast<uint8_t>((codes[i] & 0x0F) == 0x08);
+    reserved |= static_cast<uint8_t>((codes[i] & 0xF0) == 0x80);
   }
-  return !reserved && scales_within(layout, payload, 252);
+  return reserved == 0 && scales_within(layout, payload, 252);
 }
 
 bool check_sign1(const CodecParams&, const Layout& layout, const uint8_t* payload, size_t numel) {

@@ -91,6 +91,8 @@ class Collectives:
             raise UnsupportedError("residual= needs compress=: a dense all-reduce leaves nothing behind")
         if compressor is not None:
             compressors.check_compressible(compressor, dtype=target.dtype, op=name)
+            if residual is not None:
+                compressors.check_feedback(compressor)
         plan, program = self._program(
             ("allreduce", target.numel, target.dtype, name, str(compressor)),
             lambda: collective_plans.allreduce(

@@ -16,7 +16,7 @@ from hybridcomm.errors import CompressorError, DataTypeError, UnsupportedError
 if TYPE_CHECKING:
     from hybridcomm.kernels.spec import Spec
 
-__all__ = ["Compressor", "check_compressible", "resolve"]
+__all__ = ["Compressor", "check_compressible", "check_feedback", "resolve"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,3 +91,12 @@ def check_compressible(compressor: Compressor, *, dtype: str, op: str) -> None:
         )
     if op not in ("sum", "mean"):
         raise UnsupportedError(f"compress={compressor}: op={op!r} cannot be compressed; use 'sum' or 'mean'")
+
+
+def check_feedback(compressor: Compressor) -> None:
+    """Raises where error feedback would diverge: with a codec that is unbiased and does not contract."""
+    if compressor.unbiased and compressor.contraction is None:
+        raise UnsupportedError(
+            f"compress={compressor}: an unbiased codec takes no error feedback; pass residual=None, or leave "
+            "'+unbiased' out"
+        )

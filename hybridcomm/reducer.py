@@ -19,7 +19,7 @@ import torch
 from hybridcomm import reducer_report as report
 from hybridcomm import reducer_setup as setup
 from hybridcomm.bucket import Bucket, BucketLayout, BucketState
-from hybridcomm.compress import Compressor, resolve
+from hybridcomm.compress import Compressor, check_feedback, resolve
 from hybridcomm.errors import DataTypeError, HybridCommError, ResidualError, UnsupportedError
 from hybridcomm.reducer_report import ReducerStats
 from hybridcomm.reducer_setup import ContextLike, WorkLike
@@ -60,7 +60,9 @@ class Reducer:
         self.ctx = ctx
         self.requested = "none" if compress is None else str(compress)
         self.compressor = resolve(compress)
-        if residual is not None and self.compressor is None:
+        if self.compressor is not None:
+            check_feedback(self.compressor)
+        elif residual is not None:
             raise UnsupportedError("residual= has nothing to do without compress=")
         self.residual = Residual() if residual is None else residual
         self.residual.rekey()

@@ -72,6 +72,7 @@ void Executor::prepare(const Program& program) {
   in_flight_ = 0;
   recent_[++calls_ % kRemembered] = program.tag;
   recent_[calls_ % kRemembered].tensor = buffers_.name;
+  counters_.calls.store(calls_, std::memory_order_relaxed);
   last_progress_ = Clock::now();
 }
 

@@ -48,6 +48,7 @@ class Executor final : private Completion {
   Started post(Lane lane, uint32_t index, const Op& op, const std::vector<int64_t>& readers);
   bool start_reduce(const Op& op);
   void start_encode(const Op& op);
+  uint64_t seed_of(const Op& op) const;
   void start_message(uint32_t index, const Op& op);
   void start_sum(const Op& op);
   void reduce_sources(const Op& op, std::byte* out, size_t count);

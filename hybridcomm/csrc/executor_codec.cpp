@@ -4,13 +4,28 @@
 #include "executor.h"
 
 namespace hybridcomm {
+namespace {
+
+uint64_t mix(uint64_t x) {  // splitmix64's
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+  return x ^ (x >> 31);
+}
+
+}  // namespace
+
+// What seeded codecs draw from: another for every call, region and rank, and the same in every run.
+uint64_t Executor::seed_of(const Op& op) const {
+  const uint64_t call = mix(program_->tag.digest + calls_);
+  return mix(mix(call + op.begin) + static_cast<uint64_t>(mesh_.rank()));
+}
 
 void Executor::start_encode(const Op& op) {
   const float* in = buffers_.residual_in == nullptr ? nullptr : buffers_.residual_in + op.residual;
   float* out = buffers_.residual_out == nullptr ? nullptr : buffers_.residual_out + op.residual;
-  kernels::codec_encode(program_->codec, {reinterpret_cast<const float*>(tensor_at(op)), in, out, 1.0f, 0},
-                        reinterpret_cast<uint8_t*>(scratch_.data() + op.offset), op.count,
-                        program_->tag.digest);
+  kernels::codec_encode(
+      program_->codec, {reinterpret_cast<const float*>(tensor_at(op)), in, out, 1.0f, seed_of(op)},
+      reinterpret_cast<uint8_t*>(scratch_.data() + op.offset), op.count, program_->tag.digest);
 }
 
 void Executor::start_decode(const Op& op) {

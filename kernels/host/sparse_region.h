@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gtop1.h"
+#include "randk.h"
 #include "sparse.h"
 
 namespace hybridcomm::kernels {
@@ -9,7 +10,7 @@ namespace {
 
 template <class V>
 constexpr SparseKernels sparse_kernels() {
-  return {{encode_gtop1<V>, decode_gtop1}};
+  return {{encode_gtop1<V>, decode_gtop1}, {encode_randk<V>, decode_randk}};
 }
 
 }  // namespace

@@ -22,7 +22,8 @@ __all__ = ["add", "check", "encode", "select", "unpack"]
 
 def select(acc: Floats) -> Ints:
     """Phase 1: ``acc`` is (nblocks, rows, k), the result (nblocks, k) rows."""
-    return np.argmax(keys(acc), axis=1).astype(np.int64)
+    row: Ints = np.argmax(keys(acc), axis=1).astype(np.int64)
+    return row
 
 
 def encode(spec: GTop1Spec, acc: Floats, payload: Bytes, seed: int = 0) -> Floats:
@@ -58,7 +59,8 @@ def unpack(spec: GTop1Spec, payload: Bytes, numel: int) -> tuple[Ints, Ints, Int
 def places(spec: GTop1Spec, row: Ints) -> Ints:
     """Elements of the region that records (nblocks, k) stand for."""
     nblocks, k = row.shape
-    return row * k + np.arange(k) + (np.arange(nblocks) * spec.block)[:, None]
+    place: Ints = row * k + np.arange(k) + (np.arange(nblocks) * spec.block)[:, None]
+    return place
 
 
 def check(spec: GTop1Spec, payload: Bytes, numel: int) -> bool:

@@ -25,6 +25,10 @@ TEXTS = (
     "gtop1:0.5/k16",
     "gtop1:0.004/v4",
     "gtop1:0.07/k48",
+    "randk:0.01",
+    "randk:0.5",
+    "randk:0.004+unbiased",
+    "randk:0.1+unbiased",
 )
 SPECS = {text: parse(text) for text in TEXTS}
 ISAS = host.available_isas()

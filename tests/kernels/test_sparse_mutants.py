@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hybridcomm.kernels.oracles import gtop1, topk
+from hybridcomm.kernels.oracles import gtop1, randk, topk
 from tests.kernels import cases, sparse_cases
 from tests.kernels.sparse_cases import SPECS, case, encoder
 
 _signs = topk.quantise_signs
+_draw, _at_random = randk.draw, randk.rounded_at_random
 
 
 def _mean_over_zeros_too(kept: Any) -> Any:
@@ -54,6 +55,24 @@ def _scale_one_octave_up(kept: Any, value_bits: int) -> Any:
     return scales + 1, codes, decoded
 
 
+def _low_half_of_the_seed_alone(seed: int, count: int) -> Any:
+    return _draw(seed & 0xFFFFFFFF, count)
+
+
+def _first_stratum_again(seed: int, count: int) -> Any:
+    return np.repeat(_draw(seed, 1), count)
+
+
+def _rounds_half_even_when_unbiased(kept: Any, hashes: Any) -> Any:
+    scales, _ = _at_random(kept, hashes)
+    return scales, np.rint(kept.astype(np.float64) / topk.power(scales)[:, None]).astype(np.int64)
+
+
+def _never_scales(spec: Any, scales: Any, codes: Any) -> Any:
+    del spec
+    return codes.astype(np.float32) * topk.power(scales)[:, None]
+
+
 MUTANTS: dict[str, tuple[str, Any, str, Callable[..., Any]]] = {
     "zeros count in the mean": ("topk:0.1+sign/b64", topk, "quantise_signs", _mean_over_zeros_too),
     "scale of the largest": ("topk:0.1+sign/b64", topk, "quantise_signs", _scale_of_the_largest),
@@ -66,6 +85,15 @@ MUTANTS: dict[str, tuple[str, Any, str, Callable[..., Any]]] = {
     "gtop1: ties to the last row": ("gtop1:0.5/k16", gtop1, "select", _ties_to_the_last_row),
     "gtop1: signed comparison": ("gtop1:0.07/k48", gtop1, "select", _compares_signed_values),
     "gtop1: groups side by side": ("gtop1:0.07/k48", gtop1, "select", _groups_side_by_side),
+    "randk: half of the seed": ("randk:0.5", randk, "draw", _low_half_of_the_seed_alone),
+    "randk: one draw for all": ("randk:0.5", randk, "draw", _first_stratum_again),
+    "randk: rounds to nearest": (
+        "randk:0.1+unbiased",
+        randk,
+        "rounded_at_random",
+        _rounds_half_even_when_unbiased,
+    ),
+    "randk: never scales": ("randk:0.1+unbiased", randk, "decoded", _never_scales),
     "gtop1: scale one octave up": ("gtop1:0.5/k16", gtop1, "quantised", _scale_one_octave_up),
 }
 

@@ -5,6 +5,9 @@ An all-reduce goes through these stages, chunk by chunk; a stage with no peer va
     small        reduce_all, on a single node
     dense        reduce -> exchange_reduce (one slice per node) -> exchange_gather -> gather
     compressed   reduce -> compress -> exchange_payload -> decompress -> gather
+
+With a codec that selects over a whole region only reduce and gather go chunk by chunk; the steps between them are
+one a shard, and wait for all of its chunks.
 """
 
 from __future__ import annotations
@@ -16,17 +19,20 @@ from typing import Protocol
 from hybridcomm import policy, reduction
 from hybridcomm.errors import UnsupportedError
 from hybridcomm.plan import Plan, Region
-from hybridcomm.plan_stages import Chunk, Stage, Writer, chunks_of, pipeline, shard_regions
+from hybridcomm.plan_stages import Chunk, Stage, Writer, chunks_of, pipeline, shard_regions, whole_shards
 from hybridcomm.topology import Topology
 
 __all__ = ["all_gather", "allreduce", "barrier", "broadcast", "reduce_scatter"]
 
 
 class BlockCodec(Protocol):
-    """What a plan needs to know of a compressor: its block size and, as ``str()``, its canonical text."""
+    """What a plan needs to know of a compressor; ``str()`` is its canonical text."""
 
     @property
     def block(self) -> int: ...
+
+    @property
+    def whole_region(self) -> bool: ...
 
 
 def allreduce(
@@ -58,7 +64,7 @@ def allreduce(
         dtype,
         len(shards),
         align,
-        compressed=codec is not None,
+        compressed=codec is not None and not codec.whole_region,
         overlap=nodes > 1,
     )
     writer = Writer(topology, bucket)
@@ -66,19 +72,25 @@ def allreduce(
     one_shot = nodes == 1 < world and chunk_elems is None
     one_shot = one_shot and numel * policy.itemsize(dtype) <= min(policy.one_shot_nbytes(world), chunk_nbytes)
 
+    chunks = [chunks_of(s, r, size, topology.owners(s)) for s, r in enumerate(shards)]
     stages: list[Stage] = []
     if one_shot:
-        shards, size = [Region(0, numel)], max(size, numel)
+        size = max(size, numel)
+        chunks = [chunks_of(0, Region(0, numel), size, topology.owners(0))]
         stages.append(lambda chunk: writer.reduce_all(chunk, divisor))
     elif topology.K > 1:
         stages.append(lambda chunk: writer.reduce(chunk, divisor if nodes == 1 else 1))
-    if codec is not None:
+    if codec is not None and codec.whole_region:
+        pipeline(stages, chunks)
+        whole_shards(writer, chunks, divisor)
+        stages = []
+    elif codec is not None:
         stages += [writer.compress, writer.exchange_payload, lambda chunk: writer.decompress(chunk, divisor)]
     elif nodes > 1:
         stages += [lambda chunk: writer.exchange_reduce(chunk, divisor), writer.exchange_gather]
     if topology.K > 1 and not one_shot:
         stages.append(writer.gather)
-    pipeline(stages, [chunks_of(s, r, size, topology.owners(s)) for s, r in enumerate(shards)])
+    pipeline(stages, chunks)
     return Plan(
         collective="allreduce",
         numel=numel,

@@ -31,6 +31,11 @@ class Compressor:
         return self.spec.block
 
     @property
+    def whole_region(self) -> bool:
+        """Whether a shard is compressed as one region and never cut into chunks."""
+        return self.spec.whole_region
+
+    @property
     def unbiased(self) -> bool:
         """Whether E[C(x)] = x."""
         return self.spec.unbiased

@@ -26,6 +26,7 @@ def check_plan(plan: Plan, *, slots: int = 4) -> None:
     """Raises `PlanError` unless ``plan`` answers all four questions; linear in steps times group size."""
     for place, step in enumerate(plan.steps):
         _check_step(plan, step, place)
+    _check_whole_shards(plan)
     atoms = _Atoms(plan)
     _check_coverage(plan, atoms)
     _check_dependencies(plan, atoms)
@@ -80,6 +81,18 @@ def _check_group(plan: Plan, step: Step) -> None:
         wrong = [r for r in (step.group if step.stream == "exchange" else (step.root,)) if r not in owners]
         if wrong:
             raise _fail(step, f"rank {wrong[0]} does not own shard {step.shard}: the owners are {owners}")
+
+
+def _check_whole_shards(plan: Plan) -> None:
+    """A codec that selects over a whole region must get each shard in one piece."""
+    from hybridcomm.kernels.spec import CODECS, name_of, parse
+
+    if name_of(plan.compressor) not in CODECS or not parse(plan.compressor).whole_region:
+        return
+    first: dict[tuple[int, int], Step] = {}
+    for step in plan.steps:
+        if step.op == "compress" and first.setdefault((step.root, step.shard), step) is not step:
+            raise _fail(step, f"cuts shard {step.shard}, which {plan.compressor} needs whole")
 
 
 # -- 2. coverage -------------------------------------------------------------------------------------------

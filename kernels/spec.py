@@ -19,6 +19,7 @@ from hybridcomm.kernels.payload import (
     Status,
 )
 from hybridcomm.kernels.specs.gtop1 import GTop1Spec
+from hybridcomm.kernels.specs.gtopk import GTopKSpec
 from hybridcomm.kernels.specs.quant import CastSpec, Fp8Spec, Int4Spec, Int8Spec, SignSpec
 from hybridcomm.kernels.specs.randk import RandKSpec
 from hybridcomm.kernels.specs.topk import DEFAULT_BLOCK, DEFAULT_RATIO, TopKSpec
@@ -52,6 +53,7 @@ CODECS: Mapping[str, Callable[[str], Spec]] = MappingProxyType(
         "int4": Int4Spec.parse,
         "sign1": SignSpec.parse,
         "gtop1": GTop1Spec.parse,
+        "gtopk": GTopKSpec.parse,
         "randk": RandKSpec.parse,
     }
 )

@@ -6,7 +6,7 @@
 namespace hybridcomm::kernels {
 
 struct SparseKernels {
-  Kernels gtop1, randk;
+  Kernels gtop1, gtopk, randk;
 };
 extern const SparseKernels kSparseScalar;
 #if defined(__x86_64__)

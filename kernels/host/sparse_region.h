@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gtop1.h"
+#include "gtopk.h"
 #include "randk.h"
 #include "sparse.h"
 
@@ -10,7 +11,7 @@ namespace {
 
 template <class V>
 constexpr SparseKernels sparse_kernels() {
-  return {{encode_gtop1<V>, decode_gtop1}, {encode_randk<V>, decode_randk}};
+  return {{encode_gtop1<V>, decode_gtop1}, {encode_gtopk<V>, decode_gtopk}, {encode_randk<V>, decode_randk}};
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 namespace hybridcomm::kernels {
 
 extern const CodecRow kTopkRow, kFp16Row, kBf16Row, kFp8Row, kInt8Row, kInt4Row, kSign1Row, kGtop1Row,
-    kRandkRow;
+    kRandkRow, kGtopkRow;
 
 const CodecRow* row_of(Codec codec) {
   switch (codec) {
@@ -24,6 +24,8 @@ const CodecRow* row_of(Codec codec) {
       return &kSign1Row;
     case Codec::gtop1:
       return &kGtop1Row;
+    case Codec::gtopk:
+      return &kGtopkRow;
     case Codec::randk:
       return &kRandkRow;
     default:

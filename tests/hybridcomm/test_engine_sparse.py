@@ -16,7 +16,7 @@ from tests.hybridcomm.strategies import NAMED
 from tests.hybridcomm.test_engine_compressed import Arrays, by_engine, gradients, held_back
 from tests.interpreter import Interpreter
 
-EXACT = ("topk:0.1+int8/b64", "topk:0.1+sign/b64", "gtop1:0.1/k16", "randk:0.1")
+EXACT = ("topk:0.1+int8/b64", "topk:0.1+sign/b64", "gtop1:0.1/k16", "gtopk:0.1/b64", "randk:0.1")
 """Codecs whose decoded values and residuals add up without rounding."""
 
 CODECS = (*EXACT, "randk:0.1+unbiased")
@@ -92,6 +92,19 @@ def test_residual_law(ranks: list[Context], codec: str) -> None:
     assert (seen == applied + left).all()
     assert np.abs(applied).sum() > 0
     assert np.abs(left).sum() > 0, "nothing was held back: the law was not tested"
+
+
+def test_a_shard_of_many_chunks_is_compressed_whole() -> None:
+    """Slots far smaller than a shard: in-node steps go chunk by chunk, the selection is still over all of it."""
+    inputs = gradients(4, 30_011, seed=4)
+    with engine_contexts(NAMED["2x2"], chunk_nbytes=4096) as contexts:
+        plan = contexts[0].plan_allreduce(30_011, op="mean", compress="gtopk:0.01")
+        assert sum(step.op == "reduce" for step in plan.steps) > 4 * sum(
+            s.op == "compress" for s in plan.steps
+        )
+        want, _ = by_interpreter(contexts, inputs, "gtopk:0.01")
+        got = by_engine(contexts, inputs, compress="gtopk:0.01")
+    assert [a.tobytes() for a in got] == [b.tobytes() for b in want]
 
 
 def test_draws_differ_per_call_and_repeat_in_another_run() -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hybridcomm.kernels import SpecError, TopKSpec, host
 from hybridcomm.kernels.spec import parse
 from hybridcomm.kernels.specs.gtop1 import GTop1Spec
+from hybridcomm.kernels.specs.gtopk import GTopKSpec
 from tests.kernels.cases import Case
 from tests.kernels.sparse_cases import FINITE, SPECS, TEXTS, any_case, compress
 
@@ -29,13 +30,14 @@ def test_both_sides_agree_on_the_size(text: str, numel: int) -> None:
     assert spec.nbytes(numel) % 16 == 0
 
 
-@pytest.mark.parametrize("text", ["topk:0.01", "topk:0.01+int8", "topk:0.01+sign"])
+@pytest.mark.parametrize(
+    "text", ["topk:0.01", "topk:0.01+int8", "topk:0.01+sign", "gtop1:0.01", "gtopk:0.01", "randk:0.01"]
+)
 @pytest.mark.parametrize("numel", [1 << 16, 1 << 20, 100_003])
 def test_a_kept_element_costs_at_most_20_bits(text: str, numel: int) -> None:
     """Header and scales included; and the share is the one asked for, so the bound is not met by keeping less."""
     spec = parse(text)
-    assert isinstance(spec, TopKSpec)
-    block, k, _ = spec.layout
+    _, _, _, block, k = spec.params
     kept = k * (numel // block)
     assert 8 * spec.nbytes(numel) / kept <= 20
     assert 0.009 <= kept / numel <= 0.012
@@ -66,6 +68,8 @@ def test_compositions_are_settings_of_topk() -> None:
         ("topk:0.01+int8/v6", "8 bits, not 6"),
         ("topk:0.01+sign/v3", "2 bits, not 3"),
         ("topk:0.5/k3", "not 3"),
+        ("gtopk:0.01+sign", "signs are for topk"),
+        ("gtopk:2", "ratio=2"),
         ("randk:0.01+", "write randk"),
         ("randk:2", "write randk"),
         ("randk:0.9", "from 0.00390625"),
@@ -95,6 +99,39 @@ def test_every_block_contracts(one: Case) -> None:
         before = energy(done.acc[part])
         slack = 2.0**-52 * block * before  # of the fp64 sums of this test
         assert energy(done.rest[part]) <= (1 - one.spec.contraction) * before + slack
+
+
+GLOBAL = tuple(text for text in TEXTS if text.startswith("gtopk"))
+
+
+@settings(deadline=None, max_examples=100)
+@given(one=any_case(kinds=NORMAL, texts=GLOBAL))
+def test_every_region_contracts(one: Case) -> None:
+    done = compress(one)
+    before = energy(done.acc)
+    assert one.spec.contraction is not None
+    assert energy(done.rest) <= (1 - one.spec.contraction) * before + 2.0**-52 * one.numel * before
+
+
+@settings(deadline=None, max_examples=60)
+@given(one=any_case(kinds=FINITE, texts=GLOBAL))
+def test_no_other_elements_of_the_region_are_larger(one: Case) -> None:
+    """Two-sided: exactly the k largest are recorded, ties to the lowest index, and no energy beyond theirs is sent."""
+    done, spec = compress(one), one.spec
+    assert isinstance(spec, GTopKSpec)
+    kept = spec.kept(one.numel)
+    assert kept == int(np.ceil(one.numel * spec.topk.layout[1] / spec.block))
+    start = 64 + (kept + 255) // 256 * 16  # behind a scale for each 16 records
+    raw = done.payload[start : start + 2 * kept].view("<u2").astype(np.int64)
+    bits = np.unpackbits(done.payload[start + -(-2 * kept // 16) * 16 :], bitorder="little")
+    nblocks = -(-one.numel // spec.block)
+    block_of = np.cumsum(1 - bits[: kept + nblocks])[bits[: kept + nblocks] == 1]
+    index = (raw % spec.block + block_of * spec.block).astype(np.int64)
+    size = np.abs(done.acc.astype(np.float64))
+    best = sorted(range(one.numel), key=lambda i: (-size[i], i))[:kept]
+    assert index.tolist() == sorted(best)
+    least = energy(done.acc) - float((size[index] ** 2).sum())
+    assert energy(done.rest) >= least - 2.0**-52 * max(one.numel, 1) * energy(done.acc)
 
 
 @settings(deadline=None, max_examples=60)

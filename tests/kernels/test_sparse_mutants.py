@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hybridcomm.kernels.oracles import gtop1, randk, topk
+from hybridcomm.kernels.oracles import gtop1, gtopk, randk, topk
 from tests.kernels import cases, sparse_cases
 from tests.kernels.sparse_cases import SPECS, case, encoder
 
 _signs = topk.quantise_signs
+_of_region = gtopk.select
 _draw, _at_random = randk.draw, randk.rounded_at_random
 
 
@@ -73,6 +74,21 @@ def _never_scales(spec: Any, scales: Any, codes: Any) -> Any:
     return codes.astype(np.float32) * topk.power(scales)[:, None]
 
 
+def _region_ties_to_the_highest_index(acc: Any, kept: int) -> Any:
+    return np.sort(acc.size - 1 - _of_region(np.ascontiguousarray(acc[::-1]), kept))
+
+
+def _region_by_blocks(acc: Any, kept: int) -> Any:
+    """As many from the front half as from the back: not the largest of all."""
+    half = acc.size // 2
+    front = min(kept // 2, half)
+    return np.concatenate([_of_region(acc[:half], front), half + _of_region(acc[half:], kept - front)])
+
+
+def _unary_without_ends(counts: Any) -> Any:
+    return np.concatenate([np.ones(counts.sum(), np.uint8), np.zeros(counts.size, np.uint8)])
+
+
 MUTANTS: dict[str, tuple[str, Any, str, Callable[..., Any]]] = {
     "zeros count in the mean": ("topk:0.1+sign/b64", topk, "quantise_signs", _mean_over_zeros_too),
     "scale of the largest": ("topk:0.1+sign/b64", topk, "quantise_signs", _scale_of_the_largest),
@@ -85,6 +101,14 @@ MUTANTS: dict[str, tuple[str, Any, str, Callable[..., Any]]] = {
     "gtop1: ties to the last row": ("gtop1:0.5/k16", gtop1, "select", _ties_to_the_last_row),
     "gtop1: signed comparison": ("gtop1:0.07/k48", gtop1, "select", _compares_signed_values),
     "gtop1: groups side by side": ("gtop1:0.07/k48", gtop1, "select", _groups_side_by_side),
+    "gtopk: ties to the highest index": (
+        "gtopk:0.3/b64",
+        gtopk,
+        "select",
+        _region_ties_to_the_highest_index,
+    ),
+    "gtopk: selects in halves": ("gtopk:0.3/b64", gtopk, "select", _region_by_blocks),
+    "gtopk: counts run together": ("gtopk:0.3/b64", gtopk, "unary", _unary_without_ends),
     "randk: half of the seed": ("randk:0.5", randk, "draw", _low_half_of_the_seed_alone),
     "randk: one draw for all": ("randk:0.5", randk, "draw", _first_stratum_again),
     "randk: rounds to nearest": (

@@ -138,13 +138,13 @@ def allreduce(
     """Sums or averages ``t`` over all ranks; with ``compress`` but no ``residual`` it is memoryless.
 
     ``t``: a contiguous CPU tensor (torch or numpy): float32, bfloat16 and float16 (both accumulated in
-    float32), float64, int32, int64. ``op``: "sum" or "mean" (floating point only). ``compress``: None (dense)
-    or "topk:0.01" (block-wise top 1 %, quantised; float32 only). It acts between nodes; with one node there
-    is nothing to compress. "auto": where measured figures say it pays (`hybridcomm.auto`).
-    ``residual``: keeps what compression left out and adds it to the next call (error
-    feedback, Karimireddy et al. 2019); the law it keeps stands in ``residual.py``. ``group``: a context
-    (default: that of `init`). ``async_op``: return a `Work` at once; otherwise None is returned when ``t``
-    holds the result.
+    float32), float64, int32, int64. ``op``: "sum" or "mean" (floating point only). ``compress``: None (dense),
+    "topk:0.01" (block-wise top 1 %, quantised), "fp16", "bf16", "fp8", "int8", "int4" or "sign1" (one bit);
+    float32 only. It acts between nodes; with one node there is nothing to compress. "auto": where measured
+    figures say it pays (`hybridcomm.auto`). ``residual``: keeps what compression left out and adds it to the
+    next call (error feedback, Karimireddy et al. 2019); the law it keeps stands in ``residual.py``.
+    ``group``: a context (default: that of `init`). ``async_op``: return a `Work` at once; otherwise None is
+    returned when ``t`` holds the result.
 
     Every rank gets the same bits, whatever the timing. Raises `DataTypeError`, `UnsupportedError` and
     `CompressorError` before anything is sent; `PlanMismatchError` when ranks call different things;

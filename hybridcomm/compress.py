@@ -64,7 +64,7 @@ class Compressor:
 
 def resolve(compress: str | Compressor | None) -> Compressor | None:
     """What ``compress=`` means: None and "none" are dense; "topk" takes the default ratio, "topk:0.01" that
-    one.
+    one; "int8" the default group, "int8/g64" that one.
 
     Raises `CompressorError` for an unknown name (with the nearest known one) or a setting out of range.
     """

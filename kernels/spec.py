@@ -20,7 +20,7 @@ from hybridcomm.kernels.payload import (
 )
 from hybridcomm.kernels.specs.gtop1 import GTop1Spec
 from hybridcomm.kernels.specs.gtopk import GTopKSpec
-from hybridcomm.kernels.specs.quant import CastSpec, Fp8Spec, Int4Spec, Int8Spec, SignSpec
+from hybridcomm.kernels.specs.quant import CastSpec, Fp8Spec, IntegerSpec, SignSpec
 from hybridcomm.kernels.specs.randk import RandKSpec
 from hybridcomm.kernels.specs.topk import DEFAULT_BLOCK, DEFAULT_RATIO, TopKSpec
 
@@ -49,8 +49,8 @@ CODECS: Mapping[str, Callable[[str], Spec]] = MappingProxyType(
         "fp16": CastSpec.parse,
         "bf16": CastSpec.parse,
         "fp8": Fp8Spec.parse,
-        "int8": Int8Spec.parse,
-        "int4": Int4Spec.parse,
+        "int8": IntegerSpec.parse,
+        "int4": IntegerSpec.parse,
         "sign1": SignSpec.parse,
         "gtop1": GTop1Spec.parse,
         "gtopk": GTopKSpec.parse,

@@ -17,7 +17,8 @@ constexpr uint32_t kGtopkGroup = 16;  // records that share a scale
 constexpr uint32_t kGtopkChunk = 1024;
 
 [[maybe_unused]] inline size_t gtopk_kept(const CodecParams& params, size_t numel) {
-  return numel / params.block * params.k + (numel % params.block * params.k + params.block - 1) / params.block;
+  return numel / params.block * params.k +
+         (numel % params.block * params.k + params.block - 1) / params.block;
 }
 
 struct GtopkScratch {
@@ -62,8 +63,7 @@ bool threshold_of(const EncodeArgs& a, size_t wanted, uint32_t& key, size_t& tie
   for (const uint32_t shift : kShifts) {
     std::memset(s.bins, 0, 1024 * sizeof(uint64_t));
     for (size_t begin = 0; begin < a.numel; begin += kGtopkChunk) {
-      const uint32_t n =
-          a.numel - begin < kGtopkChunk ? static_cast<uint32_t>(a.numel - begin) : kGtopkChunk;
+      const uint32_t n = a.numel - begin < kGtopkChunk ? static_cast<uint32_t>(a.numel - begin) : kGtopkChunk;
       const float* acc = acc_again<V>(a, begin, n, s);
       for (uint32_t i = 0; i < n; ++i) {
         const uint32_t here = (bits_of(acc[i]) & kMagnitude) >> shift;
@@ -126,8 +126,9 @@ bool encode_gtopk(const EncodeArgs& a) {
   if (!threshold_of<V>(a, kept, key, ties, s)) return false;
   const Section* sections = a.layout.sections;
   std::memset(a.payload + sections[2].offset, 0, sections[2].used);
-  Collector out{a, a.payload + sections[0].offset, a.payload + sections[1].offset,
-                a.payload + sections[2].offset, {}, {}};
+  Collector out{
+      a, a.payload + sections[0].offset, a.payload + sections[1].offset, a.payload + sections[2].offset, {},
+      {}};
   const uint32_t step = a.params.block < kGtopkChunk ? a.params.block : kGtopkChunk;
   for (size_t begin = 0; begin < a.numel; begin += step) {
     if (begin != 0 && begin % a.params.block == 0) ++out.bit;

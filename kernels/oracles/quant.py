@@ -13,20 +13,19 @@ here depends on the order of elements or on the width of a vector.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from hybridcomm.kernels.oracles.bits import Bytes, Floats, Ints, keys, power
 from hybridcomm.kernels.payload import HEADER_NBYTES, Codec
-from hybridcomm.kernels.specs.quant import CastSpec, Fp8Spec, QuantSpec, SignSpec
+from hybridcomm.kernels.specs.quant import CastSpec, Fp8Spec, QuantSpec, ScaledSpec, SignSpec
 
 __all__ = ["add", "check", "encode"]
 
 FIXED = 22  # bits of a magnitude below the largest one's power of two that the mean of sign1 takes in
 
 
-def grouped(spec: QuantSpec, values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+def grouped(spec: QuantSpec, values: Floats) -> Floats:
     """(nblocks, block), the last group padded with zeros."""
-    padded = np.zeros(spec.nblocks(values.size) * spec.block, values.dtype)
+    padded = np.zeros(spec.nblocks(values.size) * spec.block, np.float32)
     padded[: values.size] = values
     return padded.reshape(-1, spec.block)
 
@@ -43,8 +42,9 @@ def to_float_codes(spec: QuantSpec, values: Floats) -> Ints:
     mantissa, emin, largest = form_of(spec)
     exponent = np.maximum((keys(values) >> 23).astype(np.int64) - 127, emin)
     steps = np.rint(np.abs(values.astype(np.float64)) * np.exp2((mantissa - exponent).astype(np.float64)))
-    codes = np.minimum(((exponent - emin) << mantissa) + steps.astype(np.int64), largest)
-    return codes | (np.signbit(values).astype(np.int64) << (spec.value_bits - 1))
+    codes: Ints = np.minimum(((exponent - emin) << mantissa) + steps.astype(np.int64), largest)
+    codes |= np.signbit(values).astype(np.int64) << (spec.value_bits - 1)
+    return codes
 
 
 def from_float_codes(spec: QuantSpec, codes: Ints) -> Floats:
@@ -54,12 +54,14 @@ def from_float_codes(spec: QuantSpec, codes: Ints) -> Floats:
     digits, exponent = size & ((1 << mantissa) - 1), size >> mantissa
     digits = np.where(exponent > 0, digits + (1 << mantissa), digits)
     values = digits * np.exp2((np.maximum(exponent, 1) - 1 + emin - mantissa).astype(np.float64))
-    return np.where(codes >> (spec.value_bits - 1), -values, values).astype(np.float32)
+    signed: Floats = np.where(codes >> (spec.value_bits - 1), -values, values).astype(np.float32)
+    return signed
 
 
-def scale_of(spec: QuantSpec, groups: Floats) -> Ints:
+def scale_of(spec: ScaledSpec, groups: Floats) -> Ints:
     """Phase 1 of int8, int4 and fp8: biased exponents (nblocks,), so that the largest is 2^top scales or more."""
-    return np.maximum((keys(groups).max(axis=1).astype(np.int64) >> 23) - spec.top, 1)  # type: ignore[attr-defined]
+    exponents: Ints = np.maximum((keys(groups).max(axis=1).astype(np.int64) >> 23) - spec.top, 1)
+    return exponents
 
 
 def mean_of(groups: Floats, valid: Ints) -> Floats:
@@ -72,7 +74,8 @@ def mean_of(groups: Floats, valid: Ints) -> Floats:
     units = np.exp2((253 + FIXED - 127 - exponent).astype(np.float64))
     sums = np.floor(np.abs(groups.astype(np.float64)) * units[:, None]).astype(np.int64).sum(axis=1)
     whole = (sums // valid).astype(np.float32)
-    return (whole.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32) * power(exponent + 1 - FIXED)
+    digits: Floats = (whole.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+    return digits * power(exponent + 1 - FIXED)
 
 
 def to_codes(spec: QuantSpec, scaled: Floats) -> Ints:
@@ -94,7 +97,7 @@ def values_of(spec: QuantSpec, codes: Ints) -> Floats:
 
 def quantise(spec: QuantSpec, acc: Floats) -> tuple[Floats, Bytes, Ints]:
     """Phases 1 and 2: scales (nblocks, 1), their bytes, and codes (numel,)."""
-    groups = grouped(spec, acc).view(np.float32)
+    groups = grouped(spec, acc)
     if isinstance(spec, CastSpec):
         return np.ones((len(groups), 1), np.float32), np.zeros(0, np.uint8), to_float_codes(spec, acc)
     if isinstance(spec, SignSpec):
@@ -102,6 +105,8 @@ def quantise(spec: QuantSpec, acc: Floats) -> tuple[Floats, Bytes, Ints]:
         scales = mean_of(groups, valid)
         halves = (scales.view(np.uint32) >> 16).astype("<u2")
         return scales[:, None], halves.view(np.uint8), np.signbit(acc).astype(np.int64)
+    if not isinstance(spec, ScaledSpec):
+        raise TypeError(f"{spec}: no quantiser")
     exponent = scale_of(spec, groups)
     codes = to_codes(spec, groups * power(254 - exponent)[:, None])
     return power(exponent)[:, None], exponent.astype(np.uint8), codes.reshape(-1)[: acc.size]
@@ -173,7 +178,7 @@ def check(spec: QuantSpec, payload: Bytes, numel: int) -> bool:
     if isinstance(spec, SignSpec):
         halves = stored.view("<u2")
         return not bool(((halves != 0) & ((halves < 0x0080) | (halves > 0x7F7F))).any())
-    if not isinstance(spec, CastSpec) and bool(((stored < 1) | (stored > spec.max_scale)).any()):  # type: ignore[attr-defined]
+    if isinstance(spec, ScaledSpec) and bool(((stored < 1) | (stored > spec.max_scale)).any()):
         return False
     if isinstance(spec, (CastSpec, Fp8Spec)):
         return not bool(((codes & ((1 << (spec.value_bits - 1)) - 1)) > form_of(spec)[2]).any())

@@ -10,12 +10,12 @@ Sections:
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from hybridcomm.kernels.payload import HEADER_NBYTES, Codec, SpecError, align
 
-__all__ = ["CastSpec", "Fp8Spec", "Int4Spec", "Int8Spec", "QuantSpec", "SignSpec"]
+__all__ = ["CastSpec", "Fp8Spec", "IntegerSpec", "QuantSpec", "ScaledSpec", "SignSpec"]
 
 MIN_GROUP, MAX_GROUP = 16, 4096
 CAST_BLOCK = 16  # elements; casts have no groups, a region begins at a cache line
@@ -106,8 +106,35 @@ def _contraction(top: float, lost: float, small: float, group: int) -> float:
     return 1.0 - (lost + rest) / (top * top + rest)
 
 
-class _IntegerSpec(QuantSpec):
+class ScaledSpec(QuantSpec):
+    """Codes in units of a power of two, one per group, so that the largest magnitude is 2^top units or more."""
+
     scale_nbytes = 1
+
+    @property
+    def top(self) -> int:
+        """The largest magnitude of a group is 2^top to 2^(top + 1) scales."""
+        raise NotImplementedError
+
+    @property
+    def max_scale(self) -> int:
+        """Largest scale byte an encoder writes; 1 is the smallest."""
+        return 254 - self.top
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntegerSpec(ScaledSpec):
+    """Integers of 8 or 4 bits in units of a power of two, one per group of ``block`` elements."""
+
+    value_bits: int = 8
+    block: int = 128
+    codec: Codec = field(init=False, repr=False, default=Codec.INT8)
+
+    def __post_init__(self) -> None:
+        _check_group(self.block)
+        if self.value_bits not in (4, 8):
+            raise SpecError(f"value_bits={self.value_bits}: use 8 or 4")
+        object.__setattr__(self, "codec", Codec.INT8 if self.value_bits == 8 else Codec.INT4)
 
     @property
     def qmax(self) -> int:
@@ -120,11 +147,6 @@ class _IntegerSpec(QuantSpec):
         return self.value_bits - 2
 
     @property
-    def max_scale(self) -> int:
-        """Largest scale byte an encoder writes; 1 is the smallest."""
-        return 254 - self.top
-
-    @property
     def contraction(self) -> float:
         """d in |x - C(x)|^2 <= (1 - d) |x|^2 for every group whose largest element is >= 2^(top - 126).
 
@@ -133,51 +155,18 @@ class _IntegerSpec(QuantSpec):
         """
         return _contraction(2.0**self.top, 1.0, 0.25, self.block)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Int8Spec(_IntegerSpec):
-    """Integers of 8 bits in units of a power of two, one per group of ``block`` elements."""
-
-    block: int = 128
-
-    codec = Codec.INT8
-    value_bits = 8
-
-    def __post_init__(self) -> None:
-        _check_group(self.block)
-
     def __str__(self) -> str:
-        return f"int8/g{self.block}"
+        return f"int{self.value_bits}/g{self.block}"
 
     @classmethod
-    def parse(cls, text: str) -> Int8Spec:
-        """``int8``, ``int8/g128``."""
-        return cls(block=_parse_group("int8", cls.block, text))
+    def parse(cls, text: str) -> IntegerSpec:
+        """``int8``, ``int8/g128``, ``int4``, ``int4/g32``."""
+        bits, default = (8, 128) if text.startswith("int8") else (4, 32)
+        return cls(value_bits=bits, block=_parse_group(f"int{bits}", default, text))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Int4Spec(_IntegerSpec):
-    """Integers of 4 bits in units of a power of two, one per group of ``block`` elements."""
-
-    block: int = 32
-
-    codec = Codec.INT4
-    value_bits = 4
-
-    def __post_init__(self) -> None:
-        _check_group(self.block)
-
-    def __str__(self) -> str:
-        return f"int4/g{self.block}"
-
-    @classmethod
-    def parse(cls, text: str) -> Int4Spec:
-        """``int4``, ``int4/g32``."""
-        return cls(block=_parse_group("int4", cls.block, text))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fp8Spec(QuantSpec):
+class Fp8Spec(ScaledSpec):
     """Floating point of 8 bits in units of a power of two, one per group: ``variant`` 0 is e4m3, 1 is e5m2."""
 
     block: int = 128
@@ -185,7 +174,6 @@ class Fp8Spec(QuantSpec):
 
     codec = Codec.FP8
     value_bits = 8
-    scale_nbytes = 1
 
     def __post_init__(self) -> None:
         _check_group(self.block)
@@ -203,13 +191,8 @@ class Fp8Spec(QuantSpec):
 
     @property
     def top(self) -> int:
-        """The largest magnitude of a group is 2^top to 2^(top + 1) scales, below the format's largest value."""
+        """As everywhere, and so below the format's largest value."""
         return (7, 14)[self.variant]
-
-    @property
-    def max_scale(self) -> int:
-        """Largest scale byte an encoder writes; 1 is the smallest."""
-        return 254 - self.top
 
     @property
     def contraction(self) -> float:

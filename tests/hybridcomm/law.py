@@ -65,10 +65,11 @@ def run(
     scaler: torch.amp.GradScaler | None = None,
     make: Callable[..., Reducer] = Reducer,
     noise: float = 0.0,
+    compress: str = COMPRESS,
 ) -> Books:
     """Trains one rank; ``make`` builds the reducer (planted mutants), ``noise`` real gradients."""
     model, books = noisy_model(noise), Books()
-    reducer = make(model, ctx=ctx, compress=COMPRESS, bucket_cap_mb=SMALL_MB)
+    reducer = make(model, ctx=ctx, compress=compress, bucket_cap_mb=SMALL_MB)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # parameters stay, so gradients stay integers
     reducer.attach(optimizer, scaler=scaler)
     unit = [1.0]

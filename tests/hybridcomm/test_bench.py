@@ -113,15 +113,21 @@ def test_an_element_that_was_never_written_is_wrong(monkeypatch: pytest.MonkeyPa
     assert _measured(Topology.virtual(1, 2), case)[0][0].wrong == 2 * 2 * 64
 
 
-def test_a_compressed_run_counts_its_bytes_and_claims_no_busbw() -> None:
+@pytest.mark.parametrize(
+    ("compress", "ratio", "error"),
+    [("topk:0.01", (50, 200), (0.1, 1)), ("int8", (3.9, 4), (1e-4, 0.1)), ("sign1", (28, 31), (0.1, 1))],
+)
+def test_a_compressed_run_counts_its_bytes_and_claims_no_busbw(
+    compress: str, ratio: tuple[float, float], error: tuple[float, float]
+) -> None:
     numel = 1 << 15
-    case = Case(collective="allreduce", numel=numel, dtype="float32", op="sum", compress="topk:0.01")
+    case = Case(collective="allreduce", numel=numel, dtype="float32", op="sum", compress=compress)
     row = _measured(Topology.virtual(2, 1), case)[0][0]
     assert row.busbw is None
     assert row.dense_nbytes == 2 * 4 * numel  # 2 (M - 1) / M * S from each of the two nodes
-    assert 50 < row.dense_nbytes / row.wire_nbytes < 200
+    assert ratio[0] < row.dense_nbytes / row.wire_nbytes < ratio[1]
     assert row.err is not None
-    assert 0.1 < row.err < 1  # top 1 % of a heavy tail: more than nothing, less than all
+    assert error[0] < row.err < error[1]  # more than nothing, less than all
     text = report.line(row).split()
     assert len(text) == 9
     assert float(text[6]) == pytest.approx(row.dense_nbytes / row.wire_nbytes, abs=0.06)
@@ -199,11 +205,12 @@ def test_it_prints_what_it_probed(tmp_path: Path) -> None:
 
 
 def test_compress_auto_prints_what_is_active() -> None:
-    argv = [sys.executable, "-m", "hybridcomm.bench", "--nproc", "2", "--nodes", "2", "--compress", "auto"]
-    argv += ["-b", "4K", "-e", "4K", "-n", "2"]
+    argv = [sys.executable, "-m", "hybridcomm.bench", "--nproc", "2", "--nodes", "2"]
+    argv += ["--compress", "auto:int8,sign1", "-b", "4K", "-e", "4K", "-n", "2"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=100, check=False, env=_environment())
     assert done.returncode == 0, done.stderr
     assert "# inter_node  4096" in done.stdout
+    assert "int8/g128" in done.stdout
     assert done.stdout.splitlines()[-1].split()[0] == "4096"
 
 

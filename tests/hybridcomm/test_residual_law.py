@@ -53,6 +53,13 @@ def test_law_over_skips_accumulation_and_infinities(make_contexts: MakeContexts,
         assert sum(kept) > 0, "a law without residuals would hold for a compressor that does nothing"
 
 
+@pytest.mark.parametrize("compress", ["bf16", "fp8:e5m2/g16", "int8/g16", "int4/g16", "sign1/g16"])
+def test_law_of_the_quantisers(make_contexts: MakeContexts, compress: str) -> None:
+    books = books_of(make_contexts(NAMED["2+1+1"]), MIXED, compress=compress)
+    assert [book.applied for book in books] == [5] * 4
+    assert holds(books)
+
+
 def scaler() -> torch.amp.GradScaler:
     return torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2, backoff_factor=0.25)
 

@@ -20,6 +20,7 @@ from hybridcomm.kernels.payload import (
 )
 from hybridcomm.kernels.specs.gtop1 import GTop1Spec
 from hybridcomm.kernels.specs.gtopk import GTopKSpec
+from hybridcomm.kernels.specs.powersgd import PowerSGDSpec
 from hybridcomm.kernels.specs.quant import CastSpec, Fp8Spec, IntegerSpec, SignSpec
 from hybridcomm.kernels.specs.randk import RandKSpec
 from hybridcomm.kernels.specs.topk import DEFAULT_BLOCK, DEFAULT_RATIO, TopKSpec
@@ -55,6 +56,7 @@ CODECS: Mapping[str, Callable[[str], Spec]] = MappingProxyType(
         "gtop1": GTop1Spec.parse,
         "gtopk": GTopKSpec.parse,
         "randk": RandKSpec.parse,
+        "powersgd": PowerSGDSpec.parse,
     }
 )
 """Who reads a text that begins with this name."""

@@ -1,4 +1,4 @@
-// The kernels of the sparse codecs beside block-wise top-k.
+// The kernels of the sparse and low-rank codecs beside block-wise top-k.
 #pragma once
 
 #include "kernels.h"
@@ -6,7 +6,7 @@
 namespace hybridcomm::kernels {
 
 struct SparseKernels {
-  Kernels gtop1, gtopk, randk;
+  Kernels gtop1, gtopk, randk, powersgd;
 };
 extern const SparseKernels kSparseScalar;
 #if defined(__x86_64__)

@@ -3,6 +3,7 @@
 
 #include "gtop1.h"
 #include "gtopk.h"
+#include "powersgd.h"
 #include "randk.h"
 #include "sparse.h"
 
@@ -11,7 +12,10 @@ namespace {
 
 template <class V>
 constexpr SparseKernels sparse_kernels() {
-  return {{encode_gtop1<V>, decode_gtop1}, {encode_gtopk<V>, decode_gtopk}, {encode_randk<V>, decode_randk}};
+  return {{encode_gtop1<V>, decode_gtop1},
+          {encode_gtopk<V>, decode_gtopk},
+          {encode_randk<V>, decode_randk},
+          {encode_powersgd<V>, decode_powersgd<V>}};
 }
 
 }  // namespace

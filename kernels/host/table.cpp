@@ -4,7 +4,7 @@
 namespace hybridcomm::kernels {
 
 extern const CodecRow kTopkRow, kFp16Row, kBf16Row, kFp8Row, kInt8Row, kInt4Row, kSign1Row, kGtop1Row,
-    kRandkRow, kGtopkRow;
+    kRandkRow, kGtopkRow, kPowersgdRow;
 
 const CodecRow* row_of(Codec codec) {
   switch (codec) {
@@ -26,6 +26,8 @@ const CodecRow* row_of(Codec codec) {
       return &kGtop1Row;
     case Codec::gtopk:
       return &kGtopkRow;
+    case Codec::powersgd:
+      return &kPowersgdRow;
     case Codec::randk:
       return &kRandkRow;
     default:

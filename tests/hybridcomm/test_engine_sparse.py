@@ -15,11 +15,12 @@ from tests.engine_ranks import each_rank, engine_contexts
 from tests.hybridcomm.strategies import NAMED
 from tests.hybridcomm.test_engine_compressed import Arrays, by_engine, gradients, held_back
 from tests.interpreter import Interpreter
+from tests.numerics import gamma
 
 EXACT = ("topk:0.1+int8/b64", "topk:0.1+sign/b64", "gtop1:0.1/k16", "gtopk:0.1/b64", "randk:0.1")
 """Codecs whose decoded values and residuals add up without rounding."""
 
-CODECS = (*EXACT, "randk:0.1+unbiased")
+CODECS = (*EXACT, "randk:0.1+unbiased", "powersgd:2/b16")
 
 
 @pytest.fixture(params=["2x2", "3+2", "4x1"], scope="module")
@@ -92,6 +93,30 @@ def test_residual_law(ranks: list[Context], codec: str) -> None:
     assert (seen == applied + left).all()
     assert np.abs(applied).sum() > 0
     assert np.abs(left).sum() > 0, "nothing was held back: the law was not tested"
+
+
+def test_residual_law_to_rounding(ranks: list[Context]) -> None:
+    """powersgd subtracts real values: the law holds to one rounding per node and step, and that of sums."""
+    codec, world, numel, steps = "powersgd:2/b16", len(ranks), 2048, 4
+    residuals = [Residual() for _ in ranks]
+    seen, applied, size = np.zeros(numel), np.zeros(numel), np.zeros(numel)
+    for step in range(steps):
+        inputs = [
+            np.random.default_rng([step, r]).integers(-3, 4, numel).astype(np.float32) for r in range(world)
+        ]
+        update = by_engine(ranks, inputs, op="sum", compress=codec, residuals=residuals)[0]
+        for residual in residuals:
+            residual.commit()
+        seen += np.sum(inputs, axis=0, dtype=np.float64)
+        applied += update
+        size += np.abs(inputs).sum(axis=0) + np.abs(update)
+    left = held_back(residuals, numel)
+    nodes = len(ranks[0].topology.nodes)
+    # Each step compensates (1), subtracts (1) and adds payloads (nodes), of values that are no larger than all seen.
+    bound = gamma(steps * (nodes + 2), "float32") * nodes * (size + np.abs(left)).max()
+    assert np.abs(seen - applied - left).max() <= bound
+    assert np.abs(left).max() > bound, "nothing was held back: the law was not tested"
+    assert np.abs(applied).max() > bound
 
 
 def test_a_shard_of_many_chunks_is_compressed_whole() -> None:

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hybridcomm.kernels.oracles import gtop1, gtopk, randk, topk
+from hybridcomm.kernels.oracles import gtop1, gtopk, powersgd, randk, topk
 from tests.kernels import cases, sparse_cases
 from tests.kernels.sparse_cases import SPECS, case, encoder
 
 _signs = topk.quantise_signs
-_of_region = gtopk.select
+_of_region, _product = gtopk.select, powersgd.product
 _draw, _at_random = randk.draw, randk.rounded_at_random
 
 
@@ -89,6 +89,30 @@ def _unary_without_ends(counts: Any) -> Any:
     return np.concatenate([np.ones(counts.sum(), np.uint8), np.zeros(counts.size, np.uint8)])
 
 
+def _one_sum_after_the_other(a: Any, b: Any) -> Any:
+    products = a * b
+    total = np.zeros(products.shape[:-1], np.float32)
+    for j in range(products.shape[-1]):
+        total = total + products[..., j]
+    return total
+
+
+def _in_double(a: Any, b: Any) -> Any:
+    return (a.astype(np.float64) * b).sum(axis=-1).astype(np.float32)
+
+
+def _once(left: Any) -> Any:
+    for c in range(len(left)):
+        for earlier in left[:c]:
+            left[c] -= powersgd.dot(earlier, left[c]) * earlier
+        left[c] *= np.float32(1) / np.sqrt(powersgd.dot(left[c], left[c]))
+    return left
+
+
+def _last_rank_first(left: Any, right: Any) -> Any:
+    return _product(left[::-1], right[::-1])
+
+
 MUTANTS: dict[str, tuple[str, Any, str, Callable[..., Any]]] = {
     "zeros count in the mean": ("topk:0.1+sign/b64", topk, "quantise_signs", _mean_over_zeros_too),
     "scale of the largest": ("topk:0.1+sign/b64", topk, "quantise_signs", _scale_of_the_largest),
@@ -109,6 +133,10 @@ MUTANTS: dict[str, tuple[str, Any, str, Callable[..., Any]]] = {
     ),
     "gtopk: selects in halves": ("gtopk:0.3/b64", gtopk, "select", _region_by_blocks),
     "gtopk: counts run together": ("gtopk:0.3/b64", gtopk, "unary", _unary_without_ends),
+    "powersgd: sums in sequence": ("powersgd:1/b16", powersgd, "dot", _one_sum_after_the_other),
+    "powersgd: sums in double": ("powersgd:3/b32", powersgd, "dot", _in_double),
+    "powersgd: orthonormal once": ("powersgd:3/b32", powersgd, "orthonormal", _once),
+    "powersgd: last rank first": ("powersgd:3/b32", powersgd, "product", _last_rank_first),
     "randk: half of the seed": ("randk:0.5", randk, "draw", _low_half_of_the_seed_alone),
     "randk: one draw for all": ("randk:0.5", randk, "draw", _first_stratum_again),
     "randk: rounds to nearest": (

@@ -21,7 +21,7 @@ from hybridcomm.topology import Topology
 if TYPE_CHECKING:
     from hybridcomm.cost import KernelCost
 
-__all__ = ["OPS", "STREAMS", "WORDS", "Plan", "Region", "Step"]
+__all__ = ["ALL", "OPS", "STREAMS", "WORDS", "Part", "Plan", "Region", "Step"]
 
 WORDS = ("ready", "bucket", "reduce", "compress", "exchange", "decompress", "gather")
 """The seven words of the route of a gradient."""
@@ -37,11 +37,14 @@ OPS = {
     "exchange_reduce": "exchange",  # step 5, dense, first half: like reduce, between nodes
     "exchange_gather": "exchange",  # step 5, dense, second half: root's region is copied to the group
     "decompress": "decompress",  # step 6: root clears its region and adds the payloads in node order
-    "gather": "gather",  # step 7, shared memory: root's region is copied to the node's other ranks
+    "gather": "gather",  # step 7, shared memory: root's region is copied to the group, ranks of its node
 }
 """Op of a step -> the stream it runs on."""
 
-_MAGIC = "hybridcomm-plan/1"
+_MAGIC = "hybridcomm-plan/2"
+
+ALL = -1
+"""Among the source and target of a `Part`: every rank."""
 
 
 class Region(NamedTuple):
@@ -56,6 +59,22 @@ class Region(NamedTuple):
 
     def __str__(self) -> str:
         return f"[{self.begin}:{self.end}]"
+
+
+class Part(NamedTuple):
+    """What a collective promises of elements ``[begin, end)``: whose they are at first, who has them at the end.
+
+    ``source`` `ALL`: what ``op`` makes of all ranks' elements.
+    """
+
+    begin: int
+    end: int
+    source: int
+    target: int
+
+    def __str__(self) -> str:
+        names = ("*" if rank == ALL else str(rank) for rank in (self.source, self.target))
+        return f"{'>'.join(names)}[{self.begin}:{self.end}]"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,14 +117,19 @@ _STEP = re.compile(
     r"group=([\d,]+) root=(-?\d+) divisor=(\d+) after=(-|[\d,]+)"
 )
 
+_PART = re.compile(r"(\*|\d+)>(\*|\d+)\[(\d+):(\d+)\]")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A collective as a value: what is done, by whom, on which elements, in which order.
 
     ``numel`` elements of ``dtype``; ``op`` is "sum", "mean" or "none"; ``compressor`` the canonical text of
-    the compressor ("none": dense); ``chunk_elems`` the longest chunk; ``root`` the source of a broadcast,
-    else -1. Steps stand in one global order that is itself a valid sequential execution.
+    the compressor ("none": dense); ``chunk_elems`` the longest chunk; ``root`` the rank that all data comes
+    from or goes to, else -1. Steps stand in one global order that is itself a valid sequential execution.
+
+    ``parts`` tile the elements (empty: one part, from all to all). The buffer is flat in the plan's eyes alone: a
+    rank needs memory for what its steps touch, wherever that lies.
     """
 
     collective: str
@@ -117,6 +141,7 @@ class Plan:
     chunk_elems: int
     steps: tuple[Step, ...]
     root: int = -1
+    parts: tuple[Part, ...] = ()
 
     def for_rank(self, rank: int) -> tuple[Step, ...]:
         """The steps that ``rank`` takes part in, in plan order."""
@@ -134,6 +159,17 @@ class Plan:
     def residual_regions(self, rank: int) -> tuple[Region, ...]:
         """The regions, ascending, whose residual lives on ``rank``: those that it compresses."""
         return tuple(sorted(step.region for step in self.for_rank(rank) if step.op == "compress"))
+
+    def written_regions(self, rank: int) -> tuple[Region, ...]:
+        """The regions, ascending and merged, that steps write on ``rank``: results, and partial ones."""
+        edges = sorted(step.region for step in self.for_rank(rank) if _writes(step, rank))
+        merged: list[Region] = []
+        for region in edges:
+            if merged and region.begin <= merged[-1].end:
+                merged[-1] = Region(merged[-1].begin, max(merged[-1].end, region.end))
+            else:
+                merged.append(region)
+        return tuple(merged)
 
     def wire_nbytes(self, payload_nbytes: Callable[[int], int] | None = None) -> int:
         """Bytes that all ranks together send between nodes, without framing.
@@ -168,7 +204,8 @@ class Plan:
         route = " ".join(f"{word}={count[word]}" for word in STREAMS)
         head = (
             f"{_MAGIC} collective={self.collective} numel={self.numel} dtype={self.dtype} op={self.op} "
-            f"compressor={self.compressor} chunk_elems={self.chunk_elems} root={self.root}\n"
+            f"compressor={self.compressor} chunk_elems={self.chunk_elems} root={self.root} "
+            f"parts={','.join(map(str, self.parts)) or '-'}\n"
             f"topology {self.topology}\nroute ready -> bucket -> {route}\n"
         )
         return head + "".join([f"{step}\n" for step in self.steps])
@@ -205,6 +242,7 @@ class Plan:
                 chunk_elems=int(head["chunk_elems"]),
                 steps=steps,
                 root=int(head["root"]),
+                parts=tuple(map(_parse_part, head["parts"].split(","))) if head["parts"] != "-" else (),
             )
         except ValueError as error:
             raise PlanError(f"lines 1-2: {error}") from error
@@ -221,6 +259,20 @@ class Plan:
         from hybridcomm.plan_check import check_plan
 
         check_plan(self, slots=slots)
+
+
+def _writes(step: Step, rank: int) -> bool:
+    if step.op in ("gather", "exchange_gather"):
+        return rank != step.root
+    return (rank == step.root and step.op != "compress") or step.op == "reduce_all"
+
+
+def _parse_part(text: str) -> Part:
+    match = _PART.fullmatch(text)
+    if match is None:
+        raise ValueError(f"not a part: {text!r}")
+    source, target = (ALL if rank == "*" else int(rank) for rank in match.group(1, 2))
+    return Part(int(match[3]), int(match[4]), source, target)
 
 
 def _parse_step(line: str, number: int) -> Step:

@@ -119,7 +119,7 @@ def check_agreement(ctx: ContextLike, layouts: Sequence[BucketLayout], compresso
     text = f"{compressor} " + " ".join(f"{layout.digest():x}" for layout in layouts)
     mine = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
     first = torch.tensor([mine], dtype=torch.int64)
-    ctx.broadcast(first, root=0)
+    ctx.broadcast(first, 0)
     others = torch.tensor([int(first.item() != mine)], dtype=torch.int64)
     ctx.allreduce(others, op="sum")
     if others.item():
@@ -136,6 +136,6 @@ def sync_parameters(ctx: ContextLike, module: torch.nn.Module) -> None:
             if dtype_name(tensor.dtype) not in policy.ITEMSIZE or not tensor.numel():
                 continue
             flat = tensor.detach().reshape(-1)  # a copy where the tensor is not contiguous
-            ctx.broadcast(flat, root=0)
+            ctx.broadcast(flat, 0)
             if flat.data_ptr() != tensor.data_ptr():
                 tensor.copy_(flat.view(tensor.shape))

@@ -117,9 +117,9 @@ class FakeContext:
     def empty(self, *size: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype)
 
-    def broadcast(self, tensor: Any, root: int, *, async_op: bool = False) -> Any:
+    def broadcast(self, tensor: Any, src: int, *, async_op: bool = False) -> Any:
         array = _numpy(tensor)
-        plan = plans.broadcast(self.topology, array.size, dtype=str(array.dtype), root=root)
+        plan = plans.broadcast(self.topology, array.size, dtype=str(array.dtype), root=src)
         return self._issue(plan, tensor, array, async_op=async_op)
 
     def barrier(self) -> None:

@@ -50,10 +50,23 @@ def test_the_header_is_that_of_nccl_tests() -> None:
 
 @pytest.mark.parametrize(
     ("name", "factor"),  # nccl-tests' PERFORMANCE.md, for 4 ranks
-    [("allreduce", 1.5), ("broadcast", 1.0), ("all_gather", 0.75), ("reduce_scatter", 0.75)],
+    [
+        ("allreduce", 1.5),
+        ("broadcast", 1.0),
+        ("all_gather", 0.75),
+        ("reduce_scatter", 0.75),
+        ("reduce", 1.0),
+        ("gather", 0.75),
+        ("scatter", 0.75),
+        ("all_to_all", 0.75),
+    ],
 )
 def test_bus_factors_are_those_of_nccl_tests(name: str, factor: float) -> None:
     assert COLLECTIVES[name].bus_factor(4) == factor
+
+
+def test_every_collective_has_its_factor_checked() -> None:
+    assert len(COLLECTIVES) == 8
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -5,6 +5,9 @@ An all-reduce goes through these stages, chunk by chunk; a stage with no peer va
     small        reduce_all, on a single node
     dense        reduce -> exchange_reduce (one slice per node) -> exchange_gather -> gather
     compressed   reduce -> compress -> exchange_payload -> decompress -> gather
+
+With a codec that selects over a whole region only reduce and gather go chunk by chunk; the steps between them are
+one a shard, and wait for all of its chunks.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from hybridcomm.plan_stages import (
     pipeline,
     regions_of,
     shard_regions,
+    whole_shards,
 )
 from hybridcomm.topology import Topology
 
@@ -53,10 +57,13 @@ __all__ = [
 
 
 class BlockCodec(Protocol):
-    """What a plan needs to know of a compressor: its block size and, as ``str()``, its canonical text."""
+    """What a plan needs to know of a compressor; ``str()`` is its canonical text."""
 
     @property
     def block(self) -> int: ...
+
+    @property
+    def whole_region(self) -> bool: ...
 
 
 def allreduce(
@@ -84,6 +91,8 @@ def allreduce(
     codec = compressor if nodes > 1 else None
     align = codec.block if codec is not None else policy.DENSE_ALIGN
     shards = _shards([numel] if segments is None else segments, topology.K, align)
+    if codec is not None and codec.whole_region and any(len(regions) > 1 for regions in shards):
+        raise UnsupportedError(f"compress={codec} of several tensors in one: its shards must be whole")
     size = chunk_size(
         chunk_elems,
         chunk_nbytes,
@@ -91,7 +100,7 @@ def allreduce(
         dtype=dtype,
         shards=len(shards),
         align=align,
-        compressed=codec is not None,
+        compressed=codec is not None and not codec.whole_region,
         overlap=nodes > 1,
     )
     writer = Writer(topology, bucket)
@@ -99,21 +108,34 @@ def allreduce(
     one_shot = nodes == 1 < world and chunk_elems is None and segments is None
     one_shot = one_shot and numel * policy.itemsize(dtype) <= min(policy.one_shot_nbytes(world), chunk_nbytes)
 
-    stages: list[Stage] = []
     if one_shot:
-        shards, size = [[Region(0, numel)]], max(size, numel)
-        stages.append(lambda chunk: writer.reduce_all(chunk, divisor))
-    elif topology.K > 1:
+        size = max(size, numel)
+        whole = chunks_of(0, [Region(0, numel)], size, topology.owners(0))
+        pipeline([lambda chunk: writer.reduce_all(chunk, divisor)], [whole])
+    else:
+        _route(
+            writer, [chunks_of(s, r, size, topology.owners(s)) for s, r in enumerate(shards)], divisor, codec
+        )
+    text = "none" if codec is None else str(codec)
+    return finished("allreduce", writer, numel=numel, dtype=dtype, size=size, op=op, compressor=text)
+
+
+def _route(writer: Writer, shards: Sequence[Sequence[Chunk]], divisor: int, codec: BlockCodec | None) -> None:
+    """Steps 3 to 7 of the chunks of all shards."""
+    nodes, stages = len(writer.nodes), list[Stage]()
+    if writer.topology.K > 1:
         stages.append(lambda chunk: writer.reduce(chunk, divisor if nodes == 1 else 1))
-    if codec is not None:
+    if codec is not None and codec.whole_region:
+        pipeline(stages, shards)
+        whole_shards(writer, shards, divisor)
+        stages = []
+    elif codec is not None:
         stages += [writer.compress, writer.exchange_payload, lambda chunk: writer.decompress(chunk, divisor)]
     elif nodes > 1:
         stages += [lambda chunk: writer.exchange_reduce(chunk, divisor), writer.exchange_gather]
-    if topology.K > 1 and not one_shot:
+    if writer.topology.K > 1:
         stages.append(writer.gather)
-    pipeline(stages, [chunks_of(s, r, size, topology.owners(s)) for s, r in enumerate(shards)])
-    text = "none" if codec is None else str(codec)
-    return finished("allreduce", writer, numel=numel, dtype=dtype, size=size, op=op, compressor=text)
+    pipeline(stages, shards)
 
 
 def _shards(sizes: Sequence[int], count: int, align: int) -> list[list[Region]]:

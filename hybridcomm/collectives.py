@@ -72,6 +72,8 @@ class Collectives(Reductions, Copies):
             raise UnsupportedError("residual= needs compress=: a dense all-reduce leaves nothing behind")
         if compressor is not None:
             compressors.check_compressible(compressor, dtype=target.dtype, op=name)
+            if residual is not None:
+                compressors.check_feedback(compressor, residual)
         plan, program = self._program(
             ("allreduce", target.numel, target.dtype, name, str(compressor), compressor),
             lambda: collective_plans.allreduce(
@@ -87,7 +89,6 @@ class Collectives(Reductions, Copies):
         scale(target.dtype, target.address, target.numel, factor)
         staged = None
         if residual is not None and compressor is not None:
-            compressors.check_feedback(compressor, residual)
             regions = plan.residual_regions(self.rank)
             staged = residual.prepare(residual_key, numel=target.numel, regions=regions, spans=spans)
         # A lazily conjugated view looks plain to the short way.

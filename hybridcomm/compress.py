@@ -40,6 +40,11 @@ class Compressor:
         return math.lcm(self.spec.block, self.align)
 
     @property
+    def whole_region(self) -> bool:
+        """Whether a shard is compressed as one region and never cut into chunks."""
+        return self.spec.whole_region
+
+    @property
     def unbiased(self) -> bool:
         """Whether E[C(x)] = x."""
         return self.spec.unbiased
@@ -115,7 +120,16 @@ def check_compressible(compressor: Compressor, *, dtype: str, op: str) -> None:
 
 
 def check_feedback(compressor: Compressor, residual: Residual) -> None:
-    """Raises `UnsupportedError` for momentum with factor masking where a codec sends something of every element."""
+    """Raises `UnsupportedError` where error feedback would diverge, or momentum with factor masking cannot act.
+
+    It diverges with a codec that is unbiased and does not contract; masking leaves no velocity where a codec sends
+    something of every element.
+    """
+    if compressor.unbiased and compressor.contraction is None:
+        raise UnsupportedError(
+            f"compress={compressor}: an unbiased codec takes no error feedback; pass residual=None, or leave "
+            "'+unbiased' out"
+        )
     codec = compressor.spec.codec
     if residual.momentum and residual.masking and codec in _OF_EVERY_ELEMENT:
         raise UnsupportedError(

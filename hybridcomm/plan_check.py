@@ -41,6 +41,7 @@ def check_plan(plan: Plan, *, slots: int = 4) -> None:
     for place, step in enumerate(plan.steps):
         _check_step(plan, step, place)
     _check_parts(plan)
+    _check_whole_shards(plan)
     atoms = _Atoms(plan)
     _check_coverage(plan, atoms)
     _check_dependencies(plan, atoms)
@@ -124,6 +125,18 @@ def _check_parts(plan: Plan) -> None:
                 raise PlanError(f"part {part}: no part of {plan.collective} with root {plan.root}")
     if (plan.parts and at != plan.numel) or (not plan.parts and plan.numel and kinds != ("all", "all")):
         raise PlanError(f"the parts of {plan.collective} end at {at} of {plan.numel} elements")
+
+
+def _check_whole_shards(plan: Plan) -> None:
+    """A codec that selects over a whole region must get each shard in one piece."""
+    from hybridcomm.kernels.spec import CODECS, name_of, parse
+
+    if name_of(plan.compressor) not in CODECS or not parse(plan.compressor).whole_region:
+        return
+    first: dict[tuple[int, int], Step] = {}
+    for step in plan.steps:
+        if step.op == "compress" and first.setdefault((step.root, step.shard), step) is not step:
+            raise _fail(step, f"cuts shard {step.shard}, which {plan.compressor} needs whole")
 
 
 # -- 2. coverage -------------------------------------------------------------------------------------------

@@ -25,18 +25,20 @@ __all__ = [
     "pipeline",
     "regions_of",
     "shard_regions",
+    "whole_shards",
 ]
 
 
 class Chunk:
     """One chunk on its way through the stages: its region, owners, the ids of the steps written so far."""
 
-    __slots__ = ("decoded", "index", "owners", "ready", "reduced", "region", "shard", "slices")
+    __slots__ = ("before", "decoded", "index", "owners", "ready", "reduced", "region", "shard", "slices")
 
     def __init__(self, shard: int, index: int, region: Region, owners: tuple[int, ...]) -> None:
         self.shard, self.index, self.region, self.owners = shard, index, region, owners
         self.slices = _slices(region, len(owners), shard + index) if len(owners) > 1 else []
         self.reduced: list[int] = [-1] * len(owners)  # per node: the id of its reduce, -1 where there is none
+        self.before: list[tuple[int, ...]] = []  # of a whole shard, per node: the ids of its chunks' reduces
         self.decoded: tuple[int, ...] = ()  # per node: the id of its decompress, if there is one
         self.ready: tuple[int, ...] = ()  # what the next stage waits for
 
@@ -88,7 +90,13 @@ class Writer:
 
     def compress(self, chunk: Chunk) -> None:
         chunk.ready = tuple(
-            self.add("compress", chunk, (owner,), owner, _known(chunk.reduced[node]))
+            self.add(
+                "compress",
+                chunk,
+                (owner,),
+                owner,
+                chunk.before[node] if chunk.before else _known(chunk.reduced[node]),
+            )
             for node, owner in enumerate(chunk.owners)
         )
 
@@ -145,6 +153,24 @@ def pipeline(stages: Sequence[Stage], shards: Sequence[Sequence[Chunk]]) -> None
             for chunks in shards:
                 if 0 <= slot - age < len(chunks):
                     stage(chunks[slot - age])
+
+
+def whole_shards(writer: Writer, shards: Sequence[Sequence[Chunk]], divisor: int) -> None:
+    """Steps 4 to 6 once a shard: they wait for all of its chunks, and all of its chunks then wait for them."""
+    whole = []
+    for chunks in shards:
+        first = chunks[0]
+        shard = Chunk(first.shard, 0, Region(first.region.begin, chunks[-1].region.end), first.owners)
+        shard.before = [
+            tuple(s for c in chunks for s in _known(c.reduced[n])) for n in range(len(first.owners))
+        ]
+        whole.append([shard])
+    pipeline(
+        [writer.compress, writer.exchange_payload, lambda shard: writer.decompress(shard, divisor)], whole
+    )
+    for chunks, (shard,) in zip(shards, whole, strict=True):
+        for chunk in chunks:
+            chunk.decoded = shard.decoded
 
 
 def shard_regions(numel: int, shards: int, align: int) -> list[Region]:

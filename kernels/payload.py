@@ -137,7 +137,10 @@ class Spec(Protocol):
 
     @property
     def contraction(self) -> float | None:
-        """d in |x - C(x)|^2 <= (1 - d) |x|^2 for any normal x; None where there is none above 0."""
+        """d in |x - C(x)|^2 <= (1 - d) |x|^2 for any normal x, in expectation over seeds where the codec is seeded.
+
+        None where there is none above 0.
+        """
 
     def nbytes(self, numel: int) -> int:
         """Bytes of the payload of ``numel`` elements, a multiple of 16."""

@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from hybridcomm.kernels.oracles import quant, topk
+from hybridcomm.kernels.oracles import gtop1, gtopk, powersgd, quant, randk, topk
 from hybridcomm.kernels.oracles.bits import INF_KEY, QUIET_NAN, Bytes, Floats, Oracle, keys
 from hybridcomm.kernels.payload import (
     FLAG_NONFINITE,
@@ -41,6 +41,10 @@ ORACLES: Mapping[Codec, Oracle] = MappingProxyType(
         Codec.INT8: quant,
         Codec.INT4: quant,
         Codec.SIGN1: quant,
+        Codec.GTOP1: gtop1,
+        Codec.GTOPK: gtopk,
+        Codec.RANDK: randk,
+        Codec.POWERSGD: powersgd,
     }
 )
 

@@ -18,7 +18,11 @@ from hybridcomm.kernels.payload import (
     SpecError,
     Status,
 )
+from hybridcomm.kernels.specs.gtop1 import GTop1Spec
+from hybridcomm.kernels.specs.gtopk import GTopKSpec
+from hybridcomm.kernels.specs.powersgd import PowerSGDSpec
 from hybridcomm.kernels.specs.quant import CastSpec, Fp8Spec, IntegerSpec, SignSpec
+from hybridcomm.kernels.specs.randk import RandKSpec
 from hybridcomm.kernels.specs.topk import DEFAULT_BLOCK, DEFAULT_RATIO, TopKSpec
 
 __all__ = [
@@ -49,6 +53,10 @@ CODECS: Mapping[str, Callable[[str], Spec]] = MappingProxyType(
         "int8": IntegerSpec.parse,
         "int4": IntegerSpec.parse,
         "sign1": SignSpec.parse,
+        "gtop1": GTop1Spec.parse,
+        "gtopk": GTopKSpec.parse,
+        "randk": RandKSpec.parse,
+        "powersgd": PowerSGDSpec.parse,
     }
 )
 """Who reads a text that begins with this name."""

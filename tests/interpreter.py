@@ -23,6 +23,7 @@ class Codec(Protocol):
         e_in: NDArray[np.float32] | None,
         e_out: NDArray[np.float32] | None,
         digest: int,
+        seed: int,
     ) -> NDArray[np.uint8]: ...
 
     def decode_add(
@@ -45,11 +46,12 @@ class ReferenceCodec:
         e_in: NDArray[np.float32] | None,
         e_out: NDArray[np.float32] | None,
         digest: int,
+        seed: int,
     ) -> NDArray[np.uint8]:
         from hybridcomm.kernels import reference
 
         payload = np.zeros(self.spec.nbytes(grad.size), np.uint8)
-        reference.encode(self.spec, grad, e_in, e_out, payload, digest)
+        reference.encode(self.spec, grad, e_in, e_out, payload, digest, seed=seed)
         return payload
 
     def decode_add(
@@ -61,12 +63,15 @@ class ReferenceCodec:
 
 
 class Interpreter:
-    """Runs a plan; ``wire_nbytes[rank]`` counts what each rank sent between nodes."""
+    """Runs a plan; ``wire_nbytes[rank]`` counts what each rank sent between nodes.
 
-    def __init__(self, plan: Plan, codec: Codec | None = None) -> None:
+    ``call``: the number of the collective on its context, from 1, which seeds go by.
+    """
+
+    def __init__(self, plan: Plan, codec: Codec | None = None, *, call: int = 1) -> None:
         if codec is None and plan.compressor != "none":
             codec = ReferenceCodec(plan.compressor)
-        self.plan = plan
+        self.plan, self.call = plan, call
         self.codec = codec
         self.wire_nbytes = dict.fromkeys(range(plan.topology.world_size), 0)
         self._payloads: dict[tuple[int, int, int], list[NDArray[np.uint8]]] = {}
@@ -114,7 +119,8 @@ class Interpreter:
             part = slice(begin, begin + step.region.numel)
             e_in, e_out = (half[part] for half in residuals[step.root])
         grad = buffers[step.root][slice(*step.region)]
-        payload = self._need().encode(grad, e_in, e_out, self.plan.digest)
+        seed = seed_of(self.plan.digest, self.call, step.region.begin, step.root)
+        payload = self._need().encode(grad, e_in, e_out, self.plan.digest, seed)
         self._payloads[step.root, step.shard, step.chunk] = [payload]
 
     def _exchange_payload(self, step: Step, _: Buffers, __: object) -> None:
@@ -133,6 +139,18 @@ class Interpreter:
         if self.codec is None:
             raise ValueError(f"plan with compressor {self.plan.compressor!r} needs a codec")
         return self.codec
+
+
+def seed_of(digest: int, call: int, begin: int, rank: int) -> int:
+    """What the engine seeds an encode with; csrc/executor_codec.cpp has the same."""
+
+    def mix(x: int) -> int:
+        x &= (1 << 64) - 1
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            x = (x ^ (x >> shift)) * factor % (1 << 64)
+        return x ^ (x >> 31)
+
+    return mix(mix(mix(digest + call) + begin) + rank)
 
 
 _COMBINE: dict[str, np.ufunc] = {

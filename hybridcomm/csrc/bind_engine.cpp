@@ -174,6 +174,7 @@ void bind_engine(py::module_& module) {
         result["wire_tx_bytes"] = counters.tx_bytes.load();
         result["wire_rx_bytes"] = counters.rx_bytes.load();
         result["shm_bytes"] = counters.shm_bytes.load();
+        result["calls"] = counters.calls.load();
         return result;
       });
 }

@@ -101,6 +101,7 @@ void Executor::prepare(const Program& program) {
   complete_.assign(program.ops.size(), 0);
   remaining_ = program.ops.size();
   in_flight_ = 0;
+  counters_.calls.fetch_add(1, std::memory_order_relaxed);
   last_progress_ = Clock::now();
   ++moves_;
 }

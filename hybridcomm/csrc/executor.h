@@ -60,6 +60,7 @@ class Executor final : private Completion {
   Started post(Lane lane, uint32_t index, const Op& op, const std::vector<int64_t>& readers);
   bool start_reduce(const Op& op);
   void start_encode(const Op& op);
+  uint64_t seed_of(const Op& op) const;
   uint32_t encode(const Op& op, const kernels::EncodeInput& input);
   void encode_velocity(const Op& op, const kernels::EncodeInput& input);
   [[noreturn]] void compressor_failed(const Op& op, const Error& error) const;

@@ -6,12 +6,27 @@
 #include "executor.h"
 
 namespace hybridcomm {
+namespace {
+
+uint64_t mix(uint64_t x) {  // splitmix64's
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+  return x ^ (x >> 31);
+}
+
+}  // namespace
+
+// What seeded codecs draw from: another for every call, region and rank, and the same in every run.
+uint64_t Executor::seed_of(const Op& op) const {
+  const uint64_t call = mix(program_->tag.digest + counters_.calls.load(std::memory_order_relaxed));
+  return mix(mix(call + op.begin) + static_cast<uint64_t>(mesh_.rank()));
+}
 
 void Executor::start_encode(const Op& op) {
   const float* in = buffers_.residual_in == nullptr ? nullptr : buffers_.residual_in + op.residual;
   float* out = buffers_.residual_out == nullptr ? nullptr : buffers_.residual_out + op.residual;
   const auto* grad = reinterpret_cast<const float*>(tensor_at(op));
-  const kernels::EncodeInput input{grad, in, out, buffers_.feedback.decay, 0};
+  const kernels::EncodeInput input{grad, in, out, buffers_.feedback.decay, seed_of(op)};
   if (buffers_.feedback.velocity_in == nullptr) {
     encode(op, input);
   } else {

@@ -76,7 +76,7 @@ struct EncodeInput {
   const float* e_in;  // null: memoryless
   float* e_out;       // null: what is not sent is dropped; may be e_in, and otherwise overlaps nothing
   float decay = 1.0f;
-  uint64_t seed = 0;  // randk's; others take none and ignore it
+  uint64_t seed = 0;  // of the codecs that draw; others ignore it
 };
 
 // Encodes acc into payload (codec_nbytes bytes) and leaves in e_out what was not sent; returns the flags.

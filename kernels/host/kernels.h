@@ -11,7 +11,7 @@
 
 namespace hybridcomm::kernels {
 
-constexpr size_t kMaxSections = 2;
+constexpr size_t kMaxSections = 3;
 
 // A part of the body; what lies between `used` and the next section is zero.
 struct Section {

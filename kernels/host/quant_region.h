@@ -6,6 +6,7 @@
 // A last group that is not whole is padded with zeros in buffers of our own.
 #pragma once
 
+#include "blocks.h"
 #include "payload.h"
 #include "quant.h"
 #include "quantisers.h"
@@ -21,33 +22,6 @@ struct QuantScratch {
   alignas(64) float padded[2][kMaxBlock];
   alignas(64) uint8_t codes[2 * kMaxBlock];
 };
-
-// Phase 1; returns the largest magnitude.
-template <class V, bool kResidual, bool kDecay>
-uint32_t accumulate(const float* grad, const float* e_in, float decay, uint32_t n, float* acc) {
-  const typename V::I magnitude = V::set(int32_t{kMagnitude});
-  const typename V::F by = V::set(decay);
-  typename V::I top = V::set(0);
-  for (uint32_t i = 0; i < n; i += V::kWidth) {
-    V::prefetch(grad + i);
-    typename V::F x = V::load(grad + i);
-    if constexpr (kResidual) {
-      V::prefetch(e_in + i);
-      const typename V::F e = V::load(e_in + i);
-      x = V::add(x, kDecay ? V::mul(e, by) : e);
-    }
-    V::store(acc + i, x);
-    top = V::max(top, V::both(V::bits(x), magnitude));
-  }
-  return V::largest(top);
-}
-
-template <class V>
-uint32_t accumulate(const float* grad, const float* e_in, float decay, uint32_t n, float* acc) {
-  if (e_in == nullptr) return accumulate<V, false, false>(grad, e_in, decay, n, acc);
-  return decay == 1.0f ? accumulate<V, true, false>(grad, e_in, decay, n, acc)
-                       : accumulate<V, true, true>(grad, e_in, decay, n, acc);
-}
 
 template <class V, class Q>
 bool encode_quantised(const EncodeArgs& a) {

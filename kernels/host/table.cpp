@@ -3,7 +3,8 @@
 
 namespace hybridcomm::kernels {
 
-extern const CodecRow kTopkRow, kFp16Row, kBf16Row, kFp8Row, kInt8Row, kInt4Row, kSign1Row;
+extern const CodecRow kTopkRow, kFp16Row, kBf16Row, kFp8Row, kInt8Row, kInt4Row, kSign1Row, kGtop1Row,
+    kRandkRow, kGtopkRow, kPowersgdRow;
 
 const CodecRow* row_of(Codec codec) {
   switch (codec) {
@@ -21,6 +22,14 @@ const CodecRow* row_of(Codec codec) {
       return &kInt4Row;
     case Codec::sign1:
       return &kSign1Row;
+    case Codec::gtop1:
+      return &kGtop1Row;
+    case Codec::gtopk:
+      return &kGtopkRow;
+    case Codec::powersgd:
+      return &kPowersgdRow;
+    case Codec::randk:
+      return &kRandkRow;
     default:
       return nullptr;
   }

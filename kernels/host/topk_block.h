@@ -130,6 +130,43 @@ inline void quantise(Scratch& s, const CodecParams& p, uint32_t largest, uint32_
   }
 }
 
+// Phase 4 for signs: the largest power of two within 4/3 of the mean of what is kept and not zero. In integers,
+// mantissas aligned to the largest's, so that no order of adding can matter.
+inline uint32_t sign_exponent(const Scratch& s, uint32_t k, uint32_t largest) {
+  const uint32_t top = largest >> 23 > 1 ? largest >> 23 : 1;
+  uint64_t total = 0, count = 0;
+  for (uint32_t j = 0; j < k; ++j) {
+    const uint32_t key = bits_of(s.acc[s.index[j]]) & kMagnitude;
+    const uint32_t exponent = key >> 23 > 0 ? key >> 23 : 1;
+    const uint64_t mantissa = (key & 0x7FFFFFu) | (uint64_t{key >> 23 > 0} << 23);
+    const uint32_t down = top - exponent < 63 ? top - exponent : 63;
+    total += (mantissa << 16) >> down;
+    count += key > 0;
+  }
+  if (count == 0) count = 1;
+  uint32_t exponent = top;
+  while (exponent > 1 && top - exponent < 16 && (3 * count) << (39 - (top - exponent)) > 4 * total)
+    --exponent;
+  return exponent;
+}
+
+inline void quantise_signs(Scratch& s, const CodecParams& p, uint32_t largest, uint32_t valid,
+                           uint8_t* scale_out, uint8_t* records) {
+  const uint32_t exponent = sign_exponent(s, p.k, largest);
+  const uint32_t half = exponent > 1 ? (exponent - 1) << 23 : 1u << 22, scale = exponent << 23;
+  *scale_out = static_cast<uint8_t>(exponent);
+  for (uint32_t j = 0; j < p.k; ++j) {
+    const uint32_t i = s.index[j], bits = bits_of(s.acc[i]), sign = bits & ~kMagnitude;
+    uint32_t code = 0;
+    if ((bits & kMagnitude) > half) {
+      code = sign != 0 ? 3u : 1u;
+      s.acc[i] = s.acc[i] - float_of(scale | sign);
+    }
+    const uint16_t stored = i < valid ? static_cast<uint16_t>(code << 14 | i) : uint16_t{0};
+    std::memcpy(records + 2 * j, &stored, 2);
+  }
+}
+
 template <class V>
 bool encode_region(const EncodeArgs& a) {
   Scratch s;
@@ -154,7 +191,8 @@ bool encode_region(const EncodeArgs& a) {
     if (largest >= kInfKey) return false;
     const uint32_t t = select<V>(s, block, k, guess, n, largest);
     guess = t > kMargin ? t - kMargin : 1;
-    quantise(s, a.params, largest, valid, scales + b, records + 2 * k * b);
+    const auto quantiser = a.params.variant == 1 ? quantise_signs : quantise;
+    quantiser(s, a.params, largest, valid, scales + b, records + 2 * k * b);
     if (a.e_out == nullptr) continue;
     if (valid == block) {
       V::write(s.acc, a.e_out + begin, block, a.stream);

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["INF_KEY", "QUIET_NAN", "Bytes", "Floats", "Ints", "Oracle", "keys", "power"]
+__all__ = ["INF_KEY", "QUIET_NAN", "Bytes", "Floats", "Ints", "Oracle", "keys", "power", "quantised"]
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -25,6 +25,21 @@ def keys(values: Floats) -> npt.NDArray[np.int32]:
 def power(exponent: Ints) -> Floats:
     """2^(exponent - 127) for biased exponents in [1, 254]."""
     return (exponent.astype(np.int32) << 23).view(np.float32)
+
+
+def quantised(kept: Floats, value_bits: int) -> tuple[Ints, Ints, Floats]:
+    """Scale bytes (rows,), codes and values (rows, k) of kept values (rows, k), which share a scale per row.
+
+    2^(s - 127), s = max(exponent of the row's largest + 2 - value_bits, 1); codes round half to even and are
+    clamped to +-(2^(value_bits - 1) - 1).
+    """
+    largest = keys(kept).max(axis=1).astype(np.int64)
+    scales = np.maximum((largest >> 23) + 2 - value_bits, 1)
+    qmax = (1 << (value_bits - 1)) - 1
+    with np.errstate(under="ignore"):
+        codes = np.rint(kept * power(254 - scales)[:, None]).astype(np.int64)
+    codes = np.clip(codes, -qmax, qmax)
+    return scales, codes, codes.astype(np.float32) * power(scales)[:, None]
 
 
 class Oracle(Protocol):

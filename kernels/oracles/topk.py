@@ -4,6 +4,7 @@ Phases of ``encode``, between compensating and sealing (``reference.encode``)
     1  select    per block the k largest |acc|, ties to the lowest index, kept in index order
     2  scale     2^(s - 127), s = max(exponent of the block's largest + 2 - value_bits, 1): one byte
     3  quantise  q = clamp(round_half_even(acc / scale), -qmax, qmax)
+       signs     2^(s - 127) <= 4/3 of the mean of what is kept and not zero; q = sign of acc above half of it
     4  residual  acc - q * scale where kept, acc elsewhere; both exact, so acc = decoded + residual
     5  pack      scales, records
 
@@ -14,11 +15,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from hybridcomm.kernels.oracles.bits import Bytes, Floats, Ints, keys, power
+from hybridcomm.kernels.oracles.bits import Bytes, Floats, Ints, keys, power, quantised
 from hybridcomm.kernels.payload import HEADER_NBYTES
 from hybridcomm.kernels.specs.topk import TopKSpec
 
-__all__ = ["add", "check", "encode", "quantise", "select", "unpack"]
+__all__ = ["add", "check", "encode", "quantise", "quantise_signs", "select", "unpack"]
 
 
 def select(acc: Floats, k: int) -> Ints:
@@ -29,11 +30,23 @@ def select(acc: Floats, k: int) -> Ints:
 
 def quantise(spec: TopKSpec, kept: Floats) -> tuple[Ints, Ints, Floats]:
     """Phases 2 and 3 on kept values (nblocks, k): scale bytes (nblocks,), codes and values (nblocks, k)."""
-    largest = keys(kept).max(axis=1).astype(np.int64)
-    scales = np.maximum((largest >> 23) + 2 - spec.layout[2], 1)
-    with np.errstate(under="ignore"):
-        codes = np.rint(kept * power(254 - scales)[:, None]).astype(np.int64)
-    codes = np.clip(codes, -spec.qmax, spec.qmax)
+    return quantised(kept, spec.layout[2])
+
+
+def quantise_signs(kept: Floats) -> tuple[Ints, Ints, Floats]:
+    """Phases 2 and 3 of signs, in integers: the mean is taken over mantissas aligned to the largest's."""
+    key = keys(kept).astype(np.int64)
+    exponent = np.maximum(key >> 23, 1)
+    mantissa = (key & 0x7FFFFF) | ((key >= 1 << 23).astype(np.int64) << 23)
+    largest = exponent.max(axis=1)
+    total = ((mantissa << 16) >> np.minimum(largest[:, None] - exponent, 63)).sum(axis=1)
+    count = np.maximum((key > 0).sum(axis=1), 1)
+    scales = largest.copy()
+    for _ in range(16):  # twelve octaves below the largest are the most that 4096 elements can need
+        too_large = (3 * count << np.maximum(39 - (largest - scales), 0)) > 4 * total
+        scales -= too_large & (scales > 1)
+    half = np.where(scales > 1, (scales - 1) << 23, 1 << 22)
+    codes = np.where(key > half[:, None], np.where(kept < 0, -1, 1), 0)
     return scales, codes, codes.astype(np.float32) * power(scales)[:, None]
 
 
@@ -48,7 +61,7 @@ def encode(spec: TopKSpec, acc: Floats, payload: Bytes, seed: int = 0) -> Floats
     padded.reshape(-1)[:numel] = acc
     index = select(padded, k)
     kept = np.take_along_axis(padded, index, axis=1)
-    scales, codes, decoded = quantise(spec, kept)
+    scales, codes, decoded = quantise_signs(kept) if spec.sign else quantise(spec, kept)
     np.put_along_axis(padded, index, kept - decoded, axis=1)
     records = ((codes << (16 - value_bits)) & 0xFFFF) | index
     if numel % block:  # padding that was chosen: a record that adds zero to element 0
@@ -69,10 +82,12 @@ def unpack(spec: TopKSpec, payload: Bytes, numel: int) -> tuple[Ints, Ints, Ints
 
 
 def check(spec: TopKSpec, payload: Bytes, numel: int) -> bool:
-    """Scales that an encoder writes, and indices of the last block inside the region."""
-    scales, index, _ = unpack(spec, payload, numel)
+    """Scales and signs that an encoder writes, and indices of the last block inside the region."""
+    scales, index, codes = unpack(spec, payload, numel)
     tail = numel % spec.block
     outside = bool(tail) and bool((index[-1] >= tail).any())
+    if spec.sign and bool((codes < -1).any()):
+        return False
     return not outside and not bool(((scales < 1) | (scales > spec.max_scale)).any())
 
 

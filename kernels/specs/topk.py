@@ -18,6 +18,9 @@ MIN_BLOCK, MAX_BLOCK = 16, 4096
 MIN_VALUE_BITS = 3  # below that the reciprocal of the largest scale is not a normal float
 DEFAULT_BLOCK = 1024
 DEFAULT_RATIO = 0.01
+SIGN_BITS = 2  # the codes -1, 0 and 1
+COMPOSITIONS = {"int8": (256, 8), "sign": (4096, SIGN_BITS)}
+"""What may follow a ``+``: the default block and the bits of a value."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,8 @@ class TopKSpec:
 
     Give ``ratio`` (k = max(1, round(ratio * block))) or ``k``; both only if they agree. A record is 16 bits:
     index in the low log2(block) bits, quantised value (two's complement) in the high ``value_bits``, by
-    default all that is left.
+    default all that is left. With ``sign`` a value is -1, 0 or 1 times the block's scale, which then follows
+    the mean of what is kept, not the largest of it.
 
     Raises:
         SpecError: the block is not a power of two in [16, 4096], or ratio, k or value_bits is out of range.
@@ -36,6 +40,7 @@ class TopKSpec:
     block: int = DEFAULT_BLOCK
     k: int | None = None
     value_bits: int | None = None
+    sign: bool = False
 
     def __post_init__(self) -> None:
         if self.block < MIN_BLOCK or self.block > MAX_BLOCK or self.block & (self.block - 1):
@@ -53,8 +58,11 @@ class TopKSpec:
         if k is None or not 1 <= k <= self.block:
             raise SpecError(f"k={k}: use 1 to block={self.block}")
         widest = 16 - self.index_bits
-        bits = widest if self.value_bits is None else self.value_bits
-        if not MIN_VALUE_BITS <= bits <= widest:
+        given = SIGN_BITS if self.sign else widest
+        bits = given if self.value_bits is None else self.value_bits
+        if self.sign and bits != SIGN_BITS:
+            raise SpecError(f"value_bits={bits}: signs have {SIGN_BITS}")
+        if not self.sign and not MIN_VALUE_BITS <= bits <= widest:
             raise SpecError(
                 f"value_bits={bits}: block={self.block} leaves {MIN_VALUE_BITS} to {widest} bits of a record"
             )
@@ -75,7 +83,7 @@ class TopKSpec:
     def params(self) -> tuple[int, int, int, int, int]:
         """``(codec, value_bits, variant, block, k)``."""
         block, k, value_bits = self.layout
-        return self.codec, value_bits, 0, block, k
+        return self.codec, value_bits, int(self.sign), block, k
 
     @property
     def index_bits(self) -> int:
@@ -100,12 +108,16 @@ class TopKSpec:
 
     @property
     def contraction(self) -> float:
-        """d in |x - C(x)|^2 <= (1 - d) |x|^2, for every block of any input; in practice it is far better.
+        """d in |x - C(x)|^2 <= (1 - d) |x|^2, for every block of any normal input; docs/payload.md derives it.
 
-        From the largest element alone, which loses less than 2^(2 - value_bits) of itself. It needs that
-        element to be at least 2^(value_bits - 128), below which the scale sits on its floor.
+        Exact values would reach k / block. Each quantised one loses less than 2^(2 - value_bits) of the
+        largest, and a sign at most what is not along the mean.
         """
-        return (1.0 - 4.0 ** (2 - self.layout[2])) / self.block
+        block, k, value_bits = self.layout
+        if self.sign:
+            return 8 / 9 * (1 - 2.0**-20) / block
+        lost = 4.0 ** (2 - value_bits)
+        return k / block / (1 + k * lost / (1 - lost))
 
     def nblocks(self, numel: int) -> int:
         return -(-numel // self.block)
@@ -120,22 +132,36 @@ class TopKSpec:
 
     def __str__(self) -> str:
         block, k, bits = self.layout
-        return f"topk:{self.ratio:g}/b{block}/k{k}/v{bits}"
+        return f"topk:{self.ratio:g}" + (f"+sign/b{block}/k{k}" if self.sign else f"/b{block}/k{k}/v{bits}")
 
     @classmethod
     def parse(cls, text: str) -> TopKSpec:
         """The spec whose ``str`` is ``text``; ``topk`` and ``topk:0.01`` take the defaults for the rest."""
-        match = re.fullmatch(r"topk(?::([^/\s]+))?(?:/b(\d+))?(?:/k(\d+))?(?:/v(\d+))?", text)
+        match = re.fullmatch(
+            r"topk(?::([^/+\s]+))?(?:\+(int8|sign))?(?:/b(\d+))?(?:/k(\d+))?(?:/v(\d+))?", text
+        )
         try:
             if match is None:
                 raise ValueError(text)
-            ratio, block, k, bits = match.groups()
+            ratio, values, block, k, bits = match.groups()
             share = None if ratio is None else float(ratio)
         except ValueError:
-            raise SpecError(f"{text!r}: write topk, topk:0.01 or topk:0.01/b1024/k10/v6") from None
+            raise SpecError(
+                f"{text!r}: write topk, topk:0.01, topk:0.01+int8, topk:0.01+sign or topk:0.01/b1024/k10/v6"
+            ) from None
+        default_block, value_bits = COMPOSITIONS.get(values, (DEFAULT_BLOCK, None))
+        if bits is not None and value_bits not in (None, int(bits)):
+            raise SpecError(f"{text!r}: +{values} has values of {value_bits} bits, not {bits}")
+        if share is not None and k is not None:
+            size = default_block if block is None else int(block)
+            if not abs(share * size - int(k)) <= 1:
+                raise SpecError(f"{text!r}: a share of {share} of {size} elements is not {k}")
+            if max(1, round(share * size)) != int(k):  # the text has fewer digits than the ratio had
+                share = None
         return cls(
-            ratio=None if k is not None else share,
-            block=DEFAULT_BLOCK if block is None else int(block),
+            ratio=share,
+            block=default_block if block is None else int(block),
             k=None if k is None else int(k),
-            value_bits=None if bits is None else int(bits),
+            value_bits=value_bits if bits is None else int(bits),
+            sign=values == "sign",
         )

@@ -206,6 +206,7 @@ def encode(
         ValueError: a dtype, shape, device or alignment that the kernel cannot take.
     """
     numel, (block, k, value_bits) = grad.numel(), spec.layout
+    _need(not spec.sign, f"{spec}: no device kernel for signs")
     _check_floats(grad, grad=grad, e_in=e_in, e_out=e_out)
     _need(payload.dtype == torch.uint8 and payload.is_contiguous(), "payload: contiguous uint8 wanted")
     _need(payload.shape == (spec.nbytes(numel),), "payload: spec.nbytes(numel) bytes wanted")
@@ -256,6 +257,7 @@ def decode_add(
         ValueError: a dtype, shape, device or alignment that the kernel cannot take.
     """
     numel, (block, k, value_bits) = out.numel(), spec.layout
+    _need(not spec.sign, f"{spec}: no device kernel for signs")
     _check_floats(out, out=out)
     _need(payloads.dtype == torch.uint8 and payloads.is_contiguous(), "payloads: contiguous uint8 wanted")
     _need(payloads.ndim == 2, "payloads: one row per payload wanted")

@@ -42,15 +42,21 @@ def topk(ratio: float = 0.1, block: int = 64) -> Compressor:
     return compressor
 
 
+def gtopk() -> Compressor:
+    """A codec that takes each shard whole."""
+    compressor = resolve("gtopk:0.1/b64")
+    assert compressor is not None
+    return compressor
+
+
 def every_plan(topology: Topology, numel: int) -> list[Plan]:
     """One plan of each builder (numel rounded up to parts where parts must be equal), with several chunks."""
     world = topology.world_size
     parts = -(-numel // world) * world
-    codec = topk()
     plans = [
         collective_plans.allreduce(topology, numel, op=op, compressor=compressor, chunk_elems=1024)
         for op in ("sum", "mean")
-        for compressor in (None, codec)
+        for compressor in (None, topk(), gtopk())
     ]
     plans += [
         collective_plans.broadcast(topology, numel, root=world - 1, chunk_elems=1024),

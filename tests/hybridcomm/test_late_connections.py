@@ -74,7 +74,7 @@ def test_a_peer_that_never_connects_is_named() -> None:
                     ctx.group([0, 3]).allreduce(np.ones(10))
                 assert caught.value.missing == (missing,)
 
-            assert each_rank(lambda rank: body(rank, contexts[rank]), 4) == [None] * 4  # noqa: B023
+            assert each_rank(lambda rank: body(rank, contexts[rank]), 4) == [None] * 4
 
 
 @pytest.mark.parametrize("collective", [True, False])

@@ -14,7 +14,7 @@ from hybridcomm.errors import PlanError
 from hybridcomm.plan import ALL, Plan, Region, Step
 from hybridcomm.plan_streams import check_progress
 from hybridcomm.topology import Topology
-from tests.hybridcomm.strategies import NAMED, SIZES, every_plan, topk, topologies, uneven
+from tests.hybridcomm.strategies import NAMED, SIZES, every_plan, gtopk, topk, topologies, uneven
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -60,6 +60,10 @@ def compressed() -> Plan:
     return build.allreduce(NAMED["3+2"], 9000, op="mean", compressor=topk(), chunk_elems=1024)
 
 
+def whole() -> Plan:
+    return build.allreduce(NAMED["3+2"], 9000, op="mean", compressor=gtopk(), chunk_elems=1024)
+
+
 def others() -> list[Plan]:
     topology = NAMED["3+2"]
     return [
@@ -79,7 +83,7 @@ def find(plan: Plan, op: str, nth: int = 0) -> int:
     return [step.id for step in plan.steps if step.op == op][nth]
 
 
-@pytest.mark.parametrize("make", [dense, compressed])
+@pytest.mark.parametrize("make", [dense, compressed, whole])
 def test_each_dropped_step_is_caught(make: Callable[[], Plan]) -> None:
     plan = make()
     for victim in plan.steps:
@@ -94,7 +98,7 @@ def test_each_dropped_step_of_the_other_collectives_is_caught() -> None:
                 renumbered(plan, [step for step in plan.steps if step is not victim]).check()
 
 
-@pytest.mark.parametrize("make", [dense, compressed])
+@pytest.mark.parametrize("make", [dense, compressed, whole])
 def test_each_doubled_step_is_caught(make: Callable[[], Plan]) -> None:
     """A step that runs twice counts ranks twice, averages twice, or is an unordered second write."""
     plan = make()
@@ -110,6 +114,27 @@ def test_each_doubled_step_is_caught(make: Callable[[], Plan]) -> None:
         ))  # fmt: skip
         with pytest.raises(PlanError):
             ids.check()
+
+
+def test_a_shard_that_needs_to_be_whole_is_compressed_once_after_all_of_its_chunks() -> None:
+    plan = whole()
+    for shard in range(plan.topology.K):
+        steps = [step for step in plan.steps if step.shard == shard]
+        chunks = [
+            step for step in steps if step.op == "reduce" and step.root == plan.topology.owners(shard)[0]
+        ]
+        made = [step for step in steps if step.op == "compress" and step.root == chunks[0].root]
+        assert len(chunks) > 1
+        assert len(made) == 1
+        assert made[0].after == tuple(step.id for step in chunks)
+        assert made[0].region == Region(chunks[0].region.begin, chunks[-1].region.end)
+
+
+def test_control_a_shard_cut_in_chunks_is_refused() -> None:
+    """The plan of a block-wise codec under the name of one that needs whole shards."""
+    cut = dataclasses.replace(compressed(), compressor=str(gtopk()))
+    with pytest.raises(PlanError, match="needs whole"):
+        cut.check()
 
 
 def needed_waits(plan: Plan) -> list[tuple[int, int]]:
@@ -134,7 +159,7 @@ def needed_waits(plan: Plan) -> list[tuple[int, int]]:
     return out
 
 
-@pytest.mark.parametrize("make", [dense, compressed])
+@pytest.mark.parametrize("make", [dense, compressed, whole])
 def test_each_missing_wait_is_caught_and_no_harmless_one_flagged(make: Callable[[], Plan]) -> None:
     plan = make()
     needed = set(needed_waits(plan))

@@ -1,0 +1,150 @@
+"""Sparse and low-rank codecs on the real engine: the plan interpreter's bytes, seeds, the residual law."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from hybridcomm.compress import resolve
+from hybridcomm.context import Context
+from hybridcomm.errors import UnsupportedError
+from hybridcomm.residual import Residual
+from tests.engine_ranks import each_rank, engine_contexts
+from tests.hybridcomm.strategies import NAMED
+from tests.hybridcomm.test_engine_compressed import Arrays, by_engine, gradients, held_back
+from tests.interpreter import Interpreter
+from tests.numerics import gamma
+
+EXACT = ("topk:0.1+int8/b64", "topk:0.1+sign/b64", "gtop1:0.1/k16", "gtopk:0.1/b64", "randk:0.1")
+"""Codecs whose decoded values and residuals add up without rounding."""
+
+CODECS = (*EXACT, "randk:0.1+unbiased", "powersgd:2/b16")
+
+
+@pytest.fixture(params=["2x2", "3+2", "4x1"], scope="module")
+def ranks(request: pytest.FixtureRequest) -> Iterator[list[Context]]:
+    with engine_contexts(NAMED[request.param]) as contexts:
+        yield contexts
+
+
+def by_interpreter(
+    contexts: list[Context], inputs: Arrays, codec: str, held: list[np.ndarray] | None = None
+) -> tuple[Arrays, list[np.ndarray]]:
+    """What the next call on ``contexts`` must give: buffers and new residuals."""
+    plan = contexts[0].plan_allreduce(inputs[0].size, op="mean", compress=codec)
+    plan.check()
+    sizes = [sum(r.numel for r in plan.residual_regions(rank)) for rank in range(len(contexts))]
+    before = held or [np.zeros(size, np.float32) for size in sizes]
+    after = [np.zeros(size, np.float32) for size in sizes]
+    buffers = [values.copy() for values in inputs]
+    pairs = {} if held is None else dict(enumerate(zip(before, after, strict=True)))
+    Interpreter(plan, call=contexts[0].counters()["calls"] + 1).run(buffers, pairs)
+    return buffers, after
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("numel", [1, 1009, 20_011])
+def test_engine_gives_the_interpreters_bytes(ranks: list[Context], codec: str, numel: int) -> None:
+    inputs = gradients(len(ranks), numel, seed=numel)
+    want, _ = by_interpreter(ranks, inputs, codec)
+    got = by_engine(ranks, inputs, compress=codec)
+    assert [a.tobytes() for a in got] == [b.tobytes() for b in want]
+
+
+@pytest.mark.parametrize("codec", [codec for codec in CODECS if "unbiased" not in codec])
+def test_error_feedback_over_steps_equals_the_interpreter(ranks: list[Context], codec: str) -> None:
+    numel, residuals = 5003, [Residual() for _ in ranks]
+    plan = ranks[0].plan_allreduce(numel, op="mean", compress=codec)
+    held = [
+        np.zeros(sum(r.numel for r in plan.residual_regions(rank)), np.float32) for rank in range(len(ranks))
+    ]
+    for step in range(3):
+        inputs = gradients(len(ranks), numel, seed=100 + step)
+        want, held = by_interpreter(ranks, inputs, codec, held)
+        got = by_engine(ranks, inputs, compress=codec, residuals=residuals)
+        assert [a.tobytes() for a in got] == [b.tobytes() for b in want], step
+        for residual in residuals:
+            residual.commit()
+    for residual, part in zip(residuals, held, strict=True):
+        assert sorted(np.concatenate([*residual.state_dict().values(), part[:0]])) == sorted(part)
+
+
+@pytest.mark.parametrize("codec", EXACT)
+def test_residual_law(ranks: list[Context], codec: str) -> None:
+    """Gradients = applied sums + residuals, exactly, across a skipped step: all values are small integers."""
+    world, numel = len(ranks), 2048
+    residuals = [Residual() for _ in ranks]
+    seen, applied = np.zeros(numel), np.zeros(numel)
+    for step in range(5):
+        dice = np.random.default_rng(step)
+        inputs = [dice.integers(-3, 4, numel).astype(np.float32) for _ in range(world)]
+        update = by_engine(ranks, inputs, op="sum", compress=codec, residuals=residuals)[0]
+        if step == 2:
+            for residual in residuals:
+                residual.rollback()
+            continue
+        for residual in residuals:
+            residual.commit()
+        seen += np.sum(inputs, axis=0, dtype=np.float64)
+        applied += update.astype(np.float64)
+    left = held_back(residuals, numel)
+    assert (seen == applied + left).all()
+    assert np.abs(applied).sum() > 0
+    assert np.abs(left).sum() > 0, "nothing was held back: the law was not tested"
+
+
+def test_residual_law_to_rounding(ranks: list[Context]) -> None:
+    """powersgd subtracts real values: the law holds to one rounding per node and step, and that of sums."""
+    codec, world, numel, steps = "powersgd:2/b16", len(ranks), 2048, 4
+    residuals = [Residual() for _ in ranks]
+    seen, applied, size = np.zeros(numel), np.zeros(numel), np.zeros(numel)
+    for step in range(steps):
+        inputs = [
+            np.random.default_rng([step, r]).integers(-3, 4, numel).astype(np.float32) for r in range(world)
+        ]
+        update = by_engine(ranks, inputs, op="sum", compress=codec, residuals=residuals)[0]
+        for residual in residuals:
+            residual.commit()
+        seen += np.sum(inputs, axis=0, dtype=np.float64)
+        applied += update
+        size += np.abs(inputs).sum(axis=0) + np.abs(update)
+    left = held_back(residuals, numel)
+    nodes = len(ranks[0].topology.nodes)
+    # Each step compensates (1), subtracts (1) and adds payloads (nodes), of values that are no larger than all seen.
+    bound = gamma(steps * (nodes + 2), "float32") * nodes * (size + np.abs(left)).max()
+    assert np.abs(seen - applied - left).max() <= bound
+    assert np.abs(left).max() > bound, "nothing was held back: the law was not tested"
+    assert np.abs(applied).max() > bound
+
+
+def test_a_shard_of_many_chunks_is_compressed_whole() -> None:
+    """Slots far smaller than a shard: in-node steps go chunk by chunk, the selection is still over all of it."""
+    inputs = gradients(4, 30_011, seed=4)
+    with engine_contexts(NAMED["2x2"], chunk_nbytes=4096) as contexts:
+        plan = contexts[0].plan_allreduce(30_011, op="mean", compress="gtopk:0.01")
+        assert sum(step.op == "reduce" for step in plan.steps) > 4 * sum(
+            s.op == "compress" for s in plan.steps
+        )
+        want, _ = by_interpreter(contexts, inputs, "gtopk:0.01")
+        got = by_engine(contexts, inputs, compress="gtopk:0.01")
+    assert [a.tobytes() for a in got] == [b.tobytes() for b in want]
+
+
+def test_draws_differ_per_call_and_repeat_in_another_run() -> None:
+    inputs = gradients(4, 4096, seed=1)
+    runs = []
+    for _ in range(2):
+        with engine_contexts(NAMED["2x2"]) as contexts:
+            runs.append([by_engine(contexts, inputs, compress="randk:0.1")[0].tobytes() for _ in range(3)])
+    assert runs[0] == runs[1]
+    assert len(set(runs[0])) == 3
+
+
+def test_an_unbiased_codec_takes_no_error_feedback(ranks: list[Context]) -> None:
+    def body(rank: int) -> None:
+        ranks[rank].allreduce(np.ones(64, np.float32), compress="randk:0.1+unbiased", residual=Residual())
+
+    assert resolve("randk:0.1+unbiased") is not None
+    assert all(isinstance(error, UnsupportedError) for error in each_rank(body, len(ranks)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -84,11 +85,9 @@ def test_dialling_a_rank_that_is_closed(collective: bool) -> None:
 
         def body(rank: int) -> None:
             if rank == 3:
+                call = contexts[3].group([0, 3]).allreduce if collective else partial(contexts[3].send, dst=0)
                 with pytest.raises(PeerLostError, match="rank 0") as caught:
-                    if collective:
-                        contexts[3].group([0, 3]).allreduce(np.ones(10))
-                    else:
-                        contexts[3].send(np.ones(10), 0)
+                    call(np.ones(10))
                 assert caught.value.rank == 0
 
         assert each_rank(body, 4) == [None] * 4

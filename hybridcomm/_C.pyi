@@ -70,6 +70,8 @@ class Program:
         sources: Sequence[int] = ...,
     ) -> int: ...
 
+def set_custom(program: Program, codec: object) -> None: ...
+
 class Listener:
     def __init__(self, host: str, port: int) -> None: ...
     @property
@@ -114,6 +116,7 @@ class Engine:
         name: int = 0,
         pieces: Sequence[tuple[int, int]] = ...,
         timeout_s: float = 0.0,
+        feedback: tuple[float, float, bool, int, int] = ...,
     ) -> Work: ...
     def submit(
         self,
@@ -124,6 +127,7 @@ class Engine:
         name: int = 0,
         pieces: Sequence[tuple[int, int]] = ...,
         timeout_s: float = 0.0,
+        feedback: tuple[float, float, bool, int, int] = ...,
     ) -> Work: ...
     def allocate(self, nbytes: int, /) -> SharedMemory | None: ...
     def shared_nbytes(self) -> int: ...

@@ -33,11 +33,14 @@ except ImportError as error:
     ) from error
 
 from hybridcomm.compress import Compressor
+from hybridcomm.compression_policy import CompressionPolicy, Rule
 from hybridcomm.context import Context
+from hybridcomm.custom import CustomCompressor
 from hybridcomm.default import default_context, init, shutdown
 from hybridcomm.errors import HybridCommError
 from hybridcomm.reduction import premul_sum
 from hybridcomm.residual import Residual
+from hybridcomm.schedule import Schedule
 from hybridcomm.topology import Topology
 from hybridcomm.verbs import (
     all_gather,
@@ -63,11 +66,15 @@ if TYPE_CHECKING:
     from hybridcomm.reducer import Reducer
 
 __all__ = [
+    "CompressionPolicy",
     "Compressor",
     "Context",
+    "CustomCompressor",
     "HybridCommError",
     "Reducer",
     "Residual",
+    "Rule",
+    "Schedule",
     "Topology",
     "Work",
     "all_gather",

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from hybridcomm import collective_plans, policy
 from hybridcomm import compress as compressors
-from hybridcomm.compress import Compressor
+from hybridcomm.compress import Compress, Compressor
 from hybridcomm.errors import CompressorError
 from hybridcomm.probe import CANDIDATES, Figures, probe
 
@@ -163,7 +163,7 @@ def policy_of(context: Collectives, requested: str = AUTO) -> Policy:
 
 
 def resolve(
-    context: Collectives, compress: str | Compressor | None, *, numel: int, dtype: str, op: str
+    context: Collectives, compress: Compress, *, numel: int, dtype: str, op: str
 ) -> Compressor | None:
     """`compress.resolve`, and for "auto" the compressor that the context's policy decides on (None: dense)."""
     if not is_auto(compress):

@@ -27,7 +27,7 @@ from hybridcomm.reduction import Op
 
 if TYPE_CHECKING:
     from hybridcomm.bucket import Span
-    from hybridcomm.compress import Compressor
+    from hybridcomm.compress import Compress
     from hybridcomm.plan import Plan
     from hybridcomm.residual import Residual
     from hybridcomm.work import Work
@@ -45,7 +45,7 @@ class Collectives(Reductions, Copies):
         t: Array,
         *,
         op: Op = "sum",
-        compress: str | Compressor | None = None,
+        compress: Compress = None,
         residual: Residual | None = None,
         async_op: bool = False,
         residual_key: str = _UNNAMED,
@@ -73,7 +73,7 @@ class Collectives(Reductions, Copies):
         if compressor is not None:
             compressors.check_compressible(compressor, dtype=target.dtype, op=name)
         plan, program = self._program(
-            ("allreduce", target.numel, target.dtype, name, str(compressor)),
+            ("allreduce", target.numel, target.dtype, name, str(compressor), compressor),
             lambda: collective_plans.allreduce(
                 self.topology,
                 target.numel,
@@ -85,10 +85,11 @@ class Collectives(Reductions, Copies):
             compressor,
         )
         scale(target.dtype, target.address, target.numel, factor)
-        e_in = e_out = None
-        if residual is not None:
+        staged = None
+        if residual is not None and compressor is not None:
+            compressors.check_feedback(compressor, residual)
             regions = plan.residual_regions(self.rank)
-            e_in, e_out = residual.stage(residual_key, numel=target.numel, regions=regions, spans=spans)
+            staged = residual.prepare(residual_key, numel=target.numel, regions=regions, spans=spans)
         # A lazily conjugated view looks plain to the short way.
         if plain and factor is None and not target.dtype.startswith("complex"):
             self._prepared.remember(t, op, program)
@@ -96,12 +97,12 @@ class Collectives(Reductions, Copies):
         memory.place(0, target.numel, target.address)
         memory.write_to(target)
         tensor = zlib.crc32(residual_key.encode()) if residual_key != _UNNAMED else 0
-        return self._launch(program, memory, async_op, residual=(e_in, e_out), name=tensor)
+        return self._launch(program, memory, async_op, staged=staged, name=tensor)
 
     all_reduce = allreduce
 
     def plan_allreduce(
-        self, numel: int, *, dtype: str = "float32", op: Op = "sum", compress: str | Compressor | None = None
+        self, numel: int, *, dtype: str = "float32", op: Op = "sum", compress: Compress = None
     ) -> Plan:
         """The plan that `allreduce` would run for such a tensor: print it, check it, compare digests."""
         name, _ = self._operation(op, dtype)

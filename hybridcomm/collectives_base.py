@@ -12,6 +12,7 @@ from hybridcomm.errors import DataTypeError, UnsupportedError
 from hybridcomm.lower import DTYPES, lower
 from hybridcomm.memory import Memory, ScratchPool
 from hybridcomm.reduction import Op
+from hybridcomm.residual import NO_FEEDBACK, Staged
 from hybridcomm.work import Work
 
 if TYPE_CHECKING:
@@ -113,21 +114,22 @@ class CollectivesBase:
         memory: Memory,
         async_op: bool,
         *,
-        residual: tuple[Any, Any] = (None, None),
+        staged: Staged | None = None,
         name: int = 0,
         timeout_s: float = 0.0,
     ) -> Work | None:
-        e_in, e_out = (0 if half is None else half.ctypes.data for half in residual)
+        e_in, e_out = (0, 0) if staged is None else (staged.e_in.ctypes.data, staged.e_out.ctypes.data)
+        feedback = NO_FEEDBACK if staged is None else staged.feedback
         address, pieces = memory.table()
         where = (address, e_in, e_out, self._prepared.stamp(program, name), pieces, timeout_s)
         for array in memory.written:
             _note_written(array)
         if not async_op:
-            self._engine.run(program, *where)
+            self._engine.run(program, *where, feedback)
             memory.finish()
             return None
-        tensors = [*memory.written, *memory.kept, *(half for half in residual if half is not None)]
-        work = Work(self._engine.submit(program, *where), tensors, finish=memory.finish)
+        tensors = [*memory.written, *memory.kept, *(() if staged is None else staged.arrays)]
+        work = Work(self._engine.submit(program, *where, feedback), tensors, finish=memory.finish)
         while self._running and self._running[0].is_completed():
             self._running.popleft()
         self._running.append(work)

@@ -8,27 +8,36 @@ canonical text that goes into plans and their digest, and the facts that policy 
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hybridcomm.custom import CustomCompressor, CustomSpec
 from hybridcomm.errors import CompressorError, DataTypeError, UnsupportedError
+from hybridcomm.kernels.payload import Codec
 
 if TYPE_CHECKING:
     from hybridcomm.kernels.spec import Spec
+    from hybridcomm.residual import Residual
 
-__all__ = ["Compressor", "check_compressible", "resolve"]
+__all__ = ["Compress", "Compressor", "check_compressible", "check_feedback", "resolve"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compressor:
-    """A codec with its settings; stateless and deterministic."""
+    """A codec with its settings; stateless and deterministic.
+
+    ``align``: shard boundaries fall on multiples of it too, so that all codecs of a schedule cut a tensor alike
+    and no element of a residual changes its owner.
+    """
 
     spec: Spec
+    align: int = 1
 
     @property
     def block(self) -> int:
-        """Elements per block; shard boundaries fall on multiples of it."""
-        return self.spec.block
+        """Elements on whose multiples shard boundaries fall: the codec's blocks, or several of them."""
+        return math.lcm(self.spec.block, self.align)
 
     @property
     def unbiased(self) -> bool:
@@ -57,14 +66,22 @@ class Compressor:
         return str(self.spec)
 
 
-def resolve(compress: str | Compressor | None) -> Compressor | None:
+_OF_EVERY_ELEMENT = (Codec.FP16, Codec.BF16, Codec.FP8, Codec.INT8, Codec.INT4, Codec.SIGN1, Codec.POWERSGD)
+
+Compress = str | Compressor | CustomCompressor | None
+"""What ``compress=`` takes."""
+
+
+def resolve(compress: Compress) -> Compressor | None:
     """What ``compress=`` means: None and "none" are dense; "topk" takes the default ratio, "topk:0.01" that
-    one; "int8" the default group, "int8/g64" that one.
+    one; "int8" the default group, "int8/g64" that one; a `CustomCompressor` is wrapped.
 
     Raises `CompressorError` for an unknown name (with the nearest known one) or a setting out of range.
     """
     if compress is None or isinstance(compress, Compressor):
         return compress
+    if isinstance(compress, CustomCompressor):
+        return Compressor(spec=CustomSpec(compress))
     if not isinstance(compress, str):
         raise CompressorError(f"compress={compress!r}: expected None or a text such as 'topk:0.01'")
     if compress == "none":
@@ -73,6 +90,10 @@ def resolve(compress: str | Compressor | None) -> Compressor | None:
     from hybridcomm.kernels.spec import CODECS, SpecError, name_of, parse
 
     name = name_of(compress)
+    if name == "custom":
+        raise CompressorError(
+            f"compress={compress!r}: pass the CustomCompressor itself, its text names no code"
+        )
     if name not in CODECS:
         near = difflib.get_close_matches(name.lower(), CODECS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(CODECS)}"
@@ -91,3 +112,13 @@ def check_compressible(compressor: Compressor, *, dtype: str, op: str) -> None:
         )
     if op not in ("sum", "mean"):
         raise UnsupportedError(f"compress={compressor}: op={op!r} cannot be compressed; use 'sum' or 'mean'")
+
+
+def check_feedback(compressor: Compressor, residual: Residual) -> None:
+    """Raises `UnsupportedError` for momentum with factor masking where a codec sends something of every element."""
+    codec = compressor.spec.codec
+    if residual.momentum and residual.masking and codec in _OF_EVERY_ELEMENT:
+        raise UnsupportedError(
+            f"compress={compressor} sends something of every element, so masking leaves no velocity: use a sparse "
+            "codec such as 'topk:0.01', Residual(masking=False), or the optimizer's own momentum"
+        )

@@ -21,6 +21,7 @@ from collections.abc import Hashable, Iterable
 from typing import TYPE_CHECKING, TypedDict
 
 from hybridcomm import _C, policy, reduction
+from hybridcomm.custom import CustomSpec
 from hybridcomm.errors import PlanError
 from hybridcomm.lower_node import delivered, hand_out_first
 
@@ -149,7 +150,7 @@ class _Lowering:
         plan, codec = self.plan, {}
         if self.compressor is not None and plan.compressor != "none":
             codec = {"codec": self.compressor.spec.params}
-        return _C.Program(
+        program = _C.Program(
             digest=plan.digest,
             numel=plan.numel,
             collective=COLLECTIVES.index(plan.collective),
@@ -157,6 +158,9 @@ class _Lowering:
             op=OPS.index(plan.op),
             **codec,
         )
+        if codec and self.compressor is not None and isinstance(self.compressor.spec, CustomSpec):
+            _C.set_custom(program, self.compressor.spec)
+        return program
 
     def _add(
         self,

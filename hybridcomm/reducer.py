@@ -10,7 +10,7 @@ index order on all ranks, whatever order the hooks fire in: a full bucket waits 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ import torch
 from hybridcomm import reducer_report as report
 from hybridcomm import reducer_setup as setup
 from hybridcomm.bucket import Bucket, BucketLayout, BucketState
-from hybridcomm.compress import Compressor, resolve
+from hybridcomm.compression_policy import Choice, CompressionPolicy
 from hybridcomm.errors import DataTypeError, HybridCommError, ResidualError, UnsupportedError
 from hybridcomm.reducer_report import ReducerStats
 from hybridcomm.reducer_setup import ContextLike, WorkLike
@@ -39,7 +39,9 @@ class Reducer:
     so that its steps commit the residual. Parameters (and buffers) start as rank 0's unless
     ``sync_parameters=False``.
 
-    ``compress``: as in `allreduce`, for every bucket; buckets are then fp32. ``bucket_cap_mb``: MiB per
+    ``compress``: as in `allreduce`, for all parameters but norms, biases and other vectors, which stay dense; or a
+    `Schedule`; or a `CompressionPolicy`, which decides by name, role and size. Parameters that are compressed alike
+    share buckets, which are then fp32. ``bucket_cap_mb``: MiB per
     bucket, None lets policy choose. ``unused``: what to do with parameters that got no gradient, "error" or
     "zero" (their share of the mean is zero). Raises typed errors naming rank and parameters.
     """
@@ -49,7 +51,7 @@ class Reducer:
         module: torch.nn.Module,
         *,
         ctx: ContextLike,
-        compress: str | Compressor | None = None,
+        compress: Choice | CompressionPolicy = None,
         bucket_cap_mb: float | None = None,
         residual: Residual | None = None,
         unused: str = "error",
@@ -58,25 +60,30 @@ class Reducer:
         if unused not in ("error", "zero"):
             raise UnsupportedError(f"unused={unused!r}: use 'error' or 'zero'")
         self.ctx = ctx
-        self.requested = "none" if compress is None else str(compress)
-        self.compressor = resolve(compress)
-        if residual is not None and self.compressor is None:
-            raise UnsupportedError("residual= has nothing to do without compress=")
-        self.residual = Residual() if residual is None else residual
-        self.residual.rekey()
-        self._guard = StepGuard(self.residual)
+        self.policy = CompressionPolicy.of(compress)
+        self.requested = "policy" if compress is self.policy else str(compress or "none")
         self._unused = unused
         self._sync = True
         self._scaler: GradScaler | None = None
         self._scale = 1.0
         self._parameters = setup.trainable(module)
-        self.layouts = setup.layouts_of(self._parameters, self.compressor, bucket_cap_mb)
-        setup.check_agreement(ctx, self.layouts, self.compressor)
+        choices = setup.choices_of(module, self._parameters, self.policy)
+        self.layouts = setup.layouts_of(self._parameters, choices, bucket_cap_mb)
+        compresses = any(layout.compress != "none" for layout in self.layouts)
+        if residual is not None and not compresses:
+            raise UnsupportedError("residual= has nothing to do without compress=")
+        self.residual = Residual() if residual is None else residual
+        self.residual.rekey()
+        setup.check_agreement(ctx, self.layouts, f"{self.policy} {self.residual.settings}")
+        self.schedules = setup.schedules_of(ctx, self.layouts, choices)
+        setup.check_feedback(self.residual, self.schedules)
+        self._guard = StepGuard(self.residual, counts=compresses)
         if sync_parameters:
             setup.sync_parameters(ctx, module)
         device = next(iter(self._parameters.values())).device
         self._buckets = [Bucket(layout) for layout in self.layouts]
         self._flats = [setup.flat_buffer(ctx, layout, device) for layout in self.layouts]
+        self._regions: dict[int, Sequence[tuple[int, int]]] = {}  # by bucket, where its residual lies
         self._works: list[WorkLike] = []
         self._running = False
         self._place: dict[str, tuple[int, torch.Tensor]] = {}
@@ -155,7 +162,7 @@ class Reducer:
         self._buckets[index].mark_ready(name)
         with torch.no_grad():
             view.copy_(grad)
-            if self._scale != 1.0:
+            if self._scale != 1.0 and self.schedules[index].codecs:
                 view.mul_(1.0 / self._scale)
         self._launch_ready()
 
@@ -170,7 +177,9 @@ class Reducer:
 
     def _unit(self) -> float:
         """The loss scale to take out of the gradients: residuals are kept in unscaled units."""
-        if self._scaler is None or not self._scaler.is_enabled() or self.compressor is None:
+        if self._scaler is None or not self._scaler.is_enabled():
+            return 1.0
+        if not any(schedule.codecs for schedule in self.schedules):
             return 1.0
         scale = float(self._scaler.get_scale())
         if scale <= 0 or float.hex(scale).partition("p")[0] != "0x1.0000000000000":
@@ -190,18 +199,28 @@ class Reducer:
             self._works.append(self._launch(bucket.layout))
 
     def _launch(self, layout: BucketLayout) -> Any:
-        flat = self._flats[layout.index]
-        if self.compressor is None:
+        flat, schedule = self._flats[layout.index], self.schedules[layout.index]
+        codec = schedule.at(self._guard.applied)
+        if codec is None:
+            if schedule.codecs:
+                self._deliver(layout, flat)
             return self.ctx.allreduce(flat, op="mean", async_op=True, residual_key=layout.key)
         return self.ctx.allreduce(
             flat,
             op="mean",
-            compress=self.compressor,
+            compress=codec,
             residual=self.residual,
             async_op=True,
             residual_key=layout.key,
             spans=layout.spans,
         )
+
+    def _deliver(self, layout: BucketLayout, flat: torch.Tensor) -> None:
+        """A dense phase: what compressed steps left is part of what this rank puts in."""
+        if layout.index not in self._regions:
+            self._regions[layout.index] = setup.regions_of(self.ctx, layout, self.schedules[layout.index])
+        regions = self._regions[layout.index]
+        self.residual.deliver(layout.key, flat.numpy(), regions=regions, spans=layout.spans)
 
     # -- after backward ------------------------------------------------------------------
 
@@ -232,6 +251,7 @@ class Reducer:
             self._abandon()
             raise
         self._running = False
+        self._guard.reduced()
         self._steps += 1
         self.exposed_seconds, self._wire = exposed, wire
         self._total_exposed += exposed
@@ -259,7 +279,7 @@ class Reducer:
             )
 
     def _unpack(self, layout: BucketLayout, flat: torch.Tensor) -> None:
-        if self._scale != 1.0:
+        if self._scale != 1.0 and self.schedules[layout.index].codecs:
             flat.mul_(self._scale)
         targets, sources = [], []
         for name in layout.names:
@@ -311,8 +331,18 @@ class Reducer:
     # -- reports -------------------------------------------------------------------------
 
     def table(self) -> str:
-        """Text: per link, what was requested, what is active, and the ratio of bytes; then the buckets."""
-        return report.table(self.ctx.topology, self.layouts, self.requested, self.compressor)
+        """Text: per link and per kind of bucket, what was requested, what is active now, and the ratio of bytes."""
+        active = [schedule.at(self._guard.applied) for schedule in self.schedules]
+        return report.table(self.ctx.topology, self.layouts, self.requested, active)
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state: ``applied`` optimizer steps, which schedules go by, and the committed ``residual``."""
+        return {"applied": self._guard.applied, "residual": self.residual.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a `state_dict` of the same rank and settings; raises `ResidualError` where it does not fit."""
+        self.residual.load_state_dict(state["residual"])
+        self._guard.resume(int(state["applied"]))
 
     def stats(self) -> ReducerStats:
         """Counters; see `ReducerStats`."""

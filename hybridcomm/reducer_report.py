@@ -28,30 +28,63 @@ class ReducerStats:
 
 
 def table(
-    topology: Topology, layouts: Sequence[BucketLayout], requested: str, compressor: Compressor | None
+    topology: Topology, layouts: Sequence[BucketLayout], requested: str, active: Sequence[Compressor | None]
 ) -> str:
-    """Text: per link, requested -> active and dense bytes per byte sent; below it the buckets."""
-    dense = compressed = 0
-    for layout in layouts:
-        dense += plans.allreduce(topology, layout.numel, dtype=layout.dtype, op="mean").wire_nbytes()
-        if compressor is not None:
-            plan = plans.allreduce(topology, layout.numel, op="mean", compressor=compressor)
-            compressed += plan.wire_nbytes(compressor.nbytes)
-    multi = max(map(len, topology.nodes)) > 1
-    rows = [("link", "requested", "active", "ratio")]
-    rows.append(("intra_node", "dense", "dense" if multi else "no peer", "1.0" if multi else "-"))
-    if len(topology.nodes) == 1:
-        rows.append(("inter_node", requested, "no peer (one node)", "-"))
-    elif compressor is None:
-        rows.append(("inter_node", requested, "dense", "1.0"))
-    else:
-        rows.append(("inter_node", requested, str(compressor), f"{dense / compressed:.1f}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    """Text: per link, and per kind of bucket, requested -> active and dense bytes per byte sent.
+
+    ``active``: by bucket; None: dense.
+    """
+    dense, sent = zip(*(_wire(topology, *pair) for pair in zip(layouts, active, strict=True)), strict=True)
+    multi, alone = max(map(len, topology.nodes)) > 1, len(topology.nodes) == 1
+    names = dict.fromkeys(str(codec) for codec in active if codec is not None)
+    some = " + dense" if names and None in active else ""
+    across = "no peer (one node)" if alone else " + ".join(names) + some if names else "dense"
+    links = [
+        ("link", "requested", "active", "ratio"),
+        ("intra_node", "dense", "dense" if multi else "no peer", "1.0" if multi else "-"),
+        ("inter_node", requested, across, _ratio(sum(dense), sum(sent))),
     ]
+    kinds: dict[tuple[str, str, str], list[int]] = {}
+    for layout, codec in zip(layouts, active, strict=True):
+        text = "dense" if codec is None or alone else str(codec)
+        kinds.setdefault((layout.dtype, layout.compress, text), []).append(layout.index)
+    rows = [("buckets", "dtype", "parameters", "MiB", "requested", "active", "ratio")]
+    for (dtype, asked, acting), indices in kinds.items():
+        count = sum(len(layouts[i].names) for i in indices)
+        mib = sum(layouts[i].nbytes for i in indices) / (1 << 20)
+        ratio = _ratio(sum(dense[i] for i in indices), sum(sent[i] for i in indices))
+        rows.append((_ranges(indices), dtype, str(count), f"{mib:.2f}", asked, acting, ratio))
     mib = sum(layout.nbytes for layout in layouts) / (1 << 20)
-    kinds = ", ".join(sorted({layout.dtype for layout in layouts}))
     sizes = " + ".join(str(len(node)) for node in topology.nodes)
-    lines.append(f"{len(layouts)} buckets of {kinds}, {mib:.1f} MiB, over nodes of {sizes} ranks")
-    return "\n".join(lines)
+    total = f"{len(layouts)} buckets, {mib:.1f} MiB, over nodes of {sizes} ranks"
+    return "\n".join([*_aligned(links), *_aligned(rows), total])
+
+
+def _wire(topology: Topology, layout: BucketLayout, codec: Compressor | None) -> tuple[int, int]:
+    """Bytes between nodes: dense in the bucket's dtype, and as they are sent."""
+    dense = plans.allreduce(topology, layout.numel, dtype=layout.dtype, op="mean").wire_nbytes()
+    if codec is None:
+        return dense, dense
+    plan = plans.allreduce(topology, layout.numel, op="mean", compressor=codec)
+    return dense, plan.wire_nbytes(codec.nbytes)
+
+
+def _ratio(dense: int, sent: int) -> str:
+    return f"{dense / sent:.1f}" if sent else "-"
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """``[0, 1, 2, 5]`` -> "0-2,5"."""
+    parts: list[list[int]] = []
+    for index in indices:
+        if parts and parts[-1][-1] == index - 1:
+            parts[-1].append(index)
+        else:
+            parts.append([index])
+    return ",".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    padded = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return [line.rstrip() for line in padded]

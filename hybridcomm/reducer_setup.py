@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from hybridcomm import policy
+from hybridcomm import auto, policy
+from hybridcomm import collective_plans as plans
+from hybridcomm import compress as compressors
 from hybridcomm.bucket import BucketLayout, ParameterSize, Span, plan_buckets
-from hybridcomm.compress import Compressor
+from hybridcomm.compress import Compress
+from hybridcomm.compression_policy import CompressionPolicy, ParameterFacts
 from hybridcomm.errors import DataTypeError, PlanMismatchError, UnsupportedError
+from hybridcomm.schedule import Schedule
 
 if TYPE_CHECKING:
+    from hybridcomm.plan import Region
     from hybridcomm.residual import Residual
     from hybridcomm.topology import Topology
 
@@ -21,8 +26,12 @@ __all__ = [
     "ContextLike",
     "WorkLike",
     "check_agreement",
+    "check_feedback",
+    "choices_of",
     "flat_buffer",
     "layouts_of",
+    "regions_of",
+    "schedules_of",
     "sync_parameters",
     "trainable",
 ]
@@ -54,7 +63,7 @@ class ContextLike(Protocol):
         tensor: torch.Tensor,
         *,
         op: str = ...,
-        compress: str | Compressor | None = ...,
+        compress: Compress = ...,
         residual: Residual | None = ...,
         async_op: bool = ...,
         residual_key: str = ...,
@@ -89,20 +98,81 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def choices_of(
+    module: torch.nn.Module, parameters: Mapping[str, torch.nn.Parameter], policy: CompressionPolicy
+) -> dict[str, str | Schedule]:
+    """By parameter, the schedule or "auto" text that ``policy`` gives it."""
+    owners: dict[str, torch.nn.Module] = {}
+    for path, owner in module.named_modules():
+        for leaf, _ in owner.named_parameters(recurse=False):
+            owners[f"{path}.{leaf}" if path else leaf] = owner
+    facts = [ParameterFacts(name, p.numel(), _role(name, p, owners[name])) for name, p in parameters.items()]
+    return policy.assign(facts)
+
+
+def _role(name: str, parameter: torch.nn.Parameter, owner: torch.nn.Module) -> str:
+    leaf, kind = name.rpartition(".")[2], type(owner).__name__.lower()
+    if "norm" in kind:
+        return "norm"
+    if "bias" in leaf and parameter.dim() <= 1:
+        return "bias"
+    if "embedding" in kind:
+        return "embedding"
+    return "matrix" if parameter.dim() >= 2 else "vector"
+
+
 def layouts_of(
-    parameters: Mapping[str, torch.nn.Parameter], compressor: Compressor | None, bucket_cap_mb: float | None
+    parameters: Mapping[str, torch.nn.Parameter],
+    choices: Mapping[str, str | Schedule],
+    bucket_cap_mb: float | None,
 ) -> tuple[BucketLayout, ...]:
-    """Buckets of up to ``bucket_cap_mb`` MiB (None: policy); fp32 when compressed, else of the parameters'
-    dtype.
+    """Buckets of up to ``bucket_cap_mb`` MiB (None: policy); fp32 where they may be compressed, else of the
+    parameters' dtype.
     """
-    sizes = [
-        ParameterSize(name, p.numel(), dtype_name(p.dtype) if compressor is None else "float32")
-        for name, p in parameters.items()
-    ]
+    sizes = []
+    for name, p in parameters.items():
+        choice = choices[name]
+        dense = isinstance(choice, Schedule) and not choice.codecs
+        dtype = dtype_name(p.dtype) if dense else "float32"
+        align = choice.align if isinstance(choice, Schedule) else policy.DENSE_ALIGN
+        sizes.append(ParameterSize(name, p.numel(), dtype, "none" if dense else str(choice), align))
     total = sum(size.numel * policy.itemsize(size.dtype) for size in sizes)
     cap = policy.bucket_nbytes(total) if bucket_cap_mb is None else int(bucket_cap_mb * (1 << 20))
-    pad_to = policy.DENSE_ALIGN if compressor is None else compressor.block
-    return plan_buckets(sizes, cap_nbytes=cap, pad_to=pad_to)
+    return plan_buckets(sizes, cap_nbytes=cap)
+
+
+def schedules_of(
+    ctx: ContextLike, layouts: Sequence[BucketLayout], choices: Mapping[str, str | Schedule]
+) -> tuple[Schedule, ...]:
+    """Each bucket's schedule; "auto" is decided here, once, by measured figures and the bucket's size."""
+    found = []
+    for layout in layouts:
+        choice = choices[layout.names[0]]
+        if isinstance(choice, str):
+            context: Any = ctx
+            choice = Schedule(
+                (0, auto.resolve(context, choice, numel=layout.numel, dtype="float32", op="mean"))
+            )
+        found.append(choice)
+    return tuple(found)
+
+
+def check_feedback(residual: Residual, schedules: Sequence[Schedule]) -> None:
+    """Raises `UnsupportedError` where a schedule asks of the residual what it cannot do."""
+    for codec in [codec for schedule in schedules for codec in schedule.codecs]:
+        compressors.check_feedback(codec, residual)
+    dense = next((schedule for schedule in schedules if schedule.dense_later), None)
+    if residual.momentum and dense is not None:
+        raise UnsupportedError(
+            f"Residual(momentum={residual.momentum:g}) cannot be kept up over the dense phase of {dense}: "
+            "begin with a high ratio instead, such as topk:0.25"
+        )
+
+
+def regions_of(ctx: ContextLike, layout: BucketLayout, schedule: Schedule) -> tuple[Region, ...]:
+    """Where this rank holds the residual of a bucket: the same in every phase that compresses."""
+    plan = plans.allreduce(ctx.topology, layout.numel, op="mean", compressor=schedule.codecs[0])
+    return plan.residual_regions(ctx.rank)
 
 
 def flat_buffer(ctx: ContextLike, layout: BucketLayout, device: torch.device) -> torch.Tensor:
@@ -114,9 +184,11 @@ def flat_buffer(ctx: ContextLike, layout: BucketLayout, device: torch.device) ->
     return flat.zero_()
 
 
-def check_agreement(ctx: ContextLike, layouts: Sequence[BucketLayout], compressor: Compressor | None) -> None:
-    """All ranks must have planned the same buckets; raises `PlanMismatchError` on all if one has not."""
-    text = f"{compressor} " + " ".join(f"{layout.digest():x}" for layout in layouts)
+def check_agreement(ctx: ContextLike, layouts: Sequence[BucketLayout], settings: str) -> None:
+    """All ranks must have planned the same buckets under the same ``settings``; raises `PlanMismatchError` on all
+    if one has not.
+    """
+    text = f"{settings} " + " ".join(f"{layout.digest():x}" for layout in layouts)
     mine = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
     first = torch.tensor([mine], dtype=torch.int64)
     ctx.broadcast(first, 0)
@@ -125,7 +197,7 @@ def check_agreement(ctx: ContextLike, layouts: Sequence[BucketLayout], compresso
     if others.item():
         raise PlanMismatchError(
             f"rank {ctx.rank}: {int(others.item())} ranks have other parameters, compress= or bucket_cap_mb= "
-            "than rank 0; build the same model with the same settings on every rank"
+            "than rank 0, or another Residual; build the same model with the same settings on every rank"
         )
 
 

@@ -7,6 +7,13 @@ number of steps:
 
 Two buffers per entry, 2 * numel / L fp32 elements per rank: `commit` after the optimizer step was applied
 keeps the new one, `rollback` when it was skipped keeps the old one.
+
+Two variants keep a law of their own:
+
+    decay d      e <- d * e + gradient - sent: the law holds with step t of T weighted by d^(T - t), on both sides
+    momentum m   u <- m * u + gradient is fed back and sent in the gradient's place (Lin et al. 2018, arXiv
+                 1712.01887): the law holds with the velocities u instead of the gradients. With ``masking`` an
+                 element's velocity begins anew once something of it was sent.
 """
 
 from __future__ import annotations
@@ -19,11 +26,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybridcomm.bucket import Span
-from hybridcomm.errors import ResidualError
+from hybridcomm.errors import ResidualError, UnsupportedError
 
-__all__ = ["Residual"]
+__all__ = ["NO_FEEDBACK", "Residual", "Staged"]
 
 FloatArray = NDArray[np.float32]
+
+NO_FEEDBACK = (1.0, 0.0, True, 0, 0)
+"""`Staged.feedback` of a call without a residual."""
+
+_VELOCITY = ":velocity"  # behind the names of an entry, and of its spans, that holds velocities
 
 _KEY = re.compile(r"(.*)\[(\d+):(\d+)\]", re.DOTALL)
 
@@ -56,17 +68,54 @@ class _Entry:
         self.staged = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Staged:
+    """The buffers and settings of one call; ``velocity`` is (before, after), in the order of ``e_in``."""
+
+    e_in: FloatArray
+    e_out: FloatArray
+    velocity: tuple[FloatArray, FloatArray] | None
+    decay: float
+    momentum: float
+    masking: bool
+
+    @property
+    def arrays(self) -> tuple[FloatArray, ...]:
+        return (self.e_in, self.e_out, *(self.velocity or ()))
+
+    @property
+    def feedback(self) -> tuple[float, float, bool, int, int]:
+        """As the engine takes it (csrc/bind_engine.cpp)."""
+        before, after = (array.ctypes.data for array in self.velocity) if self.velocity else (0, 0)
+        return self.decay, self.momentum, self.masking, before, after
+
+
 class Residual:
     """Owns the error-feedback buffers of one or more tensors; what a caller keeps between steps.
 
     A caller who never commits just carries on: each call compensates with what the last one left. A caller
     who may skip steps calls `commit` or `rollback` once per optimizer step, for all entries at once.
+
+    ``decay`` in (0, 1]: 1 keeps all, less lets old steps fade. ``momentum`` in [0, 1): momentum correction, for
+    sparse codecs (others send something of every element, and masking then leaves no velocity); take it out of
+    the optimizer for the parameters that are compressed. It doubles the memory. ``masking``: see above; it keeps
+    late gradients from pushing on. Raises `UnsupportedError` for a value out of range.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, decay: float = 1.0, momentum: float = 0.0, masking: bool = True) -> None:
+        if not 0.0 < decay <= 1.0:
+            raise UnsupportedError(f"decay={decay}: above 0, at most 1 (which keeps all)")
+        if not 0.0 <= momentum < 1.0:
+            raise UnsupportedError(f"momentum={momentum}: at least 0 (none), below 1")
+        self.decay, self.momentum, self.masking = decay, momentum, masking
         self._entries: dict[str, _Entry] = {}
         self._loaded: dict[str, list[tuple[int, FloatArray]]] = {}
         self._strict = False  # a state was loaded: what it does not hold is an error, not a zero
+
+    @property
+    def settings(self) -> str:
+        """What must be equal on all ranks, as text."""
+        return f"decay={self.decay:g} momentum={self.momentum:g} masking={self.masking}"
 
     def stage(
         self,
@@ -97,6 +146,57 @@ class Residual:
         before = entry.spare if entry.staged else entry.committed
         entry.staged = True
         return before, entry.spare
+
+    def prepare(
+        self,
+        name: str,
+        *,
+        numel: int,
+        regions: Sequence[tuple[int, int]],
+        spans: Sequence[Span] | None = None,
+    ) -> Staged:
+        """`stage`, and with momentum the velocity's buffers beside the residual's."""
+        e_in, e_out = self.stage(name, numel=numel, regions=regions, spans=spans)
+        velocity = None
+        if self.momentum:
+            own = [Span(span.name + _VELOCITY, *span[1:]) for span in spans or (Span(name, 0, numel),)]
+            velocity = self.stage(name + _VELOCITY, numel=numel, regions=regions, spans=own)
+        return Staged(
+            e_in=e_in,
+            e_out=e_out,
+            velocity=velocity,
+            decay=self.decay,
+            momentum=self.momentum,
+            masking=self.masking,
+        )
+
+    def deliver(
+        self,
+        name: str,
+        flat: FloatArray,
+        *,
+        regions: Sequence[tuple[int, int]],
+        spans: Sequence[Span] | None = None,
+    ) -> None:
+        """A dense step follows: adds to ``flat`` what compressed steps left here, and stages an empty residual.
+
+        ``flat`` is this rank's share of the dense sum. One rank of a node holds an element's residual, so the
+        sum delivers it once per node. ``regions`` and ``spans`` as in `stage`. Raises `UnsupportedError` with
+        ``momentum``: a dense sum does not tell that of a node, which the velocity is made of.
+        """
+        if self.momentum:
+            raise UnsupportedError(
+                "momentum= cannot be kept up over a dense step: begin with 'topk:0.25' or so"
+            )
+        if name not in self._entries and not self._strict:
+            return  # no step was compressed yet
+        e_in, e_out = self.stage(name, numel=flat.size, regions=regions, spans=spans)
+        offset = 0
+        for begin, end in regions:
+            left = e_in[offset : offset + end - begin]
+            flat[begin:end] += left if self.decay == 1.0 else np.float32(self.decay) * left
+            offset += end - begin
+        e_out.fill(0)
 
     def commit(self) -> None:
         """The optimizer step was applied: what was staged becomes the residual, in all entries."""
@@ -137,7 +237,8 @@ class Residual:
         return tuple(self._loaded)
 
     def state_dict(self) -> dict[str, FloatArray]:
-        """This rank's committed residual: ``"parameter[begin:end]"`` -> fp32 1-D copy.
+        """This rank's committed residual: ``"parameter[begin:end]"`` -> fp32 1-D copy, and with momentum
+        ``"parameter:velocity[begin:end]"``.
 
         Keyed by span of the parameter, so that it outlives another bucket size. What is staged is not saved:
         it belongs to a step that the saved parameters have not seen.

@@ -17,7 +17,7 @@ from hybridcomm.default import context_of
 
 if TYPE_CHECKING:
     from hybridcomm.coalesce import Coalescing
-    from hybridcomm.compress import Compressor
+    from hybridcomm.compress import Compress
     from hybridcomm.context import Context
     from hybridcomm.reduction import Op
     from hybridcomm.residual import Residual
@@ -49,7 +49,7 @@ def allreduce(
     group: Context | None = None,
     async_op: bool = False,
     *,
-    compress: str | Compressor | None = None,
+    compress: Compress = None,
     residual: Residual | None = None,
 ) -> Work | None:
     """Reduces ``t`` over all ranks, in place; with ``compress`` but no ``residual`` it is memoryless.

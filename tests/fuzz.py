@@ -81,6 +81,13 @@ MUTANTS = (
         after="(void)record;",
     ),
     Mutant(
+        what="a last group is read as a whole one",
+        target="decode int4",
+        folder="kernels/host",
+        before="(left * Q::kBits + 7) / 8",
+        after="group_bytes",
+    ),
+    Mutant(
         what="a byte too many is received",
         target="link",
         folder="hybridcomm/csrc",

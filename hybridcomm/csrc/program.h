@@ -2,9 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "codec.h"
+#include "custom_codec.h"
 #include "reduce.h"
 #include "tag.h"
 
@@ -52,7 +54,8 @@ struct Program {
   Dtype dtype = Dtype::float32;
   Reduction op = Reduction::sum;
   uint64_t scratch_nbytes = 0;
-  kernels::CodecParams codec{};  // none: not compressed
+  kernels::CodecParams codec{};               // none: not compressed
+  std::shared_ptr<const CustomCodec> custom;  // set: does what the kernels do for the other codecs
   std::vector<Op> ops;
   uint32_t stream_count = 0;
 };
@@ -63,6 +66,15 @@ struct Piece {
   std::byte* data = nullptr;
 };
 
+// Error feedback beyond the residual itself; hybridcomm/residual.py says which law it keeps.
+struct Feedback {
+  float decay = 1.0f;                  // of the residual, before the gradient is added
+  float momentum = 0.0f;               // of the velocity, which is compressed in the gradient's place
+  bool masking = true;                 // the velocity of what was sent begins anew
+  const float* velocity_in = nullptr;  // null: no momentum correction
+  float* velocity_out = nullptr;       // may be velocity_in
+};
+
 struct Buffers {
   std::byte* tensor = nullptr;  // all elements of the plan, one after another; or else ...
   std::vector<Piece> pieces;    // ... several tensors, by `begin`; no operation's region reaches over an edge
@@ -70,6 +82,7 @@ struct Buffers {
   uint32_t name = 0;            // of the tensor, hashed; goes into every tag
   const float* residual_in = nullptr;  // null: memoryless
   float* residual_out = nullptr;
+  Feedback feedback;
 };
 
 }  // namespace hybridcomm

@@ -47,12 +47,13 @@ Isa isa_for(Isa wanted) {
   return isa_available(isa) ? isa : Isa::scalar;
 }
 
-bool finite(const EncodeArgs& args, Isa isa) {
+const SharedKernels& shared_of(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) return finite_avx512(args);
-  if (isa == Isa::avx2) return finite_avx2(args);
+  if (isa == Isa::avx512) return kSharedAvx512;
+  if (isa == Isa::avx2) return kSharedAvx2;
 #endif
-  return isa == Isa::scalar && finite_scalar(args);
+  (void)isa;
+  return kSharedScalar;
 }
 
 const Kernels& kernels_of(const CodecRow& row, Isa isa) { return *row.kernels[static_cast<int>(isa)]; }
@@ -77,9 +78,10 @@ Status decode(const CodecParams& params, const uint8_t* const* payloads, size_t 
               size_t numel, float weight, uint64_t digest, uint32_t* flags_out, Isa isa, bool clear) {
   if (!codec_valid(params)) return Status::bad_params;
   const CodecRow& row = *row_of(params.codec);
+  isa = isa_for(isa);
   uint32_t flags = 0;
   for (size_t p = 0; p < count; ++p) {
-    const Status status = check_payload(row, params, payloads[p], numel, digest, &flags);
+    const Status status = check_payload(row, shared_of(isa), params, payloads[p], numel, digest, &flags);
     if (status != Status::ok) {
       if (flags_out != nullptr) *flags_out = static_cast<uint32_t>(p);
       return status;
@@ -91,8 +93,8 @@ Status decode(const CodecParams& params, const uint8_t* const* payloads, size_t 
     return Status::ok;
   }
   DefaultRounding guard;
-  kernels_of(row, isa_for(isa))
-      .decode({params, row.layout(params, numel), payloads, count, out, numel, weight, clear});
+  kernels_of(row, isa).decode(
+      {params, row.layout(params, numel), payloads, count, out, numel, weight, clear});
   return Status::ok;
 }
 
@@ -131,7 +133,7 @@ uint32_t codec_encode(const CodecParams& params, const EncodeInput& input, uint8
   DefaultRounding guard;
   isa = isa_for(isa);
   // In place there is no second copy of e_in to go back to, so look before writing.
-  bool good = e_in == nullptr || e_in != e_out || finite(args, isa);
+  bool good = e_in == nullptr || e_in != e_out || shared_of(isa).finite(args);
   const bool looked = !good;
   if (good) {
     clear_padding(layout, payload);
@@ -149,7 +151,7 @@ uint32_t codec_encode(const CodecParams& params, const EncodeInput& input, uint8
   }
   const uint32_t flags = good ? 0u : uint32_t{kFlagNonFinite};
   write_header(params, layout, numel, digest, flags, seed, payload);
-  write_checksum(payload, layout.nbytes);
+  write_checksum(shared_of(isa), payload, layout.nbytes);
   return flags;
 }
 

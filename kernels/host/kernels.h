@@ -74,11 +74,15 @@ struct CodecRow {
 // Null for a codec that has no row.
 const CodecRow* row_of(Codec codec);
 
-// Whether grad + decay * e_in is finite throughout.
-bool finite_scalar(const EncodeArgs& args);
+// What all codecs share.
+struct SharedKernels {
+  bool (*finite)(const EncodeArgs&);  // whether grad + decay * e_in is finite throughout
+  // Sum of word[i] * (2 i + 1 modulo 2^32) modulo 2^64 over `count` u32 words.
+  uint64_t (*weigh)(const uint8_t* words, size_t count);
+};
+extern const SharedKernels kSharedScalar;
 #if defined(__x86_64__)
-bool finite_avx2(const EncodeArgs& args);
-bool finite_avx512(const EncodeArgs& args);
+extern const SharedKernels kSharedAvx2, kSharedAvx512;
 #endif
 
 }  // namespace hybridcomm::kernels

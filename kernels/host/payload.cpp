@@ -5,15 +5,10 @@
 namespace hybridcomm::kernels {
 namespace {
 
-// Sum of word[i] * (2 i + 1) modulo 2^64, the checksum's own two words counted as zero.
-uint64_t checksum_of(const uint8_t* payload, size_t nbytes) {
+// The checksum's own two words are counted as zero.
+uint64_t checksum_of(const SharedKernels& shared, const uint8_t* payload, size_t nbytes) {
   constexpr size_t kOwn = offsetof(Header, checksum) / 4;
-  uint64_t sum = 0;
-  for (size_t i = 0; i < nbytes / 4; ++i) {
-    uint32_t word;
-    std::memcpy(&word, payload + 4 * i, 4);
-    sum += uint64_t{word} * static_cast<uint32_t>(2 * i + 1);
-  }
+  uint64_t sum = shared.weigh(payload, nbytes / 4);
   for (size_t i = kOwn; i < kOwn + 2; ++i) {
     uint32_t word;
     std::memcpy(&word, payload + 4 * i, 4);
@@ -66,13 +61,13 @@ void write_header(const CodecParams& params, const Layout& layout, size_t numel,
   std::memcpy(payload, &head, sizeof head);
 }
 
-void write_checksum(uint8_t* payload, size_t nbytes) {
-  const uint64_t sum = checksum_of(payload, nbytes);
+void write_checksum(const SharedKernels& shared, uint8_t* payload, size_t nbytes) {
+  const uint64_t sum = checksum_of(shared, payload, nbytes);
   std::memcpy(payload + offsetof(Header, checksum), &sum, sizeof sum);
 }
 
-Status check_payload(const CodecRow& row, const CodecParams& params, const uint8_t* payload, size_t numel,
-                     uint64_t digest, uint32_t* flags) {
+Status check_payload(const CodecRow& row, const SharedKernels& shared, const CodecParams& params,
+                     const uint8_t* payload, size_t numel, uint64_t digest, uint32_t* flags) {
   Header head;
   std::memcpy(&head, payload, sizeof head);
   const Layout layout = row.layout(params, numel);
@@ -87,7 +82,7 @@ Status check_payload(const CodecRow& row, const CodecParams& params, const uint8
     return Status::bad_layout;
   if (head.numel != numel) return Status::bad_numel;
   if (head.nbytes != layout.nbytes) return Status::bad_nbytes;
-  if (head.checksum != checksum_of(payload, layout.nbytes)) return Status::bad_checksum;
+  if (head.checksum != checksum_of(shared, payload, layout.nbytes)) return Status::bad_checksum;
   if (head.flags == 0 && !row.check(params, layout, payload, numel)) return Status::bad_record;
   *flags |= head.flags;
   return Status::ok;

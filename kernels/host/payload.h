@@ -39,10 +39,10 @@ inline size_t align16(size_t nbytes) { return (nbytes + 15) / 16 * 16; }
 
 void write_header(const CodecParams& params, const Layout& layout, size_t numel, uint64_t digest,
                   uint32_t flags, uint64_t seed, uint8_t* payload);
-void write_checksum(uint8_t* payload, size_t nbytes);
+void write_checksum(const SharedKernels& shared, uint8_t* payload, size_t nbytes);
 
 // Everything that can be refused, before anything is used; *flags gets the payload's flags.
-Status check_payload(const CodecRow& row, const CodecParams& params, const uint8_t* payload, size_t numel,
-                     uint64_t digest, uint32_t* flags);
+Status check_payload(const CodecRow& row, const SharedKernels& shared, const CodecParams& params,
+                     const uint8_t* payload, size_t numel, uint64_t digest, uint32_t* flags);
 
 }  // namespace hybridcomm::kernels

@@ -68,7 +68,7 @@ bool encode_quantised(const EncodeArgs& a) {
       continue;
     }
     const uint32_t valid = static_cast<uint32_t>(a.numel - begin);
-    std::memset(s.padded, 0, sizeof s.padded);
+    for (float* padded : s.padded) std::memset(padded, 0, group * sizeof(float));
     std::memcpy(s.padded[0], grad, valid * sizeof(float));
     if (e_in != nullptr) e_in = static_cast<float*>(std::memcpy(s.padded[1], e_in, valid * sizeof(float)));
     const uint32_t largest = accumulate<V>(s.padded[0], e_in, a.decay, group, s.acc);
@@ -93,8 +93,8 @@ void decode_quantised(const DecodeArgs& a) {
     const bool whole = left >= group;
     float* out = whole ? a.out + begin : s.acc;
     if (!whole) {
-      std::memset(s.codes, 0, sizeof s.codes);
-      std::memset(s.acc, 0, sizeof s.acc);
+      std::memset(s.codes, 0, group_bytes);
+      std::memset(s.acc, 0, group * sizeof(float));
       if (!a.clear) std::memcpy(s.acc, a.out + begin, left * sizeof(float));
     }
     for (size_t p = 0; p < a.count; ++p) {

@@ -65,7 +65,7 @@ def run(
     scaler: torch.amp.GradScaler | None = None,
     make: Callable[..., Reducer] = Reducer,
     noise: float = 0.0,
-    compress: str = COMPRESS,
+    compress: Any = COMPRESS,
 ) -> Books:
     """Trains one rank; ``make`` builds the reducer (planted mutants), ``noise`` real gradients."""
     model, books = noisy_model(noise), Books()

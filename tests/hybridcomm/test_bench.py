@@ -13,18 +13,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hybridcomm import collective_plans as plans
 from hybridcomm.bench import report
 from hybridcomm.bench.__main__ import main
 from hybridcomm.bench.cases import COLLECTIVES, Case, Collective, Run
 from hybridcomm.bench.inputs import DTYPES, OPS, array_of, exact, pattern
 from hybridcomm.bench.measure import Row, measure
 from hybridcomm.bench.options import parse, sizes
+from hybridcomm.compress import resolve
 from hybridcomm.context import Context
 from hybridcomm.errors import UnsupportedError
+from hybridcomm.kernels.spec import CODECS
 from hybridcomm.topology import Topology
 from tests.engine_ranks import each_rank, engine_contexts
 
 ROOT = Path(__file__).parents[2]
+_SETTINGS = {"powersgd": "powersgd:1"}
+"""Of codecs whose name alone is no text."""
 
 
 def _measured(topology: Topology, *cases: Case) -> list[list[Row]]:
@@ -144,6 +149,32 @@ def test_a_compressed_run_counts_its_bytes_and_claims_no_busbw(
     text = report.line(row).split()
     assert len(text) == 9
     assert float(text[6]) == pytest.approx(row.dense_nbytes / row.wire_nbytes, abs=0.06)
+
+
+@pytest.mark.parametrize("codec", sorted(CODECS))
+def test_every_codec_has_its_columns(codec: str, tmp_path: Path) -> None:
+    """Bytes are the plan's and their framing; the error is that of a lossy call, two-sided."""
+    numel, text = 1 << 14, _SETTINGS.get(codec, codec)
+    topology = Topology.virtual(2, 1)
+    case = Case(collective="allreduce", numel=numel, dtype="float32", op="mean", compress=text)
+    row = _measured(topology, case)[0][0]
+    compressor = resolve(text)
+    assert compressor is not None
+    plan = plans.allreduce(topology, numel, op="mean", compressor=compressor)
+    payloads = plan.wire_nbytes(compressor.nbytes)
+    assert payloads < row.wire_nbytes <= payloads + 64 * len(plan.steps)
+    assert row.dense_nbytes == 2 * 4 * numel
+    assert row.err is not None
+    assert 0 < row.err < (np.inf if compressor.contraction is None else 1)
+    names, cells = report.header(compressed=True).split("\n")[0].split()[1:], report.line(row).split()
+    assert len(names) == len(cells)
+    assert float(cells[names.index("ratio")]) == pytest.approx(row.dense_nbytes / row.wire_nbytes, abs=0.06)
+    assert float(cells[names.index("effbw")]) == pytest.approx(row.nbytes / row.seconds / 1e9, abs=6e-4)
+    report.write_json(tmp_path / "rows.json", [row], world_size=2)
+    (written,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert (written["compress"], written["wire_nbytes"], written["busbw"]) == (text, row.wire_nbytes, None)
+    report.write_plot(tmp_path / "rows.svg", [row])
+    assert "effbw" in (tmp_path / "rows.svg").read_text()
 
 
 def test_sizes_grow_by_the_factor_and_are_whole_parts() -> None:

@@ -132,7 +132,11 @@ class ForgetsLastBucket(Reducer):
             return super()._launch(layout)
         flat = self._flats[layout.index]
         return self.ctx.allreduce(
-            flat, op="mean", compress=self.compressor, async_op=True, residual_key=layout.key
+            flat,
+            op="mean",
+            compress=self.schedules[layout.index].at(0),
+            async_op=True,
+            residual_key=layout.key,
         )
 
 

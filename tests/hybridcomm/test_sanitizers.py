@@ -63,26 +63,28 @@ def sanitized_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProce
     )
 
 
-@needs_time
-@pytest.mark.timeout(1800)
-def test_the_python_module_is_clean(tmp_path: Path) -> None:
-    build, layout = tmp_path / "build", make_layout(tmp_path / "layout")
-    native.configure(build, sanitize="address,undefined")
-    native.build(build, "_C", "_host")
-    package = layout / "hybridcomm"
+def shadow(build: Path, folder: Path) -> Path:
+    """The package as installed, with the modules that were built in ``build``."""
+    package = make_layout(folder) / "hybridcomm"
     kernels = package / "kernels"
     sources = kernels.resolve()
     kernels.unlink()  # a folder of links instead of a link, so that the module can lie in it
     kernels.mkdir()
     for entry in sources.iterdir():
-        if entry.name not in ("host", "__pycache__"):
+        if entry.name != "__pycache__":
             (kernels / entry.name).symlink_to(entry)
-    (kernels / "host").symlink_to(sources / "host")
     for name, where in (("_C", package), ("_host", kernels)):
         for module in build.glob(f"{name}.*.so"):
             (where / module.name).symlink_to(module)
-    done = sanitized_pytest(
-        layout, "-q", "tests/hybridcomm/test_engine_dense.py", "tests/kernels/test_topk_host.py"
-    )
+    return folder
+
+
+@needs_time
+@pytest.mark.timeout(1800)
+def test_the_python_module_is_clean(tmp_path: Path) -> None:
+    native.configure(tmp_path / "build", sanitize="address,undefined")
+    native.build(tmp_path / "build", "_C", "_host")
+    tests = ("tests/hybridcomm/test_engine_dense.py", "tests/kernels/test_topk_host.py")
+    done = sanitized_pytest(shadow(tmp_path / "build", tmp_path / "layout"), "-q", *tests)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert " passed" in done.stdout.splitlines()[-1]

@@ -9,45 +9,26 @@
 namespace hybridcomm::test {
 namespace {
 
-// What every frame begins with (docs/wire-format.md); a question follows, and perhaps more.
-struct Head {
+// docs/wire-format.md has the fields.
+struct Frame {
   uint32_t type;
   int32_t rank;
-  uint32_t reason, other;
+  uint32_t reason, round;
+  Question question;
+  uint64_t group, call, from_group, from_call;
+  int32_t asker;
+  uint32_t reserved;
 };
-static_assert(sizeof(Head) == 16, "the frame is part of the wire format");
-
-struct Pair {
-  Pair() {
-    int ends[2];
-    require(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0, "socketpair");
-    near = Fd(ends[0]);
-    far = Fd(ends[1]);
-  }
-  Fd near, far;
-};
-
-// The length of a frame: of what a goodbye puts on the wire.
-size_t frame_nbytes() {
-  static const size_t nbytes = [] {
-    Pair pair;
-    ControlChannel(std::move(pair.near), 1, true).send_bye();
-    uint8_t bytes[4096];
-    return static_cast<size_t>(::recv(pair.far.get(), bytes, sizeof bytes, MSG_DONTWAIT));
-  }();
-  require(nbytes >= sizeof(Head) + sizeof(Question) && nbytes < 1024, "a frame has room for a question");
-  return nbytes;
-}
+static_assert(sizeof(Frame) == 128, "the frame is part of the wire format");
 
 struct Model {
   bool aborted = false, left = false, asked = true;
   int culprit = -1, reason = static_cast<int>(Code::aborted);
   bool question = false;
   Question last;
+  std::vector<Frame> chases;
 
-  void take(const uint8_t* bytes) {
-    Head frame;
-    std::memcpy(&frame, bytes, sizeof frame);
+  void take(const Frame& frame) {
     if (frame.type == 2) {
       aborted = true;
       culprit = frame.rank;
@@ -56,9 +37,11 @@ struct Model {
     if (frame.type == 3) left = true;
     if (frame.type == 4) {
       question = true;
-      std::memcpy(static_cast<void*>(&last), bytes + sizeof frame, sizeof last);
+      last = frame.question;
+      last.members[sizeof(last.members) - 1] = 0;
     }
     if (frame.type == 5) asked = false;
+    if (frame.type == 6) chases.push_back(frame);
   }
 };
 
@@ -69,12 +52,12 @@ std::vector<uint8_t> make_stream(Input& input) {
   if (kind % 4 == 0) return {input.rest(), input.rest() + std::min<size_t>(input.left(), 4096)};
   while (input.left() > 0 && stream.size() < 4096) {
     const uint8_t type = input.byte() % 8;
-    std::vector<uint8_t> frame(frame_nbytes());
-    input.read(frame.data(), frame.size());
-    if (type < 7) frame[0] = type, frame[1] = frame[2] = frame[3] = 0;
-    stream.insert(stream.end(), frame.begin(), frame.end());
+    auto frame = input.take<Frame>();
+    if (type < 7) frame.type = type;
+    const auto* bytes = reinterpret_cast<const uint8_t*>(&frame);
+    stream.insert(stream.end(), bytes, bytes + sizeof frame);
   }
-  if (kind % 4 == 1 && !stream.empty()) stream.resize(stream.size() - kind % frame_nbytes());
+  if (kind % 4 == 1 && !stream.empty()) stream.resize(stream.size() - kind % sizeof(Frame));
   return stream;
 }
 
@@ -88,12 +71,19 @@ void check(ControlChannel& channel, const Model& model, bool ended) {
   require(channel.asked() == model.asked, "an answer ends the question");
   const auto question = channel.take_question();
   require(question.has_value() == model.question, "a probe is a question");
-  if (question) {
-    const bool same = question->call == model.last.call && question->tag.digest == model.last.tag.digest &&
-                      question->tag.numel == model.last.tag.numel;
-    require(same, "the last question");
-  }
+  if (question) require(std::memcmp(&*question, &model.last, sizeof(Question)) == 0, "the last question");
   require(!channel.take_question(), "asked once");
+  const std::vector<Chase> chases = channel.take_chases();
+  require(chases.size() == model.chases.size(), "every chase, once");
+  for (size_t i = 0; i < chases.size(); ++i) {
+    const Frame& want = model.chases[i];
+    const Chase& got = chases[i];
+    require(got.asker == want.asker && got.round == want.round && got.other == want.rank, "whose chase");
+    require(got.group == want.group && got.call == want.call && got.from_group == want.from_group &&
+                got.from_call == want.from_call,
+            "in which calls");
+    require(got.other_call.members[sizeof(got.other_call.members) - 1] == 0, "text ends");
+  }
 }
 
 }  // namespace
@@ -104,9 +94,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t nbytes) {
   using namespace hybridcomm::test;
   Input input(data, nbytes), cuts(data, nbytes);
   const std::vector<uint8_t> stream = make_stream(input);
-  Pair pair;
-  ControlChannel channel(std::move(pair.near), 1, true);
-  Fd peer = std::move(pair.far);
+  int ends[2];
+  require(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0, "socketpair");
+  ControlChannel channel(Fd(ends[0]), 1, true);
+  Fd peer(ends[1]);
   channel.ask({});
   Model model;
   size_t whole = 0;
@@ -116,13 +107,18 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t nbytes) {
             "there is room");
     at += piece;
     channel.drain();
-    for (; whole + frame_nbytes() <= at; whole += frame_nbytes()) model.take(stream.data() + whole);
+    for (; whole + sizeof(Frame) <= at; whole += sizeof(Frame)) {
+      Frame frame;
+      std::memcpy(static_cast<void*>(&frame), stream.data() + whole, sizeof frame);
+      model.take(frame);
+    }
     check(channel, model, false);
     model.question = false;
+    model.chases.clear();
   }
-  uint8_t probe[1024];
-  const ssize_t sent = ::recv(peer.get(), probe, sizeof probe, MSG_DONTWAIT);
-  require(sent == static_cast<ssize_t>(frame_nbytes()) && probe[0] == 4, "a question is one frame");
+  Frame probe;
+  require(::recv(peer.get(), &probe, sizeof probe, MSG_DONTWAIT) == sizeof probe && probe.type == 4,
+          "what a channel sends is a frame");
   peer.reset();
   channel.drain_to_the_end(seconds(0));
   check(channel, model, true);

@@ -103,6 +103,15 @@ class _Bytes(TypedDict):
     in_scratch: bool
 
 
+def most_held(steps: Iterable[Step]) -> int:
+    """Payload sets between their compress and their decompress at most: a slot is taken over only after both."""
+    held = most = 0
+    for step in steps:
+        held += (step.op == "compress") - (step.op == "decompress")
+        most = max(most, held)
+    return most
+
+
 class _Slot:
     """A piece of scratch: the operations that use it now, and those of its last use, which must be over."""
 
@@ -113,9 +122,9 @@ class _Slot:
 
 
 class _Ring:
-    def __init__(self, begin: int, nbytes: int) -> None:
+    def __init__(self, begin: int, nbytes: int, slots: int = RING) -> None:
         self.stride = -(-nbytes // _ALIGN) * _ALIGN
-        self._slots = [_Slot(begin + i * self.stride) for i in range(RING)]
+        self._slots = [_Slot(begin + i * self.stride) for i in range(slots)]
         self._turn = 0
 
     @property
@@ -123,7 +132,7 @@ class _Ring:
         return self._slots[-1].offset + self.stride
 
     def take(self) -> _Slot:
-        slot = self._slots[self._turn % RING]
+        slot = self._slots[self._turn % len(self._slots)]
         self._turn += 1
         slot.before, slot.users = slot.users, []
         return slot
@@ -145,7 +154,8 @@ class _Lowering:
             (s.region.numel * (len(s.group) - 1) for s in steps if s.op == "exchange_reduce"), default=0
         )
         self.receive_ring = _Ring(0, inter * self.itemsize)
-        self.payload_ring = _Ring(self.receive_ring.end, self._payload_set_nbytes(steps))
+        held = max(RING, most_held(steps))
+        self.payload_ring = _Ring(self.receive_ring.end, self._payload_set_nbytes(steps), held)
         self.program.scratch_nbytes = self.payload_ring.end
         for step in hand_out_first(steps, rank):
             getattr(self, f"_{step.op}")(step)

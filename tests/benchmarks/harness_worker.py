@@ -50,7 +50,7 @@ def main() -> None:
 
     wrong = OursDense(_NUMEL, context)
     _turns(wrong, 1)
-    wrong._tensor[17] += 1
+    wrong._sums.tensors[0][17] += 1
     try:
         wrong.check(0)
     except AssertionError as error:

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hybridcomm import lower
 from hybridcomm.context import Context
+from hybridcomm.errors import HybridCommError
 from hybridcomm.plan import Plan
 from hybridcomm.residual import Residual
 from hybridcomm.topology import Topology
@@ -107,6 +109,19 @@ def same_bytes(ranks: list[Context], op: str, numel: int, codec: str) -> None:
     got = by_engine(ranks, inputs, op=op, compress=codec)
     for rank, (a, b) in enumerate(zip(got, want, strict=True)):
         assert a.tobytes() == b.tobytes(), rank
+
+
+def test_many_shards_on_one_rank_do_not_run_out_of_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that owns six shards has more than 16 chunks under way: in a ring of 16 one overwrites another."""
+    topology = Topology.from_sizes([6, 1])
+    with engine_contexts(topology, chunk_nbytes=4096) as contexts:
+        same_bytes(contexts, "sum", 120_000, CODEC)
+    monkeypatch.setattr(lower, "most_held", lambda _: 1)
+    with (
+        engine_contexts(topology, chunk_nbytes=4096, timeout=2.0) as contexts,
+        pytest.raises((AssertionError, HybridCommError)),
+    ):
+        same_bytes(contexts, "sum", 120_000, CODEC)
 
 
 @pytest.mark.parametrize("op", ["sum", "mean"])

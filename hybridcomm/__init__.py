@@ -132,6 +132,7 @@ def allreduce(
     op: Op = "sum",
     compress: str | Compressor | None = None,
     residual: Residual | None = None,
+    exchange: str = "auto",
     group: Context | None = None,
     async_op: bool = False,
 ) -> Work | None:
@@ -141,16 +142,20 @@ def allreduce(
     float32), float64, int32, int64. ``op``: "sum" or "mean" (floating point only). ``compress``: None (dense)
     or "topk:0.01" (block-wise top 1 %, quantised; float32 only). It acts between nodes; with one node there
     is nothing to compress. "auto": where measured figures say it pays (`hybridcomm.auto`).
-    ``residual``: keeps what compression left out and adds it to the next call (error
-    feedback, Karimireddy et al. 2019); the law it keeps stands in ``residual.py``. ``group``: a context
-    (default: that of `init`). ``async_op``: return a `Work` at once; otherwise None is returned when ``t``
-    holds the result.
+    ``residual``: keeps what compression left out and adds it to the next call (error feedback, Karimireddy et al.
+    2019); the law it keeps stands in ``residual.py``. ``exchange``: how payloads are exchanged between nodes.
+    "gather": all go to all owners of a shard. "two_stage": those of a slice go to its owner, which adds them and
+    sends on the sum, encoded anew; that is fewer bytes from three nodes on, and twice the loss. "auto": by number
+    of nodes, payload size and measured links (`hybridcomm.policy.exchange`). ``group``: a context (default: that
+    of `init`). ``async_op``: return a `Work` at once; otherwise None is returned when ``t`` holds the result.
 
     Every rank gets the same bits, whatever the timing. Raises `DataTypeError`, `UnsupportedError` and
     `CompressorError` before anything is sent; `PlanMismatchError` when ranks call different things;
     `PeerLostError` and `StallError` naming the ranks at fault.
     """
-    return _context(group).allreduce(t, op=op, compress=compress, residual=residual, async_op=async_op)
+    return _context(group).allreduce(
+        t, op=op, compress=compress, residual=residual, exchange=exchange, async_op=async_op
+    )
 
 
 all_reduce = allreduce

@@ -25,8 +25,9 @@ from hybridcomm.probe import CANDIDATES, Figures, probe
 
 if TYPE_CHECKING:
     from hybridcomm.collectives import Collectives
+    from hybridcomm.topology import Topology
 
-__all__ = ["AUTO", "GAIN", "Decision", "Policy", "is_auto", "policy_of", "resolve"]
+__all__ = ["AUTO", "GAIN", "Decision", "Policy", "is_auto", "policy_of", "resolve", "topology"]
 
 AUTO = "auto"
 
@@ -160,6 +161,11 @@ def policy_of(context: Collectives, requested: str = AUTO) -> Policy:
             chunk_nbytes=context.chunk_nbytes,
         )
     return found
+
+
+def topology(context: Collectives, compress: str | Compressor | None) -> Topology:
+    """The context's topology; for "auto" with the links that its policy measured, which are equal on all ranks."""
+    return policy_of(context, str(compress)).figures.topology if is_auto(compress) else context.topology
 
 
 def resolve(

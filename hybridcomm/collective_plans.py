@@ -5,28 +5,41 @@ An all-reduce goes through these stages, chunk by chunk; a stage with no peer va
     small        reduce_all, on a single node
     dense        reduce -> exchange_reduce (one slice per node) -> exchange_gather -> gather
     compressed   reduce -> compress -> exchange_payload -> decompress -> gather
+    two stages   reduce -> compress -> exchange_payload (to the slice's owner) -> recompress
+                 -> exchange_recompressed -> decompress -> gather
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from hybridcomm import policy, reduction
 from hybridcomm.errors import UnsupportedError
 from hybridcomm.plan import Plan, Region
-from hybridcomm.plan_stages import Chunk, Stage, Writer, chunks_of, pipeline, shard_regions
+from hybridcomm.plan_stages import (
+    Chunk,
+    Stage,
+    Writer,
+    chunks_of,
+    chunks_of_slices,
+    pipeline,
+    shard_regions,
+)
 from hybridcomm.topology import Topology
 
 __all__ = ["all_gather", "allreduce", "barrier", "broadcast", "reduce_scatter"]
 
 
 class BlockCodec(Protocol):
-    """What a plan needs to know of a compressor: its block size and, as ``str()``, its canonical text."""
+    """What a plan needs to know of a compressor: block and payload sizes and, as ``str()``, its canonical text."""
 
     @property
     def block(self) -> int: ...
+
+    def nbytes(self, numel: int) -> int: ...
 
 
 def allreduce(
@@ -36,6 +49,7 @@ def allreduce(
     dtype: str = "float32",
     op: str = "sum",
     compressor: BlockCodec | None = None,
+    exchange: str = "auto",
     chunk_elems: int | None = None,
     chunk_nbytes: int = policy.MAX_CHUNK_NBYTES,
     bucket: int = 0,
@@ -43,12 +57,15 @@ def allreduce(
     """``op`` over all ranks' ``numel`` elements, left on all ranks.
 
     With one node nothing crosses a slow link: the plan is dense whatever ``compressor`` is
-    (``plan.compressor`` tells). ``chunk_nbytes`` bounds the chunks that policy chooses (without
-    ``chunk_elems``). Raises :class:`UnsupportedError` for an op or dtype that cannot act.
+    (``plan.compressor`` tells). ``exchange``: how payloads are exchanged, "gather", "two_stage" or "auto"
+    (`policy.exchange`, by ``topology``'s links where they were measured). ``chunk_nbytes`` bounds the chunks
+    that policy chooses (without ``chunk_elems``). Raises :class:`UnsupportedError` for an op or dtype that
+    cannot act.
     """
     _check_request(op, dtype, numel, compressor)
     nodes, world = len(topology.nodes), topology.world_size
     codec = compressor if nodes > 1 else None
+    two_stage = _exchange(topology, numel, compressor, exchange) == "two_stage"
     align = codec.block if codec is not None else policy.DENSE_ALIGN
     shards = shard_regions(numel, topology.K, align)
     size = _chunk_size(
@@ -73,12 +90,15 @@ def allreduce(
     elif topology.K > 1:
         stages.append(lambda chunk: writer.reduce(chunk, divisor if nodes == 1 else 1))
     if codec is not None:
-        stages += [writer.compress, writer.exchange_payload, lambda chunk: writer.decompress(chunk, divisor)]
+        stages += [writer.compress, writer.exchange_payload]
+        stages += [writer.recompress, writer.exchange_recompressed] if two_stage else []
+        stages.append(lambda chunk: writer.decompress(chunk, divisor))
     elif nodes > 1:
         stages += [lambda chunk: writer.exchange_reduce(chunk, divisor), writer.exchange_gather]
     if topology.K > 1 and not one_shot:
         stages.append(writer.gather)
-    pipeline(stages, [chunks_of(s, r, size, topology.owners(s)) for s, r in enumerate(shards)])
+    cut = partial(chunks_of_slices, align=align) if two_stage else chunks_of
+    pipeline(stages, [cut(s, r, size, topology.owners(s)) for s, r in enumerate(shards)])
     return Plan(
         collective="allreduce",
         numel=numel,
@@ -201,6 +221,24 @@ def _copy_plan(
         chunk_elems=size,
         steps=tuple(writer.steps),
         root=root,
+    )
+
+
+def _exchange(topology: Topology, numel: int, compressor: BlockCodec | None, asked: str) -> str:
+    """ "gather" or "two_stage" for what was ``asked``; "none" where no payload is exchanged."""
+    if asked not in policy.EXCHANGES:
+        raise UnsupportedError(f"exchange={asked!r}: choose one of {', '.join(policy.EXCHANGES)}")
+    if compressor is None:
+        if asked != "auto":
+            raise UnsupportedError(f"exchange={asked!r} needs compress=: a dense exchange has no payloads")
+        return "none"
+    if len(topology.nodes) == 1:
+        return "none"
+    if asked != "auto":
+        return asked
+    link = topology.inter_node
+    return policy.exchange(
+        nodes=len(topology.nodes), payload_nbytes=compressor.nbytes(numel), alpha=link.alpha, beta=link.beta
     )
 
 

@@ -69,6 +69,7 @@ class Collectives:
         op: Op = "sum",
         compress: str | Compressor | None = None,
         residual: Residual | None = None,
+        exchange: str = "auto",
         async_op: bool = False,
         residual_key: str = _UNNAMED,
         spans: Sequence[Span] | None = None,
@@ -80,25 +81,35 @@ class Collectives:
         up tensors of one shape get an error.
         """
         plain = compress is None and residual is None and residual_key is _UNNAMED and not async_op
+        plain = plain and exchange == "auto"
         if plain and self._prepared.run(t, op):
             return None
         target = view(t)
         name, factor = self._operation(op, target.dtype)
         compressor = auto.resolve(self, compress, numel=target.numel, dtype=target.dtype, op=name)
         if compressor is None and auto.is_auto(compress):
-            residual = None  # the policy's answer for this size is dense, now and later
+            residual, exchange = None, "auto"  # the policy's answer for this size is dense, now and later
         if compressor is None and residual is not None:
             raise UnsupportedError("residual= needs compress=: a dense all-reduce leaves nothing behind")
         if compressor is not None:
             compressors.check_compressible(compressor, dtype=target.dtype, op=name)
         plan, program = self._program(
-            ("allreduce", target.numel, target.dtype, name, str(compressor)),
+            (
+                "allreduce",
+                target.numel,
+                target.dtype,
+                name,
+                str(compressor),
+                exchange,
+                auto.is_auto(compress),
+            ),
             lambda: collective_plans.allreduce(
-                self.topology,
+                auto.topology(self, compress),
                 target.numel,
                 dtype=target.dtype,
                 op=name,
                 compressor=compressor,
+                exchange=exchange,
                 chunk_nbytes=self.chunk_nbytes,
             ),
             compressor,
@@ -106,8 +117,10 @@ class Collectives:
         _scale(target, factor)
         e_in = e_out = None
         if residual is not None:
-            regions = plan.residual_regions(self.rank)
-            e_in, e_out = residual.stage(residual_key, numel=target.numel, regions=regions, spans=spans)
+            first, second = (plan.residual_regions(self.rank, op) for op in ("compress", "recompress"))
+            e_in, e_out = residual.stage(
+                residual_key, numel=target.numel, regions=first, second=second, spans=spans
+            )
         if plain and factor is None:
             self._prepared.remember(t, op, program)
         tensor = zlib.crc32(residual_key.encode()) if residual_key != _UNNAMED else 0
@@ -168,13 +181,27 @@ class Collectives:
         return self._launch(program, view(np.zeros(1, np.int64)), async_op)
 
     def plan_allreduce(
-        self, numel: int, *, dtype: str = "float32", op: Op = "sum", compress: str | Compressor | None = None
+        self,
+        numel: int,
+        *,
+        dtype: str = "float32",
+        op: Op = "sum",
+        compress: str | Compressor | None = None,
+        exchange: str = "auto",
     ) -> Plan:
         """The plan that `allreduce` would run for such a tensor: print it, check it, compare digests."""
         name, _ = self._operation(op, dtype)
         compressor = auto.resolve(self, compress, numel=numel, dtype=dtype, op=name)
+        if compressor is None and auto.is_auto(compress):
+            exchange = "auto"
         return collective_plans.allreduce(
-            self.topology, numel, dtype=dtype, op=name, compressor=compressor, chunk_nbytes=self.chunk_nbytes
+            auto.topology(self, compress),
+            numel,
+            dtype=dtype,
+            op=name,
+            compressor=compressor,
+            exchange=exchange,
+            chunk_nbytes=self.chunk_nbytes,
         )
 
     @staticmethod

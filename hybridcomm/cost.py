@@ -6,7 +6,7 @@ A step costs, in the model of Hockney (alpha + beta * nbytes) and with the strea
                                       where it is read; each rank has one processor, which does all of this
     exchange_*                        alpha + beta * nbytes, alone on the sender's way out and the receiver's
                                       way in; a node has one of each, shared by its ranks
-    compress, decompress              the measured cost of the kernel per element, on the rank's processor
+    compress, recompress, decompress  the measured cost of the kernel per element, on the rank's processor
 
 Left out: sums after an exchange, and the bounds of lanes and rings; both are small beside what is measured.
 """
@@ -177,13 +177,20 @@ class _Model:
                 self.done[step.id, rank] = [self._send(step, step.root, rank, nbytes, before)]
 
     def _exchange_payload(self, step: Step) -> None:
+        targets = step.group if step.root == -1 else (step.root,)
+        self._send_payloads(step, [(source, target) for source in step.group for target in targets])
+
+    def _exchange_recompressed(self, step: Step) -> None:
+        self._send_payloads(step, [(step.root, target) for target in step.group])
+
+    def _send_payloads(self, step: Step, ways: list[tuple[int, int]]) -> None:
+        """A payload goes each of ``ways``, (source, target); its sender waits for nothing."""
         nbytes = self.payload_nbytes(step.region.numel)
         arrived = {rank: self._after(step, rank) for rank in step.group}
-        for source in step.group:
-            after = self._after(step, source)
-            for target in step.group:
-                if source != target:
-                    arrived[target] = [*arrived[target], self._send(step, source, target, nbytes, after)]
+        for source, target in ways:
+            if source != target:
+                sent = self._send(step, source, target, nbytes, self._after(step, source))
+                arrived[target] = [*arrived[target], sent]
         for rank, tasks in arrived.items():
             self.done[step.id, rank] = tasks
 
@@ -195,8 +202,17 @@ class _Model:
         task = self._on_rank(step.root, seconds, "compress", self._after(step, step.root))
         self.done[step.id, step.root] = [task]
 
+    def _recompress(self, step: Step) -> None:
+        assert self.kernel is not None  # noqa: S101 (plan_schedule has looked)
+        kernel = self.kernel.sum_of(len(self.topology.nodes)) + self.kernel.encode
+        task = self._on_rank(
+            step.root, kernel * step.region.numel, "recompress", self._after(step, step.root)
+        )
+        self.done[step.id, step.root] = [task]
+
     def _decompress(self, step: Step) -> None:
         assert self.kernel is not None  # noqa: S101 (plan_schedule has looked)
-        seconds = self.kernel.sum_of(len(self.topology.nodes)) * step.region.numel
+        payloads = 1 if self.plan.exchange == "two_stage" else len(self.topology.nodes)
+        seconds = self.kernel.sum_of(payloads) * step.region.numel
         task = self._on_rank(step.root, seconds, "decompress", self._after(step, step.root))
         self.done[step.id, step.root] = [task]

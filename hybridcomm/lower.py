@@ -5,24 +5,28 @@ A step names a collective act of a group; lowering writes down this rank's part 
     reduce            owner: reduce                      others: put
     reduce_all        all: share, then collect
     compress          encode
-    exchange_payload  send to and receive from every other owner
+    exchange_payload  send to the root (-1: to every other owner), which receives from all
+    recompress        decode, then encode
+    exchange_recompressed  root: send to all             others: receive
     exchange_reduce   root: receive from all, then sum   others: send to root
     exchange_gather   root: send to all                  others: receive in place
     decompress        decode
     gather            owner: publish                     others: get
 
-Operations of one stream are issued in plan order. Receive buffers live in a ring of engine scratch: a message
-may arrive while the one before it is still being summed, but not more than ``RING`` of them.
+Operations of one stream are issued in plan order. Receive buffers live in rings of engine scratch
+(`hybridcomm.lower_scratch`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from hybridcomm import _C, policy, reduction
 from hybridcomm.errors import PlanError
 from hybridcomm.lower_node import delivered, hand_out_first
+from hybridcomm.lower_payload import PayloadLowering
+from hybridcomm.lower_scratch import Message, Ring
 
 if TYPE_CHECKING:
     from hybridcomm.compress import Compressor
@@ -76,9 +80,6 @@ CODECS = (
     "custom",
 )
 
-RING = 16  # messages on the way per purpose; at 256 KiB each, 4 MiB cover 10 Gbit/s at 3 ms
-_ALIGN = 64  # bytes: every scratch buffer begins on its own cache line
-
 
 def lower(plan: Plan, rank: int, compressor: Compressor | None) -> _C.Program:
     """The program that makes ``rank`` do its part of ``plan``; a pure function of its arguments.
@@ -90,58 +91,21 @@ def lower(plan: Plan, rank: int, compressor: Compressor | None) -> _C.Program:
     return _Lowering(plan, rank, compressor).program
 
 
-class _Bytes(TypedDict):
-    """Where a message's data lies: bytes into the tensor, or into scratch."""
-
-    offset: int
-    nbytes: int
-    in_scratch: bool
-
-
-class _Slot:
-    """A piece of scratch: the operations that use it now, and those of its last use, which must be over."""
-
-    def __init__(self, offset: int) -> None:
-        self.offset = offset
-        self.before: list[int] = []
-        self.users: list[int] = []
-
-
-class _Ring:
-    def __init__(self, begin: int, nbytes: int) -> None:
-        self.stride = -(-nbytes // _ALIGN) * _ALIGN
-        self._slots = [_Slot(begin + i * self.stride) for i in range(RING)]
-        self._turn = 0
-
-    @property
-    def end(self) -> int:
-        return self._slots[-1].offset + self.stride
-
-    def take(self) -> _Slot:
-        slot = self._slots[self._turn % RING]
-        self._turn += 1
-        slot.before, slot.users = slot.users, []
-        return slot
-
-
-class _Lowering:
+class _Lowering(PayloadLowering):
     def __init__(self, plan: Plan, rank: int, compressor: Compressor | None) -> None:
         self.plan, self.rank, self.compressor = plan, rank, compressor
         self.node = plan.topology.nodes[plan.topology.node_of(rank)]
         self.itemsize = policy.itemsize(plan.dtype)
         self.streams: dict[Hashable, int] = {}
         self.done_by: dict[int, list[int]] = {}  # step -> operations that complete it here
-        self.payloads: dict[tuple[int, int], _Slot] = {}  # (shard, chunk) -> where its payloads lie
-        self.residual_offset = _offsets(plan.residual_regions(rank))
         self.program = self._new_program()
         steps = plan.for_rank(rank)
         self.delivered = delivered(steps, rank)
         inter = max(
             (s.region.numel * (len(s.group) - 1) for s in steps if s.op == "exchange_reduce"), default=0
         )
-        self.receive_ring = _Ring(0, inter * self.itemsize)
-        self.payload_ring = _Ring(self.receive_ring.end, self._payload_set_nbytes(steps))
-        self.program.scratch_nbytes = self.payload_ring.end
+        self.receive_ring = Ring(0, inter * self.itemsize)
+        self.program.scratch_nbytes = self._prepare_payloads(steps, self.receive_ring.end)
         for step in hand_out_first(steps, rank):
             getattr(self, f"_{step.op}")(step)
 
@@ -246,7 +210,7 @@ class _Lowering:
 
     # -- between nodes, dense ------------------------------------------------------------------------------
 
-    def _region_bytes(self, region: Region) -> _Bytes:
+    def _region_bytes(self, region: Region) -> Message:
         begin, count = region.begin * self.itemsize, region.numel * self.itemsize
         return {"offset": begin, "nbytes": count, "in_scratch": False}
 
@@ -264,7 +228,7 @@ class _Lowering:
             if rank == self.rank:
                 sources.append(_C.OWN_REGION)
                 continue
-            message: _Bytes = {"offset": offset, "nbytes": region["nbytes"], "in_scratch": True}
+            message: Message = {"offset": offset, "nbytes": region["nbytes"], "in_scratch": True}
             receives.append(
                 self._add(_C.Kind.receive, ("receive", rank), step, after=slot.before, peer=rank, **message)
             )
@@ -293,81 +257,3 @@ class _Lowering:
             root = step.root
             op = self._add(_C.Kind.receive, ("receive", root), step, after=after, peer=root, **region)
             self.done_by[step.id] = [op]
-
-    # -- between nodes, compressed -------------------------------------------------------------------------
-
-    def _payload_nbytes(self, region: Region) -> int:
-        if self.compressor is None:
-            raise PlanError(f"a plan compressed by {self.plan.compressor} needs its compressor to be lowered")
-        return self.compressor.nbytes(region.numel)
-
-    def _payload_set_nbytes(self, steps: Iterable[Step]) -> int:
-        """The payloads of one chunk, one per node."""
-        sizes = (self._payload_nbytes(s.region) * len(s.group) for s in steps if s.op == "exchange_payload")
-        return max(sizes, default=0)
-
-    def _payload_offset(self, step: Step, node: int) -> int:
-        return self.payloads[step.shard, step.chunk].offset + node * self._payload_nbytes(step.region)
-
-    def _compress(self, step: Step) -> None:
-        slot = self.payload_ring.take()
-        self.payloads[step.shard, step.chunk] = slot
-        node = self.plan.topology.node_of(self.rank)
-        op = self._add(
-            _C.Kind.encode,
-            "compress",
-            step,
-            after=[*self._after(step), *slot.before],
-            offset=self._payload_offset(step, node),
-            nbytes=self._payload_nbytes(step.region),
-            residual=self.residual_offset[step.region],
-        )
-        slot.users.append(op)
-        self.done_by[step.id] = [op]
-
-    def _exchange_payload(self, step: Step) -> None:
-        slot = self.payloads[step.shard, step.chunk]
-        nbytes, done = self._payload_nbytes(step.region), []
-        for node, rank in enumerate(step.group):
-            if rank == self.rank:
-                continue
-            receive: _Bytes = {
-                "offset": self._payload_offset(step, node),
-                "nbytes": nbytes,
-                "in_scratch": True,
-            }
-            done.append(
-                self._add(_C.Kind.receive, ("receive", rank), step, after=slot.before, peer=rank, **receive)
-            )
-        own = self._payload_offset(step, step.group.index(self.rank))
-        for rank in step.group:
-            if rank != self.rank:
-                send: _Bytes = {"offset": own, "nbytes": nbytes, "in_scratch": True}
-                after = self._after(step)
-                slot.users.append(
-                    self._add(_C.Kind.send, ("send", rank), step, after=after, peer=rank, **send)
-                )
-        self.done_by[step.id] = [*self._after(step), *done]
-
-    def _decompress(self, step: Step) -> None:
-        slot = self.payloads.pop((step.shard, step.chunk))
-        nodes = range(len(self.plan.topology.nodes))
-        nbytes = self._payload_nbytes(step.region)
-        op = self._add(
-            _C.Kind.decode,
-            "decompress",
-            step,
-            after=self._after(step),
-            sources=[slot.offset + node * nbytes for node in nodes],
-            divisor=step.divisor,
-        )
-        slot.users.append(op)
-        self.done_by[step.id] = [op]
-
-
-def _offsets(regions: Iterable[Region]) -> dict[Region, int]:
-    offsets, total = {}, 0
-    for region in regions:
-        offsets[region] = total
-        total += region.numel
-    return offsets

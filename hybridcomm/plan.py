@@ -33,10 +33,12 @@ OPS = {
     "reduce": "reduce",  # step 3, shared memory: root's region becomes the sum over group, in group order
     "reduce_all": "reduce",  # steps 3 and 7 in one, small regions: every rank of group sums all of theirs itself
     "compress": "compress",  # step 4: root encodes its region (+ residual) into the payload of (shard, chunk)
-    "exchange_payload": "exchange",  # step 5: every owner in group gets all owners' payloads
+    "exchange_payload": "exchange",  # step 5: root (-1: every owner in group) gets all owners' payloads
+    "recompress": "compress",  # step 5 in two stages: root adds the payloads (+ residual) and encodes the sum anew
+    "exchange_recompressed": "exchange",  # step 5 in two stages, second half: root's second payload to the group
     "exchange_reduce": "exchange",  # step 5, dense, first half: like reduce, between nodes
     "exchange_gather": "exchange",  # step 5, dense, second half: root's region is copied to the group
-    "decompress": "decompress",  # step 6: root clears its region and adds the payloads in node order
+    "decompress": "decompress",  # step 6: root clears its region and adds the payloads that it has, in node order
     "gather": "gather",  # step 7, shared memory: root's region is copied to the node's other ranks
 }
 """Op of a step -> the stream it runs on."""
@@ -131,9 +133,20 @@ class Plan:
                 out[rank].append(step)
         return tuple(map(tuple, out))
 
-    def residual_regions(self, rank: int) -> tuple[Region, ...]:
-        """The regions, ascending, whose residual lives on ``rank``: those that it compresses."""
-        return tuple(sorted(step.region for step in self.for_rank(rank) if step.op == "compress"))
+    def residual_regions(self, rank: int, op: str = "compress") -> tuple[Region, ...]:
+        """The regions, ascending, whose residual lives on ``rank``: those that it compresses.
+
+        ``op``: "compress", or "recompress" for the residual of the second stage.
+        """
+        return tuple(sorted(step.region for step in self.for_rank(rank) if step.op == op))
+
+    @cached_property
+    def exchange(self) -> str:
+        """How payloads are exchanged: "gather", "two_stage", or "none" in a plan that has no payloads."""
+        ops = {step.op for step in self.steps}
+        if "exchange_payload" not in ops:
+            return "none"
+        return "two_stage" if "recompress" in ops else "gather"
 
     def wire_nbytes(self, payload_nbytes: Callable[[int], int] | None = None) -> int:
         """Bytes that all ranks together send between nodes, without framing.
@@ -146,10 +159,11 @@ class Plan:
             peers = len(step.group) - 1
             if step.op in ("exchange_reduce", "exchange_gather"):
                 total += peers * step.region.numel * size
-            elif step.op == "exchange_payload":
+            elif step.op in ("exchange_payload", "exchange_recompressed"):
                 if payload_nbytes is None:
                     raise PlanError(f"compressor {self.compressor}: give payload_nbytes to size its payloads")
-                total += len(step.group) * peers * payload_nbytes(step.region.numel)
+                receivers = len(step.group) if step.root == -1 else 1
+                total += receivers * peers * payload_nbytes(step.region.numel)
         return total
 
     def cost(self, topology: Topology, *, kernels: Mapping[str, KernelCost] | None = None) -> float:
@@ -166,6 +180,8 @@ class Plan:
         """The canonical text form; ``Plan.parse`` reads it back."""
         count = Counter(step.stream for step in self.steps)
         route = " ".join(f"{word}={count[word]}" for word in STREAMS)
+        if self.exchange == "two_stage":
+            route += " exchanged in two stages"
         head = (
             f"{_MAGIC} collective={self.collective} numel={self.numel} dtype={self.dtype} op={self.op} "
             f"compressor={self.compressor} chunk_elems={self.chunk_elems} root={self.root}\n"

@@ -18,8 +18,9 @@ from hybridcomm.plan_streams import check_progress
 __all__ = ["check_plan"]
 
 _IN_NODE = ("reduce", "gather", "reduce_all")
-_ROOTLESS = ("exchange_payload", "reduce_all")
-_ALONE = ("compress", "decompress")
+_ROOTLESS = ("reduce_all",)
+_EITHER = ("exchange_payload",)  # with a root, or without
+_ALONE = ("compress", "recompress", "decompress")
 
 
 def check_plan(plan: Plan, *, slots: int = 4) -> None:
@@ -48,7 +49,7 @@ def _check_step(plan: Plan, step: Step, place: int) -> None:
         raise _fail(step, f"region is empty or not within the {plan.numel} elements")
     if any(not 0 <= rank < plan.topology.world_size for rank in step.group):
         raise _fail(step, f"group names a rank outside 0..{plan.topology.world_size - 1}")
-    if (step.op in _ROOTLESS) != (step.root == -1):
+    if step.op not in _EITHER and (step.op in _ROOTLESS) != (step.root == -1):
         raise _fail(step, "needs a root" if step.root == -1 else "takes no root")
     if step.root != -1 and step.root not in step.group:
         raise _fail(step, f"root {step.root} is not in the group")
@@ -152,8 +153,18 @@ class _Symbols:
                 if any(len(values) != 1 for values in own):
                     raise _fail(step, "an owner has no fresh payload of this shard and chunk to send")
                 every = [values[0] for values in own]
-                for rank in step.group:
+                for rank in step.group if step.root == -1 else (step.root,):
                     self.payloads[rank][key] = every
+            elif step.op == "recompress":
+                total = self._add(step, self.payloads[step.root].get(key, []), step.divisor)
+                self.payloads[step.root][key] = [total]
+                self.held[step.root][atom] = (0, 1)  # the sum was only passing through: nobody else has it
+            elif step.op == "exchange_recompressed":
+                second = self.payloads[step.root].get(key, [])
+                if len(second) != 1:
+                    raise _fail(step, "its root has no second payload of this shard and chunk to send")
+                for rank in step.group:
+                    self.payloads[rank][key] = second
             else:
                 values = self.payloads[step.root].get(key, [])
                 self.held[step.root][atom] = self._add(step, values, step.divisor)
@@ -219,7 +230,12 @@ def _accesses(step: Step, rank: int) -> Iterator[tuple[str, bool]]:
         yield "buffer", False
         yield "payload", True
     elif step.op == "exchange_payload":
+        yield "payload", step.root in (-1, rank)
+    elif step.op == "exchange_recompressed":
+        yield "payload", rank != step.root
+    elif step.op == "recompress":
         yield "payload", True
+        yield "buffer", True
     else:
         yield "payload", False
         yield "buffer", True

@@ -14,16 +14,19 @@ from hybridcomm import policy
 from hybridcomm.plan import Region, Step
 from hybridcomm.topology import Topology
 
-__all__ = ["Chunk", "Stage", "Writer", "chunks_of", "pipeline", "shard_regions"]
+__all__ = ["Chunk", "Stage", "Writer", "chunks_of", "chunks_of_slices", "pipeline", "shard_regions"]
 
 
 class Chunk:
     """One chunk on its way through the stages: its region, owners, the ids of the steps written so far."""
 
-    __slots__ = ("decoded", "index", "owners", "ready", "reduced", "region", "shard", "slices")
+    __slots__ = ("decoded", "home", "index", "owners", "ready", "reduced", "region", "shard", "slices")
 
-    def __init__(self, shard: int, index: int, region: Region, owners: tuple[int, ...]) -> None:
+    def __init__(
+        self, shard: int, index: int, region: Region, owners: tuple[int, ...], home: int = -1
+    ) -> None:
         self.shard, self.index, self.region, self.owners = shard, index, region, owners
+        self.home = home  # the node whose owner adds this chunk's payloads (-1: every owner does)
         self.slices = _slices(region, len(owners), shard + index) if len(owners) > 1 else []
         self.reduced: list[int] = [-1] * len(owners)  # per node: the id of its reduce, -1 where there is none
         self.decoded: tuple[int, ...] = ()  # per node: the id of its decompress, if there is one
@@ -82,7 +85,17 @@ class Writer:
         )
 
     def exchange_payload(self, chunk: Chunk) -> None:
-        chunk.ready = (self.add("exchange_payload", chunk, chunk.owners, -1, chunk.ready),)
+        root = -1 if chunk.home < 0 else chunk.owners[chunk.home]
+        chunk.ready = (self.add("exchange_payload", chunk, chunk.owners, root, chunk.ready),)
+
+    def recompress(self, chunk: Chunk) -> None:
+        """The divisor comes last, so that the second residual is in units of the unscaled sum, as the first."""
+        root = chunk.owners[chunk.home]
+        chunk.ready += (self.add("recompress", chunk, (root,), root, chunk.ready),)
+
+    def exchange_recompressed(self, chunk: Chunk) -> None:
+        root = chunk.owners[chunk.home]
+        chunk.ready = (self.add("exchange_recompressed", chunk, chunk.owners, root, chunk.ready),)
 
     def decompress(self, chunk: Chunk, divisor: int) -> None:
         chunk.decoded = tuple(
@@ -140,6 +153,27 @@ def shard_regions(numel: int, shards: int, align: int) -> list[Region]:
 def chunks_of(shard: int, region: Region, size: int, owners: tuple[int, ...]) -> list[Chunk]:
     begins = range(region.begin, region.end, size)
     return [Chunk(shard, i, Region(b, min(b + size, region.end)), owners) for i, b in enumerate(begins)]
+
+
+def chunks_of_slices(
+    shard: int, region: Region, size: int, owners: tuple[int, ...], align: int
+) -> list[Chunk]:
+    """Chunks of a shard that is cut into one slice per node, the slices side by side.
+
+    Neighbouring shards begin at neighbouring nodes, so that shards of fewer blocks than nodes keep all busy.
+    """
+    nodes, slices = len(owners), shard_regions(region.numel, len(owners), align)
+    pieces = [
+        (
+            place // size,
+            (i + shard) % nodes,
+            Region(region.begin + b + place, region.begin + min(b + place + size, e)),
+        )
+        for i, (b, e) in enumerate(slices)
+        for place in range(0, e - b, size)
+    ]
+    pieces.sort(key=lambda piece: piece[0])
+    return [Chunk(shard, i, part, owners, home) for i, (_, home, part) in enumerate(pieces)]
 
 
 def _slices(region: Region, nodes: int, turn: int) -> list[tuple[int, Region]]:

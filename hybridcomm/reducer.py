@@ -39,9 +39,9 @@ class Reducer:
     so that its steps commit the residual. Parameters (and buffers) start as rank 0's unless
     ``sync_parameters=False``.
 
-    ``compress``: as in `allreduce`, for every bucket; buckets are then fp32. ``bucket_cap_mb``: MiB per
-    bucket, None lets policy choose. ``unused``: what to do with parameters that got no gradient, "error" or
-    "zero" (their share of the mean is zero). Raises typed errors naming rank and parameters.
+    ``compress`` and ``exchange``: as in `allreduce`, for every bucket; compressed buckets are fp32.
+    ``bucket_cap_mb``: MiB per bucket, None lets policy choose. ``unused``: what to do with parameters that got no
+    gradient, "error" or "zero" (their share of the mean is zero). Raises typed errors naming rank and parameters.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Reducer:
         compress: str | Compressor | None = None,
         bucket_cap_mb: float | None = None,
         residual: Residual | None = None,
+        exchange: str = "auto",
         unused: str = "error",
         sync_parameters: bool = True,
     ) -> None:
@@ -62,6 +63,7 @@ class Reducer:
         self.compressor = resolve(compress)
         if residual is not None and self.compressor is None:
             raise UnsupportedError("residual= has nothing to do without compress=")
+        self.exchange = setup.check_exchange(exchange, self.compressor)
         self.residual = Residual() if residual is None else residual
         self.residual.rekey()
         self._guard = StepGuard(self.residual)
@@ -71,7 +73,7 @@ class Reducer:
         self._scale = 1.0
         self._parameters = setup.trainable(module)
         self.layouts = setup.layouts_of(self._parameters, self.compressor, bucket_cap_mb)
-        setup.check_agreement(ctx, self.layouts, self.compressor)
+        setup.check_agreement(ctx, self.layouts, self.compressor, self.exchange)
         if sync_parameters:
             setup.sync_parameters(ctx, module)
         device = next(iter(self._parameters.values())).device
@@ -198,6 +200,7 @@ class Reducer:
             op="mean",
             compress=self.compressor,
             residual=self.residual,
+            exchange=self.exchange,
             async_op=True,
             residual_key=layout.key,
             spans=layout.spans,
@@ -312,7 +315,9 @@ class Reducer:
 
     def table(self) -> str:
         """Text: per link, what was requested, what is active, and the ratio of bytes; then the buckets."""
-        return report.table(self.ctx.topology, self.layouts, self.requested, self.compressor)
+        return report.table(
+            self.ctx.topology, self.layouts, self.requested, self.compressor, exchange=self.exchange
+        )
 
     def stats(self) -> ReducerStats:
         """Counters; see `ReducerStats`."""

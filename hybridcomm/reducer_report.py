@@ -28,15 +28,25 @@ class ReducerStats:
 
 
 def table(
-    topology: Topology, layouts: Sequence[BucketLayout], requested: str, compressor: Compressor | None
+    topology: Topology,
+    layouts: Sequence[BucketLayout],
+    requested: str,
+    compressor: Compressor | None,
+    *,
+    exchange: str = "auto",
 ) -> str:
     """Text: per link, requested -> active and dense bytes per byte sent; below it the buckets."""
-    dense = compressed = 0
+    dense = compressed = in_two_stages = 0
+    if exchange != "auto":
+        requested += f", {exchange}"
     for layout in layouts:
         dense += plans.allreduce(topology, layout.numel, dtype=layout.dtype, op="mean").wire_nbytes()
         if compressor is not None:
-            plan = plans.allreduce(topology, layout.numel, op="mean", compressor=compressor)
+            plan = plans.allreduce(
+                topology, layout.numel, op="mean", compressor=compressor, exchange=exchange
+            )
             compressed += plan.wire_nbytes(compressor.nbytes)
+            in_two_stages += plan.exchange == "two_stage"
     multi = max(map(len, topology.nodes)) > 1
     rows = [("link", "requested", "active", "ratio")]
     rows.append(("intra_node", "dense", "dense" if multi else "no peer", "1.0" if multi else "-"))
@@ -45,7 +55,10 @@ def table(
     elif compressor is None:
         rows.append(("inter_node", requested, "dense", "1.0"))
     else:
-        rows.append(("inter_node", requested, str(compressor), f"{dense / compressed:.1f}"))
+        active = str(compressor)
+        if in_two_stages:
+            active += f", {in_two_stages} of {len(layouts)} buckets in two stages"
+        rows.append(("inter_node", requested, active, f"{dense / compressed:.1f}"))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

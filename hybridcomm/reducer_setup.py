@@ -21,6 +21,7 @@ __all__ = [
     "ContextLike",
     "WorkLike",
     "check_agreement",
+    "check_exchange",
     "flat_buffer",
     "layouts_of",
     "sync_parameters",
@@ -56,6 +57,7 @@ class ContextLike(Protocol):
         op: str = ...,
         compress: str | Compressor | None = ...,
         residual: Residual | None = ...,
+        exchange: str = ...,
         async_op: bool = ...,
         residual_key: str = ...,
         spans: Sequence[Span] | None = ...,
@@ -114,9 +116,20 @@ def flat_buffer(ctx: ContextLike, layout: BucketLayout, device: torch.device) ->
     return flat.zero_()
 
 
-def check_agreement(ctx: ContextLike, layouts: Sequence[BucketLayout], compressor: Compressor | None) -> None:
+def check_exchange(exchange: str, compressor: Compressor | None) -> str:
+    """``exchange``, which must be known and have something to act on."""
+    if exchange not in policy.EXCHANGES:
+        raise UnsupportedError(f"exchange={exchange!r}: choose one of {', '.join(policy.EXCHANGES)}")
+    if compressor is None and exchange != "auto":
+        raise UnsupportedError(f"exchange={exchange!r} has nothing to do without compress=")
+    return exchange
+
+
+def check_agreement(
+    ctx: ContextLike, layouts: Sequence[BucketLayout], compressor: Compressor | None, exchange: str
+) -> None:
     """All ranks must have planned the same buckets; raises `PlanMismatchError` on all if one has not."""
-    text = f"{compressor} " + " ".join(f"{layout.digest():x}" for layout in layouts)
+    text = f"{compressor} {exchange} " + " ".join(f"{layout.digest():x}" for layout in layouts)
     mine = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
     first = torch.tensor([mine], dtype=torch.int64)
     ctx.broadcast(first, root=0)
@@ -124,8 +137,8 @@ def check_agreement(ctx: ContextLike, layouts: Sequence[BucketLayout], compresso
     ctx.allreduce(others, op="sum")
     if others.item():
         raise PlanMismatchError(
-            f"rank {ctx.rank}: {int(others.item())} ranks have other parameters, compress= or bucket_cap_mb= "
-            "than rank 0; build the same model with the same settings on every rank"
+            f"rank {ctx.rank}: {int(others.item())} ranks have other parameters, compress=, exchange= or "
+            "bucket_cap_mb= than rank 0; build the same model with the same settings on every rank"
         )
 
 

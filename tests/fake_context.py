@@ -95,6 +95,7 @@ class FakeContext:
         op: str = "sum",
         compress: str | Compressor | None = None,
         residual: Residual | None = None,
+        exchange: str = "auto",
         async_op: bool = False,
         residual_key: str = "tensor",
         spans: Sequence[Span] | None = None,
@@ -106,12 +107,13 @@ class FakeContext:
             dtype=str(array.dtype),
             op=op,
             compressor=resolve(compress),
+            exchange=exchange,
             bucket=zlib.crc32(residual_key.encode()),  # equal buckets differ by name, as in the engine's tags
         )
         staged = None
-        regions = plan.residual_regions(self.rank)
-        if residual is not None and regions:
-            staged = residual.stage(residual_key, numel=array.size, regions=regions, spans=spans)
+        first, second = (plan.residual_regions(self.rank, op) for op in ("compress", "recompress"))
+        if residual is not None and first:
+            staged = residual.stage(residual_key, numel=array.size, regions=first, second=second, spans=spans)
         return self._issue(plan, tensor, array, async_op=async_op, staged=staged, name=residual_key)
 
     def empty(self, *size: int, dtype: torch.dtype) -> torch.Tensor:

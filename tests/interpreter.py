@@ -69,10 +69,15 @@ class Interpreter:
         self.plan = plan
         self.codec = codec
         self.wire_nbytes = dict.fromkeys(range(plan.topology.world_size), 0)
-        self._payloads: dict[tuple[int, int, int], list[NDArray[np.uint8]]] = {}
-        self._offsets = {
-            rank: _offsets(plan.residual_regions(rank)) for rank in range(plan.topology.world_size)
-        }
+        self._payloads: dict[tuple[int, Region], list[NDArray[np.uint8]]] = {}
+        self._offsets: dict[int, dict[tuple[str, Region], int]] = {}
+        for rank in range(plan.topology.world_size):
+            offset = 0
+            self._offsets[rank] = {}
+            for op in ("compress", "recompress"):
+                for region in plan.residual_regions(rank, op):
+                    self._offsets[rank][op, region] = offset
+                    offset += region.numel
 
     def run(self, buffers: Buffers, residuals: Mapping[int, ResidualBuffers] | None = None) -> None:
         """In place. ``buffers[rank]`` is 1-D; ``residuals[rank]`` is (e_in, e_out), absent: memoryless."""
@@ -107,27 +112,44 @@ class Interpreter:
         self.wire_nbytes[step.root] += (len(step.group) - 1) * nbytes
         self._gather(step, buffers, residuals)
 
-    def _compress(self, step: Step, buffers: Buffers, residuals: Mapping[int, ResidualBuffers]) -> None:
+    def _encode(
+        self, step: Step, values: NDArray[np.float32], residuals: Mapping[int, ResidualBuffers]
+    ) -> None:
         e_in = e_out = None
         if step.root in residuals:
-            begin = self._offsets[step.root][step.region]
+            begin = self._offsets[step.root][step.op, step.region]
             part = slice(begin, begin + step.region.numel)
             e_in, e_out = (half[part] for half in residuals[step.root])
-        grad = buffers[step.root][slice(*step.region)]
-        payload = self._need().encode(grad, e_in, e_out, self.plan.digest)
-        self._payloads[step.root, step.shard, step.chunk] = [payload]
+        payload = self._need().encode(values, e_in, e_out, self.plan.digest)
+        self._payloads[step.root, step.region] = [payload]
+
+    def _decoded(self, step: Step) -> NDArray[np.float32]:
+        out = np.zeros(step.region.numel, np.float32)
+        payloads = self._payloads.pop((step.root, step.region))
+        self._need().decode_add(payloads, out, float(np.float32(1 / step.divisor)), self.plan.digest)
+        return out
+
+    def _compress(self, step: Step, buffers: Buffers, residuals: Mapping[int, ResidualBuffers]) -> None:
+        self._encode(step, buffers[step.root][slice(*step.region)], residuals)
 
     def _exchange_payload(self, step: Step, _: Buffers, __: object) -> None:
-        payloads = [self._payloads[rank, step.shard, step.chunk][0] for rank in step.group]
-        for rank, payload in zip(step.group, payloads, strict=True):
-            self.wire_nbytes[rank] += (len(step.group) - 1) * payload.nbytes
-            self._payloads[rank, step.shard, step.chunk] = payloads
+        payloads = [self._payloads[rank, step.region][0] for rank in step.group]
+        for rank in step.group if step.root == -1 else (step.root,):
+            self._payloads[rank, step.region] = payloads
+            for source, payload in zip(step.group, payloads, strict=True):
+                self.wire_nbytes[source] += payload.nbytes if source != rank else 0
+
+    def _recompress(self, step: Step, _: Buffers, residuals: Mapping[int, ResidualBuffers]) -> None:
+        self._encode(step, self._decoded(step), residuals)
+
+    def _exchange_recompressed(self, step: Step, _: Buffers, __: object) -> None:
+        (payload,) = self._payloads[step.root, step.region]
+        for rank in step.group:
+            self._payloads[rank, step.region] = [payload]
+        self.wire_nbytes[step.root] += (len(step.group) - 1) * payload.nbytes
 
     def _decompress(self, step: Step, buffers: Buffers, _: object) -> None:
-        out = np.zeros(step.region.numel, np.float32)
-        payloads = self._payloads.pop((step.root, step.shard, step.chunk))
-        self._need().decode_add(payloads, out, float(np.float32(1 / step.divisor)), self.plan.digest)
-        buffers[step.root][slice(*step.region)] = out
+        buffers[step.root][slice(*step.region)] = self._decoded(step)
 
     def _need(self) -> Codec:
         if self.codec is None:
@@ -155,11 +177,3 @@ def combine(op: str, sources: Sequence[NDArray[Any]], divisor: int = 1) -> NDArr
     for source in sources[1:]:
         total = _COMBINE[op](total, source, dtype=total.dtype)
     return (total / divisor if divisor != 1 else total).astype(dtype)
-
-
-def _offsets(regions: Sequence[Region]) -> dict[Region, int]:
-    out, offset = {}, 0
-    for region in regions:
-        out[region] = offset
-        offset += region.numel
-    return out

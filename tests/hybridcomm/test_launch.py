@@ -134,7 +134,7 @@ def test_a_rank_that_ignores_everything_is_ended(tmp_path: Path) -> None:
     text = """
 import os, signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-print("pid", os.getpid(), flush=True)
+os.write(1, f"pid {os.getpid()}\\n".encode())  # one write, so that lines of two ranks cannot mix
 if os.environ["RANK"] == "1":
     time.sleep(0.5)
     os._exit(3)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Protocol
 
 from hybridcomm import policy, reduction
@@ -21,11 +20,14 @@ from hybridcomm.errors import UnsupportedError
 from hybridcomm.plan import Plan, Region
 from hybridcomm.plan_stages import (
     Chunk,
+    RoundStage,
     Stage,
     Writer,
     chunks_of,
-    chunks_of_slices,
+    for_each,
+    for_each_node,
     pipeline,
+    rounds_of,
     shard_regions,
 )
 from hybridcomm.topology import Topology
@@ -82,23 +84,14 @@ def allreduce(
     divisor = world if op == "mean" else 1
     one_shot = nodes == 1 < world and chunk_elems is None
     one_shot = one_shot and numel * policy.itemsize(dtype) <= min(policy.one_shot_nbytes(world), chunk_nbytes)
-
-    stages: list[Stage] = []
     if one_shot:
         shards, size = [Region(0, numel)], max(size, numel)
-        stages.append(lambda chunk: writer.reduce_all(chunk, divisor))
-    elif topology.K > 1:
-        stages.append(lambda chunk: writer.reduce(chunk, divisor if nodes == 1 else 1))
-    if codec is not None:
-        stages += [writer.compress, writer.exchange_payload]
-        stages += [writer.recompress, writer.exchange_recompressed] if two_stage else []
-        stages.append(lambda chunk: writer.decompress(chunk, divisor))
-    elif nodes > 1:
-        stages += [lambda chunk: writer.exchange_reduce(chunk, divisor), writer.exchange_gather]
-    if topology.K > 1 and not one_shot:
-        stages.append(writer.gather)
-    cut = partial(chunks_of_slices, align=align) if two_stage else chunks_of
-    pipeline(stages, [cut(s, r, size, topology.owners(s)) for s, r in enumerate(shards)])
+    if two_stage:
+        rounds = [rounds_of(s, r, size, topology.owners(s), align) for s, r in enumerate(shards)]
+        pipeline(_two_stages(writer, divisor), rounds)
+    else:
+        chunks = [chunks_of(s, r, size, topology.owners(s)) for s, r in enumerate(shards)]
+        pipeline(_stages(writer, divisor, one_shot=one_shot, compressed=codec is not None), chunks)
     return Plan(
         collective="allreduce",
         numel=numel,
@@ -109,6 +102,31 @@ def allreduce(
         chunk_elems=size,
         steps=tuple(writer.steps),
     )
+
+
+def _stages(writer: Writer, divisor: int, *, one_shot: bool, compressed: bool) -> list[Stage]:
+    nodes, shared = len(writer.nodes), max(map(len, writer.nodes)) > 1
+    stages: list[Stage] = []
+    if one_shot:
+        return [lambda chunk: writer.reduce_all(chunk, divisor)]
+    if shared:
+        stages.append(lambda chunk: writer.reduce(chunk, divisor if nodes == 1 else 1))
+    if compressed:
+        stages += [writer.compress, writer.exchange_payload, lambda chunk: writer.decompress(chunk, divisor)]
+    elif nodes > 1:
+        stages += [lambda chunk: writer.exchange_reduce(chunk, divisor), writer.exchange_gather]
+    if shared:
+        stages.append(writer.gather)
+    return stages
+
+
+def _two_stages(writer: Writer, divisor: int) -> list[RoundStage]:
+    shared = max(map(len, writer.nodes)) > 1
+    stages = [for_each_node(writer.reduce_on)] if shared else []
+    stages.append(for_each_node(writer.compress_on))
+    stages += map(for_each, (writer.exchange_payload, writer.recompress, writer.exchange_recompressed))
+    stages.append(for_each(lambda chunk: writer.decompress(chunk, divisor)))
+    return [*stages, for_each(writer.gather)] if shared else stages
 
 
 def barrier(topology: Topology) -> Plan:
@@ -238,7 +256,11 @@ def _exchange(topology: Topology, numel: int, compressor: BlockCodec | None, ask
         return asked
     link = topology.inter_node
     return policy.exchange(
-        nodes=len(topology.nodes), payload_nbytes=compressor.nbytes(numel), alpha=link.alpha, beta=link.beta
+        nodes=len(topology.nodes),
+        payload_nbytes=compressor.nbytes(numel),
+        shard_numel=-(-numel // topology.K),
+        alpha=link.alpha,
+        beta=link.beta,
     )
 
 

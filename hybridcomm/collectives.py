@@ -86,9 +86,11 @@ class Collectives:
             return None
         target = view(t)
         name, factor = self._operation(op, target.dtype)
-        compressor = auto.resolve(self, compress, numel=target.numel, dtype=target.dtype, op=name)
+        compressor, exchange = auto.resolve(
+            self, compress, numel=target.numel, dtype=target.dtype, op=name, exchange=exchange
+        )
         if compressor is None and auto.is_auto(compress):
-            residual, exchange = None, "auto"  # the policy's answer for this size is dense, now and later
+            residual = None  # the policy's answer for this size is dense, now and later
         if compressor is None and residual is not None:
             raise UnsupportedError("residual= needs compress=: a dense all-reduce leaves nothing behind")
         if compressor is not None:
@@ -101,17 +103,8 @@ class Collectives:
                 name,
                 str(compressor),
                 exchange,
-                auto.is_auto(compress),
             ),
-            lambda: collective_plans.allreduce(
-                auto.topology(self, compress),
-                target.numel,
-                dtype=target.dtype,
-                op=name,
-                compressor=compressor,
-                exchange=exchange,
-                chunk_nbytes=self.chunk_nbytes,
-            ),
+            lambda: self._plan_allreduce(target.numel, target.dtype, name, compressor, exchange),
             compressor,
         )
         _scale(target, factor)
@@ -191,14 +184,19 @@ class Collectives:
     ) -> Plan:
         """The plan that `allreduce` would run for such a tensor: print it, check it, compare digests."""
         name, _ = self._operation(op, dtype)
-        compressor = auto.resolve(self, compress, numel=numel, dtype=dtype, op=name)
-        if compressor is None and auto.is_auto(compress):
-            exchange = "auto"
+        compressor, exchange = auto.resolve(
+            self, compress, numel=numel, dtype=dtype, op=name, exchange=exchange
+        )
+        return self._plan_allreduce(numel, dtype, name, compressor, exchange)
+
+    def _plan_allreduce(
+        self, numel: int, dtype: str, op: str, compressor: Compressor | None, exchange: str
+    ) -> Plan:
         return collective_plans.allreduce(
-            auto.topology(self, compress),
+            self.topology,
             numel,
             dtype=dtype,
-            op=name,
+            op=op,
             compressor=compressor,
             exchange=exchange,
             chunk_nbytes=self.chunk_nbytes,

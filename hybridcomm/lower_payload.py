@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hybridcomm.compress import Compressor
     from hybridcomm.plan import Plan, Region, Step
 
-__all__ = ["PayloadLowering", "most_payloads"]
+__all__ = ["PayloadLowering", "most_held"]
 
 
 class PayloadLowering:
@@ -31,24 +31,21 @@ class PayloadLowering:
         first, second = (self.plan.residual_regions(self.rank, op) for op in ("compress", "recompress"))
         self.residual_offset = {"compress": _offsets(first), "recompress": _offsets(second, _numel(first))}
         self.payloads: dict[Region, PayloadSlot] = {}  # of the chunks that are under way
-        slots = max(RING, most_payloads(steps))
-        self.payload_ring = Ring(begin, self._payload_set_nbytes(steps), slots)
-        return self.payload_ring.end
+        self.adds = {s.region for s in steps if s.op == "exchange_payload" and s.root in (-1, self.rank)}
+        nodes, second = len(self.plan.topology.nodes), self.plan.exchange == "two_stage"
+        largest = max((self._payload_nbytes(s.region) for s in steps if s.op == "compress"), default=0)
+        self.rings = {}
+        for adds in (True, False):
+            places = (nodes if adds else 1) + second
+            held = most_held([step for step in steps if (step.region in self.adds) == adds])
+            self.rings[adds] = Ring(begin, largest * places if held else 0, max(RING, held))
+            begin = self.rings[adds].end
+        return begin
 
     def _payload_nbytes(self, region: Region) -> int:
         if self.compressor is None:
             raise PlanError(f"a plan compressed by {self.plan.compressor} needs its compressor to be lowered")
         return self.compressor.nbytes(region.numel)
-
-    def _payload_set_nbytes(self, steps: Iterable[Step]) -> int:
-        """The payloads of one chunk, one per node, and in two stages the second payload."""
-        second = self.plan.exchange == "two_stage"
-        sizes = (
-            self._payload_nbytes(s.region) * (len(s.group) + second)
-            for s in steps
-            if s.op == "exchange_payload"
-        )
-        return max(sizes, default=0)
 
     def _encode(self, step: Step, stream: str, payloads: PayloadSlot, place: int, after: list[int]) -> None:
         op = self._add(
@@ -88,14 +85,19 @@ class PayloadLowering:
         payloads.slot.users.append(op)
 
     def _compress(self, step: Step) -> None:
-        payloads = PayloadSlot(self.payload_ring.take(), self._payload_nbytes(step.region))
+        adds, topology = step.region in self.adds, self.plan.topology
+        payloads = PayloadSlot(
+            self.rings[adds].take(),
+            self._payload_nbytes(step.region),
+            own=topology.node_of(self.rank) if adds else 0,
+            second=len(topology.nodes) if adds else 1,
+        )
         self.payloads[step.region] = payloads
-        node = self.plan.topology.node_of(self.rank)
-        self._encode(step, "compress", payloads, node, self._after(step))
+        self._encode(step, "compress", payloads, payloads.own, self._after(step))
 
     def _exchange_payload(self, step: Step) -> None:
         payloads, done = self.payloads[step.region], []
-        own = payloads.at(step.group.index(self.rank))
+        own = payloads.at(payloads.own)
         if step.root in (-1, self.rank):
             for place, rank in enumerate(step.group):
                 if rank != self.rank:
@@ -108,12 +110,12 @@ class PayloadLowering:
 
     def _recompress(self, step: Step) -> None:
         """The sum of the payloads stands in the tensor's region until it is encoded."""
-        payloads, second = self.payloads[step.region], len(self.plan.topology.nodes)
-        self._encode(step, "recompress", payloads, second, self._decode(step, "recompress", payloads))
+        payloads = self.payloads[step.region]
+        summed = self._decode(step, "recompress", payloads)
+        self._encode(step, "recompress", payloads, payloads.second, summed)
 
     def _exchange_recompressed(self, step: Step) -> None:
-        payloads, second = self.payloads[step.region], len(step.group)
-        done = []
+        payloads, second, done = self.payloads[step.region], self.payloads[step.region].second, []
         if step.root == self.rank:
             for rank in step.group:
                 if rank != self.rank:
@@ -127,12 +129,18 @@ class PayloadLowering:
         self._decode(step, "decompress", self.payloads.pop(step.region))
 
 
-def most_payloads(steps: Iterable[Step]) -> int:
-    """How many chunks have payloads at once, in plan order: with less room a chunk would wait for a later one."""
-    most = held = 0
+def most_held(steps: Iterable[Step]) -> int:
+    """The most chunks that are compressed before one of them, the first, is decompressed.
+
+    A ring with room for less would write one's payloads over another's.
+    """
+    most, begun, first = 0, 0, {}
     for step in steps:
-        held += (step.op == "compress") - (step.op == "decompress")
-        most = max(most, held)
+        if step.op == "compress":
+            first[step.region] = begun
+            begun += 1
+        elif step.op == "decompress":
+            most = max(most, begun - first.pop(step.region))
     return most
 
 

@@ -48,13 +48,14 @@ class Ring:
 
 
 class PayloadSlot:
-    """The payloads of one chunk: one place per node, in two stages one more for the second payload.
+    """The payloads of one chunk, of ``nbytes`` each: in place ``own`` this rank's, in ``second`` that of the sum.
 
-    ``held`` are the scratch offsets of those that this rank has, in the order in which they are added.
+    Where this rank adds the payloads of all nodes, there is one place for each, in node order. ``held`` are the
+    scratch offsets of those that it has, in the order in which they are added.
     """
 
-    def __init__(self, slot: Slot, nbytes: int) -> None:
-        self.slot, self.nbytes = slot, nbytes
+    def __init__(self, slot: Slot, nbytes: int, *, own: int, second: int) -> None:
+        self.slot, self.nbytes, self.own, self.second = slot, nbytes, own, second
         self.held: list[int] = []
 
     def at(self, place: int) -> int:

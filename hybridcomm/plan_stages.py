@@ -9,18 +9,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import TypeVar
 
 from hybridcomm import policy
 from hybridcomm.plan import Region, Step
 from hybridcomm.topology import Topology
 
-__all__ = ["Chunk", "Stage", "Writer", "chunks_of", "chunks_of_slices", "pipeline", "shard_regions"]
+__all__ = [
+    "Chunk",
+    "RoundStage",
+    "Stage",
+    "Writer",
+    "chunks_of",
+    "for_each",
+    "for_each_node",
+    "pipeline",
+    "rounds_of",
+    "shard_regions",
+]
 
 
 class Chunk:
     """One chunk on its way through the stages: its region, owners, the ids of the steps written so far."""
 
-    __slots__ = ("decoded", "home", "index", "owners", "ready", "reduced", "region", "shard", "slices")
+    __slots__ = (
+        "decoded",
+        "encoded",
+        "home",
+        "index",
+        "owners",
+        "ready",
+        "reduced",
+        "region",
+        "shard",
+        "slices",
+    )
 
     def __init__(
         self, shard: int, index: int, region: Region, owners: tuple[int, ...], home: int = -1
@@ -29,6 +52,7 @@ class Chunk:
         self.home = home  # the node whose owner adds this chunk's payloads (-1: every owner does)
         self.slices = _slices(region, len(owners), shard + index) if len(owners) > 1 else []
         self.reduced: list[int] = [-1] * len(owners)  # per node: the id of its reduce, -1 where there is none
+        self.encoded: tuple[int, ...] = ()  # the ids of its compresses
         self.decoded: tuple[int, ...] = ()  # per node: the id of its decompress, if there is one
         self.ready: tuple[int, ...] = ()  # what the next stage waits for
 
@@ -69,24 +93,30 @@ class Writer:
     # -- stages: each takes a chunk one step along the route -----------------------------------------------
 
     def reduce(self, chunk: Chunk, divisor: int = 1) -> None:
-        for node, ranks in enumerate(self.nodes):
-            if len(ranks) > 1:
-                chunk.reduced[node] = self.add("reduce", chunk, ranks, chunk.owners[node], divisor=divisor)
-        chunk.ready = tuple(step for step in chunk.reduced if step >= 0)
+        for node in range(len(self.nodes)):
+            self.reduce_on(chunk, node, divisor)
+
+    def reduce_on(self, chunk: Chunk, node: int, divisor: int = 1) -> None:
+        ranks = self.nodes[node]
+        if len(ranks) > 1:
+            chunk.reduced[node] = self.add("reduce", chunk, ranks, chunk.owners[node], divisor=divisor)
+            chunk.ready += (chunk.reduced[node],)
 
     def reduce_all(self, chunk: Chunk, divisor: int) -> None:
         """On a single node."""
         chunk.ready = (self.add("reduce_all", chunk, self.nodes[0], -1, divisor=divisor),)
 
     def compress(self, chunk: Chunk) -> None:
-        chunk.ready = tuple(
-            self.add("compress", chunk, (owner,), owner, _known(chunk.reduced[node]))
-            for node, owner in enumerate(chunk.owners)
-        )
+        for node in range(len(self.nodes)):
+            self.compress_on(chunk, node)
+
+    def compress_on(self, chunk: Chunk, node: int) -> None:
+        owner, after = chunk.owners[node], _known(chunk.reduced[node])
+        chunk.encoded += (self.add("compress", chunk, (owner,), owner, after),)
 
     def exchange_payload(self, chunk: Chunk) -> None:
         root = -1 if chunk.home < 0 else chunk.owners[chunk.home]
-        chunk.ready = (self.add("exchange_payload", chunk, chunk.owners, root, chunk.ready),)
+        chunk.ready = (self.add("exchange_payload", chunk, chunk.owners, root, chunk.encoded),)
 
     def recompress(self, chunk: Chunk) -> None:
         """The divisor comes last, so that the second residual is in units of the unscaled sum, as the first."""
@@ -131,15 +161,45 @@ def _known(step: int) -> tuple[int, ...]:
 
 
 Stage = Callable[[Chunk], None]
+Round = tuple[Chunk, ...]
+RoundStage = Callable[[Round], None]
+Item = TypeVar("Item")
 
 
-def pipeline(stages: Sequence[Stage], shards: Sequence[Sequence[Chunk]]) -> None:
+def pipeline(stages: Sequence[Callable[[Item], None]], shards: Sequence[Sequence[Item]]) -> None:
+    """Items are chunks, or what else ``stages`` take."""
     longest = max(map(len, shards), default=0)
     for slot in range(longest + len(stages) - 1):
         for age, stage in enumerate(stages):
-            for chunks in shards:
-                if 0 <= slot - age < len(chunks):
-                    stage(chunks[slot - age])
+            for items in shards:
+                if 0 <= slot - age < len(items):
+                    stage(items[slot - age])
+
+
+def for_each(stage: Stage) -> RoundStage:
+    """``stage`` for all chunks of a round."""
+
+    def run(chunks: Round) -> None:
+        for chunk in chunks:
+            stage(chunk)
+
+    return run
+
+
+def for_each_node(stage: Callable[[Chunk, int], None]) -> RoundStage:
+    """``stage`` for all chunks of a round on all nodes, each of which begins with the slice of the node behind it.
+
+    So their payloads go to as many owners at a time, instead of all to the first, then all to the second.
+    """
+
+    def run(chunks: Round) -> None:
+        nodes = len(chunks[0].owners)
+        for turn in range(len(chunks)):
+            for node in range(nodes):
+                order = sorted(chunks, key=lambda chunk: (chunk.home - node - 1) % nodes)
+                stage(order[turn], node)
+
+    return run
 
 
 def shard_regions(numel: int, shards: int, align: int) -> list[Region]:
@@ -155,25 +215,29 @@ def chunks_of(shard: int, region: Region, size: int, owners: tuple[int, ...]) ->
     return [Chunk(shard, i, Region(b, min(b + size, region.end)), owners) for i, b in enumerate(begins)]
 
 
-def chunks_of_slices(
-    shard: int, region: Region, size: int, owners: tuple[int, ...], align: int
-) -> list[Chunk]:
-    """Chunks of a shard that is cut into one slice per node, the slices side by side.
+def rounds_of(shard: int, region: Region, size: int, owners: tuple[int, ...], align: int) -> list[Round]:
+    """Chunks of a shard that is cut into one slice per node: round i holds chunk i of each slice.
 
-    Neighbouring shards begin at neighbouring nodes, so that shards of fewer blocks than nodes keep all busy.
+    A round goes from stage to stage as one: were one slice's second payload to come before another's first on the
+    link of two nodes, it would hold that up. Neighbouring shards begin at neighbouring nodes, so that shards of
+    fewer blocks than nodes keep all busy.
     """
     nodes, slices = len(owners), shard_regions(region.numel, len(owners), align)
-    pieces = [
-        (
-            place // size,
-            (i + shard) % nodes,
-            Region(region.begin + b + place, region.begin + min(b + place + size, e)),
+    longest = max(part.numel for part in slices)
+    return [
+        tuple(
+            Chunk(
+                shard,
+                turn * nodes + i,
+                Region(region.begin + begin, region.begin + min(begin + size, part.end)),
+                owners,
+                (i + shard) % nodes,
+            )
+            for i, part in enumerate(slices)
+            if (begin := part.begin + turn * size) < part.end
         )
-        for i, (b, e) in enumerate(slices)
-        for place in range(0, e - b, size)
+        for turn in range(-(-longest // size))
     ]
-    pieces.sort(key=lambda piece: piece[0])
-    return [Chunk(shard, i, part, owners, home) for i, (_, home, part) in enumerate(pieces)]
 
 
 def _slices(region: Region, nodes: int, turn: int) -> list[tuple[int, Region]]:

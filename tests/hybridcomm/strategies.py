@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import strategies as st
 
 from hybridcomm import collective_plans
@@ -17,6 +19,7 @@ NAMED = {
     "2+1": Topology.from_sizes([2, 1]),
     "3+2": Topology.from_sizes([3, 2]),
     "2+1+1": Topology.from_sizes([2, 1, 1]),
+    "3x1": Topology.virtual(3, 1),
     "interleaved": Topology(nodes=((0, 2, 3), (1, 4))),
 }
 
@@ -42,6 +45,13 @@ def topk(ratio: float = 0.1, block: int = 64) -> Compressor:
     return compressor
 
 
+def two_stage(topology: Topology, numel: int, **options: Any) -> Plan:
+    """A compressed all-reduce that is exchanged in two stages, or as ``options`` say."""
+    return collective_plans.allreduce(
+        topology, numel, **{"compressor": topk(), "exchange": "two_stage", **options}
+    )
+
+
 def every_plan(topology: Topology, numel: int) -> list[Plan]:
     """One plan of each builder (numel rounded up to parts where parts must be equal), with several chunks."""
     world = topology.world_size
@@ -51,6 +61,12 @@ def every_plan(topology: Topology, numel: int) -> list[Plan]:
         collective_plans.allreduce(topology, numel, op=op, compressor=compressor, chunk_elems=1024)
         for op in ("sum", "mean")
         for compressor in (None, codec)
+    ]
+    plans += [
+        collective_plans.allreduce(
+            topology, numel, op=op, compressor=codec, exchange="two_stage", chunk_elems=1024
+        )
+        for op in ("sum", "mean")
     ]
     plans += [
         collective_plans.broadcast(topology, numel, root=world - 1, chunk_elems=1024),

@@ -60,6 +60,13 @@ def compressed() -> Plan:
     return build.allreduce(NAMED["3+2"], 9000, op="mean", compressor=topk(), chunk_elems=1024)
 
 
+def two_stage() -> Plan:
+    topology = Topology.from_sizes([3, 2, 1])
+    return build.allreduce(
+        topology, 5000, op="mean", compressor=topk(), exchange="two_stage", chunk_elems=512
+    )
+
+
 def others() -> list[Plan]:
     topology = NAMED["3+2"]
     return [
@@ -73,7 +80,7 @@ def find(plan: Plan, op: str, nth: int = 0) -> int:
     return [step.id for step in plan.steps if step.op == op][nth]
 
 
-@pytest.mark.parametrize("make", [dense, compressed])
+@pytest.mark.parametrize("make", [dense, compressed, two_stage])
 def test_each_dropped_step_is_caught(make: Callable[[], Plan]) -> None:
     plan = make()
     for victim in plan.steps:
@@ -88,7 +95,7 @@ def test_each_dropped_step_of_the_other_collectives_is_caught() -> None:
                 renumbered(plan, [step for step in plan.steps if step is not victim]).check()
 
 
-@pytest.mark.parametrize("make", [dense, compressed])
+@pytest.mark.parametrize("make", [dense, compressed, two_stage])
 def test_each_doubled_step_is_caught(make: Callable[[], Plan]) -> None:
     """A step that runs twice counts ranks twice, averages twice, or is an unordered second write."""
     plan = make()
@@ -128,7 +135,7 @@ def needed_waits(plan: Plan) -> list[tuple[int, int]]:
     return out
 
 
-@pytest.mark.parametrize("make", [dense, compressed])
+@pytest.mark.parametrize("make", [dense, compressed, two_stage])
 def test_each_missing_wait_is_caught_and_no_harmless_one_flagged(make: Callable[[], Plan]) -> None:
     plan = make()
     needed = set(needed_waits(plan))
@@ -177,6 +184,27 @@ def test_swapped_peers_and_sends_are_caught() -> None:
         changed(plan, gather, root=wrong).check()
 
 
+def test_faults_of_two_stages_are_caught() -> None:
+    plan = two_stage()
+    owns, passes = find(plan, "recompress"), find(plan, "exchange_recompressed")
+    step = plan.steps[owns]
+    other = next(rank for rank in plan.steps[passes].group if rank != step.root)
+    kept = [
+        s for s in plan.steps if not (s.op == "decompress" and (s.region, s.root) == (step.region, step.root))
+    ]
+    for mutant, why in (
+        # the slice's owner keeps its exact sum, which no other rank has
+        (renumbered(plan, kept), r"nothing was written to|ends with ranks \[\]"),
+        (changed(plan, owns, root=other, group=(other,)), "misses it|no second payload|no payloads"),
+        (changed(plan, passes, root=other), "misses it|counts rank|ends with ranks"),
+        (changed(plan, passes, root=-1), "needs a root"),
+        (changed(plan, owns, divisor=6), "ends with ranks .* / 36|adds means to sums"),  # applied twice
+        (changed(plan, find(plan, "exchange_payload"), root=other), "counts rank|ends with ranks|misses it"),
+    ):
+        with pytest.raises(PlanError, match=why):
+            mutant.check()
+
+
 def test_overlapping_or_short_slices_are_caught() -> None:
     plan = dense()
     place = find(plan, "exchange_reduce")
@@ -221,7 +249,7 @@ def programs(plan: Plan) -> dict[int, list[Step]]:
 
 
 def test_ranks_with_other_exchange_orders_deadlock() -> None:
-    for plan in (dense(), compressed()):
+    for plan in (dense(), compressed(), two_stage()):
         mixed = programs(plan)
         order = [i for i, step in enumerate(mixed[0]) if step.stream == "exchange"]
         first, second = order[0], order[-1]

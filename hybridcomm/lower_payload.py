@@ -32,11 +32,11 @@ class PayloadLowering:
         self.residual_offset = {"compress": _offsets(first), "recompress": _offsets(second, _numel(first))}
         self.payloads: dict[Region, PayloadSlot] = {}  # of the chunks that are under way
         self.adds = {s.region for s in steps if s.op == "exchange_payload" and s.root in (-1, self.rank)}
-        nodes, second = len(self.plan.topology.nodes), self.plan.exchange == "two_stage"
+        nodes, sums = len(self.plan.topology.nodes), int(self.plan.exchange == "two_stage")
         largest = max((self._payload_nbytes(s.region) for s in steps if s.op == "compress"), default=0)
         self.rings = {}
         for adds in (True, False):
-            places = (nodes if adds else 1) + second
+            places = (nodes if adds else 1) + sums
             held = most_held([step for step in steps if (step.region in self.adds) == adds])
             self.rings[adds] = Ring(begin, largest * places if held else 0, max(RING, held))
             begin = self.rings[adds].end

@@ -128,18 +128,22 @@ def test_a_nonfinite_value_passes_both_stages_and_leaves_both_residuals(
         assert residual_of(residual).tobytes() == old
 
 
-def test_many_shards_on_one_rank_do_not_run_out_of_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank that owns six shards has 24 chunks under way; in a ring of 16 one overwrites another."""
-    topology, numel = Topology.from_sizes([6, 1]), 60_000
+@pytest.mark.parametrize("exchange", ["gather", "two_stage"])
+def test_many_shards_on_one_rank_do_not_run_out_of_scratch(
+    monkeypatch: pytest.MonkeyPatch, exchange: str
+) -> None:
+    """A rank that owns six shards has more than 16 chunks under way: in a ring of 16 one overwrites another."""
+    topology, numel = Topology.from_sizes([6, 1]), 120_000
     inputs = gradients(7, numel, seed=4)
-    want = Oracle().run(two_stage(topology, numel, chunk_elems=1024), inputs, with_residual=False)
+    plan = two_stage(topology, numel, exchange=exchange, chunk_elems=1024)
+    want = Oracle().run(plan, inputs, with_residual=False)
     with engine_contexts(topology, chunk_nbytes=4096) as contexts:
-        got = by_engine(contexts, inputs, op="sum", exchange="two_stage")
+        got = by_engine(contexts, inputs, op="sum", exchange=exchange)
     assert [a.tobytes() for a in got] == [b.tobytes() for b in want]
     monkeypatch.setattr(lower_payload, "most_held", lambda steps: 1)
     with engine_contexts(topology, chunk_nbytes=4096, timeout=1.0) as contexts:
         try:
-            got = by_engine(contexts, inputs, op="sum", exchange="two_stage")
+            got = by_engine(contexts, inputs, op="sum", exchange=exchange)
         except HybridCommError:
             return
         assert [a.tobytes() for a in got] != [b.tobytes() for b in want]

@@ -20,10 +20,12 @@ from hybridcomm.probe import Figures
 from hybridcomm.residual import Residual
 from hybridcomm.topology import Link, Topology
 from tests.engine_ranks import engine_contexts
+from tests.fake_context import make_fake_contexts
 from tests.hybridcomm.compressed_calls import Oracle, by_engine, gradients
 from tests.hybridcomm.strategies import NAMED, topk, topologies, two_stage
 from tests.interpreter import Interpreter
 from tests.numerics import sum_tolerance, topk_error_bound
+from tests.ranks import run_ranks
 
 NAMES = ["2x2", "4x1", "3+2", "2+1+1", "3x1"]
 SIZES = [1, 64, 129, 255, 256, 257, 5003]
@@ -266,3 +268,24 @@ def test_another_exchange_takes_the_residuals_along(through: str) -> None:
     assert stage(residual, SLICE)[0].tolist() == [1, 2, 3, 4, 14, 16, 7, 8, 0, 0]
     with pytest.raises(ResidualError, match="keep one Residual"):
         stage(residual, [])  # within one step there is no other exchange
+
+
+def test_a_reducer_says_how_many_buckets_go_in_two_stages() -> None:
+    from torch import nn
+
+    from hybridcomm.reducer import Reducer
+
+    def table(ctx: object, **options: Any) -> str:
+        return str(Reducer(nn.Linear(64, 64), ctx=ctx, compress="topk:0.1/b64", **options).table())  # type: ignore[arg-type]
+
+    for exchange, active in (("auto", "/k6/v10"), ("two_stage", "/k6/v10, 1 of 1 buckets in two stages")):
+        contexts = make_fake_contexts(NAMED["3x1"])
+        for text in run_ranks(lambda ctx, exchange=exchange: table(ctx, exchange=exchange), contexts):
+            row = text.splitlines()[2]
+            assert active in row
+            assert ("two_stage" in row) == (exchange == "two_stage")
+            assert float(row.split()[-1]) > 1
+    (alone,) = make_fake_contexts(NAMED["1x1"])
+    for wrong in ({"exchange": "both"}, {"exchange": "gather", "compress": None}):
+        with pytest.raises(UnsupportedError, match="exchange="):
+            Reducer(nn.Linear(2, 2), ctx=alone, **{"compress": "topk", **wrong})  # type: ignore[arg-type]

@@ -57,7 +57,10 @@ bench: $(VENV)/engine.stamp
 	$(PY) -m pytest benchmarks/bench_kernels.py --benchmark-json $(BENCH)/kernels.json $(ARGS)
 	$(PY) -m pytest benchmarks/bench_inhost.py --benchmark-json $(BENCH)/inhost.json $(ARGS)
 	if [ "$$(id -u)" = 0 ]; then \
-	  $(PY) -m benchmarks.bench_allreduce --json $(BENCH)/allreduce.json && \
+	  $(PY) -m benchmarks.bench_wire --json $(BENCH)/wire.json && \
+	  $(PY) -m benchmarks.bench_allreduce --rates 1gbit 200mbit --json $(BENCH)/allreduce.json && \
+	  $(PY) -m benchmarks.bench_allreduce --nodes 4 --json $(BENCH)/allreduce-4x2.json && \
+	  $(PY) -m benchmarks.bench_overlap --json $(BENCH)/overlap.json && \
 	  $(PY) -m benchmarks.bench_training --steps 320 --variants ddp,topk --json $(BENCH)/training.json && \
 	  $(PY) -m benchmarks.figures --allreduce $(BENCH)/allreduce.json --training $(BENCH)/training.json --out $(BENCH); \
 	else echo "not root: the benchmarks on the virtual cluster are left out"; fi

@@ -15,17 +15,19 @@ import torch.distributed as dist
 
 import hybridcomm
 from benchmarks.ours import ours
-from benchmarks.peers import GlooAllReduce, Peer, hooks
+from benchmarks.peers import GlooAllReduce, HierarchicalGloo, Peer, hooks
 from benchmarks.timing import Timing, link_bytes, slowest
 
 _WARMUP = 3  # PowerSGD starts compressing in its third call
+_DENSE = ("gloo", "gloo-hierarchical", "ours")  # those that know back-to-back calls
 
 
-def _build(names: Sequence[str], numel: int) -> dict[str, Peer]:
+def _build(names: Sequence[str], numel: int, calls: int) -> dict[str, Peer]:
     makers: dict[str, Callable[[], Peer]] = {
-        "gloo": lambda: GlooAllReduce(numel),
+        "gloo": lambda: GlooAllReduce(numel, calls),
+        "gloo-hierarchical": lambda: HierarchicalGloo(numel, calls),
         **hooks(numel),
-        **ours(numel),
+        **ours(numel, calls),
     }
     wanted = list(names)
     if any(name in hooks(numel) or name == "ours-reducer" for name in wanted) and "local" not in wanted:
@@ -47,8 +49,8 @@ def _turn(peer: Peer, turn: int) -> tuple[float, int]:
     return seconds, sent
 
 
-def _measure(names: Sequence[str], numel: int, rounds: int) -> dict[str, object]:
-    peers = _build(names, numel)
+def _measure(names: Sequence[str], numel: int, rounds: int, calls: int) -> dict[str, object]:
+    peers = _build(names, numel, calls)
     seconds: dict[str, list[float]] = {name: [] for name in peers}
     sent: dict[str, list[int]] = {name: [] for name in peers}
     engine: dict[str, int] = {}
@@ -67,12 +69,14 @@ def _measure(names: Sequence[str], numel: int, rounds: int) -> dict[str, object]
     local = Timing.of(times["local"]).median / 1e3 if "local" in times else 0.0
     lines = []
     for name, peer in peers.items():
-        counted = _over_nodes(sum(sent[name])) / rounds
-        own = _over_ranks(engine[name]) / rounds
-        timing = Timing.of(times[name], minus=local if peer.less_local and name != "local" else 0.0)
+        per_turn = calls if name in _DENSE else 1
+        counted = _over_nodes(sum(sent[name])) / rounds / per_turn
+        own = _over_ranks(engine[name]) / rounds / per_turn
+        per_call = [seconds / per_turn for seconds in times[name]]
+        timing = Timing.of(per_call, minus=local if peer.less_local and name != "local" else 0.0)
         line = {"key": name, "name": peer.name, "counted_bytes": counted, "engine_bytes": own or None}
         lines.append({**line, "ms": asdict(timing)})
-    return {"numel": numel, "rounds": rounds, "lines": lines}
+    return {"numel": numel, "rounds": rounds, "calls": calls, "lines": lines}
 
 
 def _over_ranks(value: int) -> int:
@@ -92,12 +96,15 @@ def main() -> None:
     parser.add_argument("--peers", required=True)
     parser.add_argument("--sizes", type=float, nargs="+", required=True)
     parser.add_argument("--rounds", type=int, required=True)
+    parser.add_argument("--calls", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     hybridcomm.init()
     for mebibytes in arguments.sizes:
-        result = _measure(arguments.peers.split(","), int(mebibytes * 2**18), arguments.rounds)
+        result = _measure(
+            arguments.peers.split(","), round(mebibytes * 2**18), arguments.rounds, arguments.calls
+        )
         if dist.get_rank() == 0:
             print(json.dumps(result), flush=True)
         gc.collect()

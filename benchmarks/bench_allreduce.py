@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from benchmarks.table import table
 from benchmarks.timing import wire_limit
 
 _PEERS = "gloo,fp16,powersgd,topk-naive,ours,ours-topk,ours-reducer"
-_BASELINE = {"ours": "ours", "gloo": "ours", "ours-topk": "ours-topk"}
+_BASELINE = {"ours": "ours", "gloo": "ours", "gloo-hierarchical": "ours", "ours-topk": "ours-topk"}
 """Which of our lines a peer is compared with; those not named, DDP's hooks, with our Reducer."""
+_DENSE = ("gloo", "gloo-hierarchical", "ours")
 
 
 def _arguments() -> argparse.Namespace:
@@ -27,7 +29,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--per-node", default="2", help="ranks per node, or one number per node: 2+1+1")
     parser.add_argument("--rounds", type=int, default=7, help="timed calls of each peer (default 7)")
-    parser.add_argument("--peers", default=_PEERS, help=f"comma-separated (default {_PEERS}; also ddp)")
+    parser.add_argument("--calls", type=int, default=1, help="dense calls back to back in each (default 1)")
+    parser.add_argument(
+        "--peers", default=_PEERS, help=f"comma-separated (default {_PEERS}; also ddp, gloo-hierarchical)"
+    )
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     return parser.parse_args()
 
@@ -35,13 +40,13 @@ def _arguments() -> argparse.Namespace:
 def _row(line: dict[str, Any], result: dict[str, Any], limit: float) -> list[str]:
     ms, by_key = line["ms"], {other["key"]: other["ms"]["median"] for other in result["lines"]}
     ours = by_key.get(_BASELINE.get(line["key"], "ours-reducer"))
-    dense = line["key"] in ("gloo", "ours")
+    dense = line["key"] in _DENSE
     engine = line["engine_bytes"]
     return [
         line["name"],
-        f"{ms['median']:.1f}",
-        f"{ms['least']:.1f}",
-        f"{ms['greatest']:.1f}",
+        f"{ms['median']:.2f}",
+        f"{ms['least']:.2f}",
+        f"{ms['greatest']:.2f}",
         f"{ours:.1f}" if ours is not None else "",
         f"{ms['median'] / ours:.2f}" if ours is not None else "",
         f"{ms['median'] / 1e3 / limit:.2f}" if dense and limit else "",
@@ -70,10 +75,28 @@ def _print(result: dict[str, Any], cluster: Cluster) -> None:
     limit = wire_limit(len(cluster.ranks_of), result["numel"] * 4, shape.rate) if shape is not None else 0.0
     result["limit_ms"] = limit * 1e3
     layout = "+".join(map(str, cluster.ranks_of))
+    calls = f" of {result['calls']} calls back to back" if result["calls"] > 1 else ""
     print(f"\n{result['numel'] * 4 / 2**20:g} MiB fp32, ranks {layout}; {shape or 'unshaped'}")
-    print(f"dense wire limit 2(M-1)/M * S/rate = {limit * 1e3:.1f} ms; {result['rounds']} interleaved rounds")
+    print(f"dense wire limit 2(M-1)/M * S/rate = {limit * 1e3:.2f} ms; ", end="")
+    print(f"{result['rounds']} interleaved rounds{calls}")
     rows = [_row(line, result, limit) for line in result["lines"] if line["key"] != "local"]
     print(table(_HEADER, rows), flush=True)
+
+
+def measure(
+    cluster: Cluster, *, peers: str, sizes: Sequence[float], rounds: int, calls: int = 1
+) -> list[dict[str, Any]]:
+    """Time ``peers`` on a cluster, print a table per size (MiB), and return what was measured."""
+    argv = [sys.executable, "-m", "benchmarks.allreduce_worker", "--peers", peers, "--rounds", str(rounds)]
+    argv += ["--calls", str(calls), "--sizes", *map(str, sizes)]
+    done = cluster.run(argv, timeout=900)
+    results = []
+    for line in done.stdout[0].splitlines():
+        rate = cluster.shape.rate if cluster.shape is not None else None
+        result = {"rate": rate, "ranks_of": cluster.ranks_of, **json.loads(line)}
+        _print(result, cluster)
+        results.append(result)
+    return results
 
 
 def main() -> int:
@@ -81,17 +104,17 @@ def main() -> int:
     arguments = _arguments()
     counts = [int(part) for part in arguments.per_node.split("+")]
     per_node = counts[0] if len(counts) == 1 else counts
-    argv = [sys.executable, "-m", "benchmarks.allreduce_worker", "--peers", arguments.peers]
-    argv += ["--rounds", str(arguments.rounds), "--sizes", *map(str, arguments.sizes)]
     results: list[dict[str, Any]] = []
     try:
         for rate in arguments.rates:
             with Cluster(arguments.nodes, per_node, None if rate == "none" else rate) as cluster:
-                done = cluster.run(argv, timeout=900)
-                for line in done.stdout[0].splitlines():
-                    result = {"rate": rate, "ranks_of": cluster.ranks_of, **json.loads(line)}
-                    _print(result, cluster)
-                    results.append(result)
+                results += measure(
+                    cluster,
+                    peers=arguments.peers,
+                    sizes=arguments.sizes,
+                    rounds=arguments.rounds,
+                    calls=arguments.calls,
+                )
     except ClusterError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

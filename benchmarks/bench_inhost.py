@@ -1,6 +1,7 @@
-"""In-host all-reduce, gloo beside ours: ``pytest benchmarks/bench_inhost.py``; rank 0 holds the fixture.
+"""In-host all-reduce, peers beside ours: ``pytest benchmarks/bench_inhost.py``; rank 0 holds the fixture.
 
-Figures are ms per call; each rank rewrites its input before every call, which is not in the figure.
+Peers are gloo and the MPI libraries that are installed; the limit is the memory's: every byte read once and written
+once. Figures are ms per call; each rank rewrites its input before every call, which is not in the figure.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from collections.abc import Iterator
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from benchmarks import native
 from benchmarks.inhost import PEERS, Case, Team
 
-_SIZES = [4 << 10, 64 << 10, 1 << 20, 16 << 20, 64 << 20]
+_SIZES = [4 << 10, 64 << 10, 1 << 20, 16 << 20, 64 << 20, 256 << 20]
+_RANKS = [2, 4]
+_ENGINE_NBYTES = 4 << 10
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["2-ranks", "4-ranks"])
+@pytest.fixture(scope="module", params=_RANKS, ids=["2-ranks", "4-ranks"])
 def team(request: pytest.FixtureRequest) -> Iterator[Team]:
     """A team per number of ranks, kept for all cases of it."""
     group = Team(request.param)
@@ -23,14 +27,49 @@ def team(request: pytest.FixtureRequest) -> Iterator[Team]:
     group.close()
 
 
+def _note(benchmark: BenchmarkFixture, ranks: int, peer: str, nbytes: int, ms: float) -> None:
+    benchmark.group = f"{ranks} ranks {nbytes >> 10} KiB"
+    benchmark.extra_info.update(ranks=ranks, peer=peer, nbytes=nbytes, ms_per_call=ms)
+
+
 @pytest.mark.parametrize("nbytes", _SIZES, ids=lambda n: f"{n >> 10}KiB")
 @pytest.mark.parametrize("peer", PEERS)
 def test_allreduce(benchmark: BenchmarkFixture, team: Team, peer: str, nbytes: int) -> None:
-    """One line of the table."""
+    """One cell of the table."""
     case = Case.of(peer, nbytes)
     runner = team.start(case)
-    benchmark.group = f"{team.world_size} ranks {nbytes >> 10} KiB"
     benchmark.pedantic(runner.batch, setup=runner.prepare, rounds=case.rounds, warmup_rounds=case.warmup)
     runner.check()
     net = (benchmark.stats.stats.median - runner.rewriting()) / case.batch
-    benchmark.extra_info.update(ranks=team.world_size, peer=peer, nbytes=nbytes, ms_per_call=net * 1e3)
+    _note(benchmark, team.world_size, peer, nbytes, net * 1e3)
+
+
+@pytest.mark.parametrize("nbytes", _SIZES, ids=lambda n: f"{n >> 10}KiB")
+@pytest.mark.parametrize("ranks", _RANKS)
+@pytest.mark.parametrize("peer", native.mpis())
+def test_mpi(benchmark: BenchmarkFixture, peer: str, ranks: int, nbytes: int) -> None:
+    """A peer without Python: timed inside its own processes, as ours are."""
+    case = Case.of(peer, nbytes)
+    ms: list[float] = []
+
+    def measure() -> None:
+        ms.append(native.mpi_allreduce_ms(peer, ranks, nbytes=nbytes, batch=case.batch, rounds=case.rounds))
+
+    benchmark.pedantic(measure, rounds=1)
+    _note(benchmark, ranks, peer, nbytes, ms[0])
+
+
+@pytest.mark.parametrize("ranks", _RANKS)
+def test_engine_alone(benchmark: BenchmarkFixture, ranks: int) -> None:
+    """What Python adds is the difference to the line above."""
+    ms: list[float] = []
+    benchmark.pedantic(lambda: ms.append(native.engine_latency_ms(ranks, _ENGINE_NBYTES)), rounds=1)
+    _note(benchmark, ranks, "engine", _ENGINE_NBYTES, ms[0])
+
+
+@pytest.mark.parametrize("ranks", _RANKS)
+def test_floor(benchmark: BenchmarkFixture, ranks: int) -> None:
+    """The limit, for all sizes."""
+    found: dict[int, float] = {}
+    benchmark.pedantic(lambda: found.update(native.floor_ms(ranks, _SIZES)), rounds=1)
+    benchmark.extra_info.update(ranks=ranks, floor_ms=found)

@@ -29,6 +29,10 @@ def _bars(axes: Axes, names: list[str], values: list[float], ours: list[bool], u
         axes.text(value, row, f" {text}", va="center", color=_INK, fontsize=9)
 
 
+def _rate(result: dict[str, Any]) -> str:
+    return f"{result['rate'] / 1e6:g} Mbit/s" if result["rate"] else "unshaped"
+
+
 def allreduce_figure(result: dict[str, Any]) -> Figure:
     """One all-reduce: ms of each peer and ours, with the wire limit of dense traffic."""
     lines = [line for line in result["lines"] if line["key"] != "local"]
@@ -38,11 +42,9 @@ def allreduce_figure(result: dict[str, Any]) -> Figure:
     _bars(axes, names, medians, [line["key"].startswith("ours") for line in lines], "ms (median)")
     if result.get("limit_ms"):
         axes.axvline(result["limit_ms"], color=_INK, linewidth=1, linestyle=":")
-        axes.set_title(f"dotted: what {result['rate']} allows a dense all-reduce", fontsize=9, loc="right")
+        axes.set_title(f"dotted: what {_rate(result)} allows a dense all-reduce", fontsize=9, loc="right")
     ranks = "+".join(map(str, result["ranks_of"]))
-    figure.suptitle(
-        f"All-reduce of {result['numel'] * 4 / 2**20:g} MiB fp32, ranks {ranks}, {result['rate']}"
-    )
+    figure.suptitle(f"All-reduce of {result['numel'] * 4 / 2**20:g} MiB fp32, ranks {ranks}, {_rate(result)}")
     return figure
 
 

@@ -5,6 +5,7 @@ backward without communication (``no_sync``, measured in the same rounds) is tak
 """
 
 # No postponed annotations here: DDP checks a hook's annotations by identity.
+import os
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -14,7 +15,17 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powersgd
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["DdpHook", "GlooAllReduce", "OneParameter", "Peer", "heavy_tailed", "integers", "naive_topk_hook"]
+__all__ = [
+    "DdpHook",
+    "GlooAllReduce",
+    "HierarchicalGloo",
+    "IntegerSums",
+    "OneParameter",
+    "Peer",
+    "heavy_tailed",
+    "integers",
+    "naive_topk_hook",
+]
 
 
 class Peer(Protocol):
@@ -48,33 +59,76 @@ def heavy_tailed(numel: int, rank: int) -> torch.Tensor:
     return torch.empty(numel).normal_(generator=generator).pow_(3)
 
 
+class IntegerSums:
+    """Tensors of one turn, ``calls`` of them: seeded whole numbers whose sum over the ranks is known."""
+
+    def __init__(self, numel: int, calls: int = 1) -> None:
+        ranks = range(dist.get_world_size())
+        self._own = integers(numel, dist.get_rank())
+        self._expected = torch.stack([integers(numel, rank) for rank in ranks]).sum(0)
+        self.tensors = [torch.empty(numel) for _ in range(calls)]
+
+    def rewrite(self, turn: int) -> None:
+        """Another multiple for each turn and tensor, so that nothing left over from before can pass."""
+        for place, tensor in enumerate(self.tensors):
+            torch.mul(self._own, float(turn + place + 1), out=tensor)
+
+    def check(self, name: str, turn: int) -> None:
+        """Raise AssertionError unless every tensor holds the sum, exactly."""
+        for place, tensor in enumerate(self.tensors):
+            if not torch.equal(tensor, self._expected * float(turn + place + 1)):
+                raise AssertionError(f"{name}: wrong sum in turn {turn}, call {place}")
+
+
 class GlooAllReduce:
     """``torch.distributed.all_reduce`` over gloo, dense, results checked exactly."""
 
     name = "gloo all_reduce"
     less_local = False
 
-    def __init__(self, numel: int) -> None:
-        ranks = range(dist.get_world_size())
-        self._own = integers(numel, dist.get_rank())
-        self._expected = torch.stack([integers(numel, rank) for rank in ranks]).sum(0)
-        self._tensor = torch.empty(numel)
+    def __init__(self, numel: int, calls: int = 1) -> None:
+        self._sums = IntegerSums(numel, calls)
 
     def rewrite(self, turn: int) -> None:
         """Another multiple of the seeded input for each turn."""
-        torch.mul(self._own, float(turn + 1), out=self._tensor)
+        self._sums.rewrite(turn)
 
     def call(self) -> None:
-        """One blocking all-reduce."""
-        dist.all_reduce(self._tensor)
+        """Blocking all-reduces, back to back."""
+        for tensor in self._sums.tensors:
+            dist.all_reduce(tensor)
 
     def check(self, turn: int) -> None:
         """Exact equality with the sum of all ranks' inputs."""
-        if not torch.equal(self._tensor, self._expected * float(turn + 1)):
-            raise AssertionError(f"{self.name}: wrong sum in turn {turn}")
+        self._sums.check(self.name, turn)
 
     def finish(self) -> None:
         """Nothing is kept between calls."""
+
+
+class HierarchicalGloo(GlooAllReduce):
+    """Gloo in three steps: to one leader per node, between the leaders, back inside the nodes."""
+
+    name = "gloo, hierarchical"
+
+    def __init__(self, numel: int, calls: int = 1) -> None:
+        super().__init__(numel, calls)
+        node, local = int(os.environ["GROUP_RANK"]), int(os.environ["LOCAL_RANK"])
+        places: list[tuple[int, int]] = [(0, 0)] * dist.get_world_size()
+        dist.all_gather_object(places, (node, local))
+        nodes = sorted({where[0] for where in places})
+        members = [[rank for rank, where in enumerate(places) if where[0] == n] for n in nodes]
+        self._inside = [dist.new_group(ranks) for ranks in members][node]
+        self._leaders = dist.new_group([ranks[0] for ranks in members])
+        self._leader, self._leads = members[node][0], local == 0
+
+    def call(self) -> None:
+        """Blocking all-reduces, back to back."""
+        for tensor in self._sums.tensors:
+            dist.reduce(tensor, self._leader, group=self._inside)
+            if self._leads:
+                dist.all_reduce(tensor, group=self._leaders)
+            dist.broadcast(tensor, self._leader, group=self._inside)
 
 
 class OneParameter(torch.nn.Module):

@@ -35,7 +35,7 @@ except ImportError as error:
 
 from hybridcomm import policy
 from hybridcomm.arrays import Array
-from hybridcomm.compress import Compressor
+from hybridcomm.compress import Compress, Compressor
 from hybridcomm.context import Context
 from hybridcomm.errors import HybridCommError
 from hybridcomm.reduction import Op, premul_sum
@@ -130,7 +130,7 @@ def allreduce(
     t: Array,
     *,
     op: Op = "sum",
-    compress: str | Compressor | None = None,
+    compress: Compress = None,
     residual: Residual | None = None,
     exchange: str = "auto",
     group: Context | None = None,
@@ -141,7 +141,9 @@ def allreduce(
     ``t``: a contiguous CPU tensor (torch or numpy): float32, bfloat16 and float16 (both accumulated in
     float32), float64, int32, int64. ``op``: "sum" or "mean" (floating point only). ``compress``: None (dense)
     or "topk:0.01" (block-wise top 1 %, quantised; float32 only). It acts between nodes; with one node there
-    is nothing to compress. "auto": where measured figures say it pays (`hybridcomm.auto`).
+    is nothing to compress. "auto": where measured figures say it pays (`hybridcomm.auto`). A mapping such as
+    ``{"inter_node": "topk:0.01", "intra_node": "topk:0.1"}`` also compresses what the ranks of a node send to the
+    owners of shards, for slow links inside a node; each rank then has a residual of its own for that.
     ``residual``: keeps what compression left out and adds it to the next call (error feedback, Karimireddy et al.
     2019); the law it keeps stands in ``residual.py``. ``exchange``: how payloads are exchanged between nodes.
     "gather": all go to all owners of a shard. "two_stage": those of a slice go to its owner, which adds them and

@@ -1,35 +1,20 @@
 """Builders: the plan of each collective, a pure function of (topology, size, dtype, compressor, policy).
 
-An all-reduce goes through these stages, chunk by chunk; a stage with no peer vanishes:
-
-    small        reduce_all, on a single node
-    dense        reduce -> exchange_reduce (one slice per node) -> exchange_gather -> gather
-    compressed   reduce -> compress -> exchange_payload -> decompress -> gather
-    two stages   reduce -> compress -> exchange_payload (to the slice's owner) -> recompress
-                 -> exchange_recompressed -> decompress -> gather
+An all-reduce goes through the stages of its `Route`, chunk by chunk; a small one on a single node takes one step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import lcm
 from typing import Protocol
 
 from hybridcomm import policy, reduction
 from hybridcomm.errors import UnsupportedError
 from hybridcomm.plan import Plan, Region
-from hybridcomm.plan_stages import (
-    Chunk,
-    RoundStage,
-    Stage,
-    Writer,
-    chunks_of,
-    for_each,
-    for_each_node,
-    pipeline,
-    rounds_of,
-    shard_regions,
-)
+from hybridcomm.plan_routes import Route
+from hybridcomm.plan_stages import Chunk, Stage, Writer, chunks_of, on_all_nodes, pipeline, shard_regions
 from hybridcomm.topology import Topology
 
 __all__ = ["all_gather", "allreduce", "barrier", "broadcast", "reduce_scatter"]
@@ -51,6 +36,7 @@ def allreduce(
     dtype: str = "float32",
     op: str = "sum",
     compressor: BlockCodec | None = None,
+    intra: BlockCodec | None = None,
     exchange: str = "auto",
     chunk_elems: int | None = None,
     chunk_nbytes: int = policy.MAX_CHUNK_NBYTES,
@@ -59,16 +45,18 @@ def allreduce(
     """``op`` over all ranks' ``numel`` elements, left on all ranks.
 
     With one node nothing crosses a slow link: the plan is dense whatever ``compressor`` is
-    (``plan.compressor`` tells). ``exchange``: how payloads are exchanged, "gather", "two_stage" or "auto"
-    (`policy.exchange`, by ``topology``'s links where they were measured). ``chunk_nbytes`` bounds the chunks
-    that policy chooses (without ``chunk_elems``). Raises :class:`UnsupportedError` for an op or dtype that
-    cannot act.
+    (``plan.compressor`` tells). ``intra`` compresses what the ranks of a node send to its owners, likewise
+    (``plan.intra_compressor``); what owners hand back is dense. ``exchange``: how payloads are exchanged,
+    "gather", "two_stage" or "auto" (`policy.exchange`, by ``topology``'s links where they were measured).
+    ``chunk_nbytes`` bounds the chunks that policy chooses (without ``chunk_elems``). Raises
+    :class:`UnsupportedError` for an op, a dtype or an exchange that cannot act.
     """
     _check_request(op, dtype, numel, compressor)
+    _check_request(op, dtype, numel, intra)
     nodes, world = len(topology.nodes), topology.world_size
-    codec = compressor if nodes > 1 else None
-    two_stage = _exchange(topology, numel, compressor, exchange) == "two_stage"
-    align = codec.block if codec is not None else policy.DENSE_ALIGN
+    codec, intra = compressor if nodes > 1 else None, intra if topology.K > 1 else None
+    way = _exchange(topology, numel, compressor, exchange)
+    align = lcm(*(c.block for c in (codec, intra) if c is not None), policy.DENSE_ALIGN)
     shards = shard_regions(numel, topology.K, align)
     size = _chunk_size(
         chunk_elems,
@@ -77,21 +65,17 @@ def allreduce(
         dtype,
         len(shards),
         align,
-        compressed=codec is not None,
+        compressed=codec is not None or intra is not None,
         overlap=nodes > 1,
     )
     writer = Writer(topology, bucket)
     divisor = world if op == "mean" else 1
-    one_shot = nodes == 1 < world and chunk_elems is None
-    one_shot = one_shot and numel * policy.itemsize(dtype) <= min(policy.one_shot_nbytes(world), chunk_nbytes)
+    _check_slot(intra, size, chunk_nbytes)
+    one_shot = intra is None and chunk_elems is None and _one_shot(topology, numel, dtype, chunk_nbytes)
     if one_shot:
         shards, size = [Region(0, numel)], max(size, numel)
-    if two_stage:
-        rounds = [rounds_of(s, r, size, topology.owners(s), align) for s, r in enumerate(shards)]
-        pipeline(_two_stages(writer, divisor), rounds)
-    else:
-        chunks = [chunks_of(s, r, size, topology.owners(s)) for s, r in enumerate(shards)]
-        pipeline(_stages(writer, divisor, one_shot=one_shot, compressed=codec is not None), chunks)
+    route = Route(divisor=divisor, one_shot=one_shot, intra=intra is not None, exchange=way)
+    route.write(writer, topology, shards, size=size, align=align)
     return Plan(
         collective="allreduce",
         numel=numel,
@@ -101,32 +85,8 @@ def allreduce(
         topology=topology.without_links(),
         chunk_elems=size,
         steps=tuple(writer.steps),
+        intra_compressor="none" if intra is None else str(intra),
     )
-
-
-def _stages(writer: Writer, divisor: int, *, one_shot: bool, compressed: bool) -> list[Stage]:
-    nodes, shared = len(writer.nodes), max(map(len, writer.nodes)) > 1
-    stages: list[Stage] = []
-    if one_shot:
-        return [lambda chunk: writer.reduce_all(chunk, divisor)]
-    if shared:
-        stages.append(lambda chunk: writer.reduce(chunk, divisor if nodes == 1 else 1))
-    if compressed:
-        stages += [writer.compress, writer.exchange_payload, lambda chunk: writer.decompress(chunk, divisor)]
-    elif nodes > 1:
-        stages += [lambda chunk: writer.exchange_reduce(chunk, divisor), writer.exchange_gather]
-    if shared:
-        stages.append(writer.gather)
-    return stages
-
-
-def _two_stages(writer: Writer, divisor: int) -> list[RoundStage]:
-    shared = max(map(len, writer.nodes)) > 1
-    stages = [for_each_node(writer.reduce_on)] if shared else []
-    stages.append(for_each_node(writer.compress_on))
-    stages += map(for_each, (writer.exchange_payload, writer.recompress, writer.exchange_recompressed))
-    stages.append(for_each(lambda chunk: writer.decompress(chunk, divisor)))
-    return [*stages, for_each(writer.gather)] if shared else stages
 
 
 def barrier(topology: Topology) -> Plan:
@@ -196,7 +156,8 @@ def reduce_scatter(
 
     stages: list[Stage] = []
     if topology.K > 1:
-        stages.append(lambda chunk: writer.reduce(chunk, divisor if nodes == 1 else 1))
+        last = divisor if nodes == 1 else 1
+        stages.append(on_all_nodes(lambda chunk, node: writer.reduce_on(chunk, node, last)))
     if nodes > 1:
         stages.append(exchange)
     pipeline(stages, [chunks_of(r, part, size, topology.leaders(r)) for r, part in enumerate(parts)])
@@ -242,6 +203,12 @@ def _copy_plan(
     )
 
 
+def _one_shot(topology: Topology, numel: int, dtype: str, chunk_nbytes: int) -> bool:
+    limit = min(policy.one_shot_nbytes(topology.world_size), chunk_nbytes)
+    alone = len(topology.nodes) == 1 < topology.world_size
+    return alone and numel * policy.itemsize(dtype) <= limit
+
+
 def _exchange(topology: Topology, numel: int, compressor: BlockCodec | None, asked: str) -> str:
     """ "gather" or "two_stage" for what was ``asked``; "none" where no payload is exchanged."""
     if asked not in policy.EXCHANGES:
@@ -262,6 +229,14 @@ def _exchange(topology: Topology, numel: int, compressor: BlockCodec | None, ask
         alpha=link.alpha,
         beta=link.beta,
     )
+
+
+def _check_slot(intra: BlockCodec | None, size: int, slot_nbytes: int) -> None:
+    if intra is not None and intra.nbytes(size) > slot_nbytes:
+        raise UnsupportedError(
+            f"intra_node={intra}: the payload of {size} elements has {intra.nbytes(size)} bytes, a slot of the "
+            f"shared memory {slot_nbytes}; raise chunk_nbytes= of init(), or leave the node dense"
+        )
 
 
 def _parts(topology: Topology, numel: int, collective: str) -> list[Region]:

@@ -23,7 +23,7 @@ from hybridcomm.work import Work
 
 if TYPE_CHECKING:
     from hybridcomm.bucket import Span
-    from hybridcomm.compress import Compressor
+    from hybridcomm.compress import Compress, Compressor
     from hybridcomm.plan import Plan
     from hybridcomm.topology import Topology
 
@@ -67,7 +67,7 @@ class Collectives:
         t: Array,
         *,
         op: Op = "sum",
-        compress: str | Compressor | None = None,
+        compress: Compress = None,
         residual: Residual | None = None,
         exchange: str = "auto",
         async_op: bool = False,
@@ -86,34 +86,28 @@ class Collectives:
             return None
         target = view(t)
         name, factor = self._operation(op, target.dtype)
+        links = compressors.by_link(compress)
         compressor, exchange = auto.resolve(
-            self, compress, numel=target.numel, dtype=target.dtype, op=name, exchange=exchange
+            self, links.inter_node, numel=target.numel, dtype=target.dtype, op=name, exchange=exchange
         )
-        if compressor is None and auto.is_auto(compress):
+        active = (compressor, links.intra_node)
+        if active == (None, None) and auto.is_auto(links.inter_node):
             residual = None  # the policy's answer for this size is dense, now and later
-        if compressor is None and residual is not None:
+        if active == (None, None) and residual is not None:
             raise UnsupportedError("residual= needs compress=: a dense all-reduce leaves nothing behind")
-        if compressor is not None:
-            compressors.check_compressible(compressor, dtype=target.dtype, op=name)
+        for codec in active:
+            if codec is not None:
+                compressors.check_compressible(codec, dtype=target.dtype, op=name)
         plan, program = self._program(
-            (
-                "allreduce",
-                target.numel,
-                target.dtype,
-                name,
-                str(compressor),
-                exchange,
-            ),
-            lambda: self._plan_allreduce(target.numel, target.dtype, name, compressor, exchange),
-            compressor,
+            ("allreduce", target.numel, target.dtype, name, *map(str, active), exchange),
+            lambda: self._plan_allreduce(target.numel, target.dtype, name, active, exchange),
+            *active,
         )
         _scale(target, factor)
         e_in = e_out = None
         if residual is not None:
-            first, second = (plan.residual_regions(self.rank, op) for op in ("compress", "recompress"))
-            e_in, e_out = residual.stage(
-                residual_key, numel=target.numel, regions=first, second=second, spans=spans
-            )
+            regions = plan.residuals(self.rank)
+            e_in, e_out = residual.stage(residual_key, numel=target.numel, regions=regions, spans=spans)
         if plain and factor is None:
             self._prepared.remember(t, op, program)
         tensor = zlib.crc32(residual_key.encode()) if residual_key != _UNNAMED else 0
@@ -179,25 +173,32 @@ class Collectives:
         *,
         dtype: str = "float32",
         op: Op = "sum",
-        compress: str | Compressor | None = None,
+        compress: Compress = None,
         exchange: str = "auto",
     ) -> Plan:
         """The plan that `allreduce` would run for such a tensor: print it, check it, compare digests."""
         name, _ = self._operation(op, dtype)
+        links = compressors.by_link(compress)
         compressor, exchange = auto.resolve(
-            self, compress, numel=numel, dtype=dtype, op=name, exchange=exchange
+            self, links.inter_node, numel=numel, dtype=dtype, op=name, exchange=exchange
         )
-        return self._plan_allreduce(numel, dtype, name, compressor, exchange)
+        return self._plan_allreduce(numel, dtype, name, (compressor, links.intra_node), exchange)
 
     def _plan_allreduce(
-        self, numel: int, dtype: str, op: str, compressor: Compressor | None, exchange: str
+        self,
+        numel: int,
+        dtype: str,
+        op: str,
+        active: tuple[Compressor | None, Compressor | None],
+        exchange: str,
     ) -> Plan:
         return collective_plans.allreduce(
             self.topology,
             numel,
             dtype=dtype,
             op=op,
-            compressor=compressor,
+            compressor=active[0],
+            intra=active[1],
             exchange=exchange,
             chunk_nbytes=self.chunk_nbytes,
         )
@@ -223,12 +224,12 @@ class Collectives:
             )
 
     def _program(
-        self, key: tuple[Any, ...], build: Callable[[], Plan], compressor: Compressor | None = None
+        self, key: tuple[Any, ...], build: Callable[[], Plan], *active: Compressor | None
     ) -> tuple[Plan, _C.Program]:
         found = self._programs.get(key)
         if found is None:
             plan = build()
-            found = self._programs[key] = (plan, lower(plan, self.rank, compressor))
+            found = self._programs[key] = (plan, lower(plan, self.rank, *(active or (None,))))
             if len(self._programs) > _CACHED_PLANS:
                 self._programs.popitem(last=False)
         else:

@@ -8,7 +8,9 @@ canonical text that goes into plans and their digest, and the facts that policy 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import lcm
 from typing import TYPE_CHECKING
 
 from hybridcomm.errors import CompressorError, DataTypeError, UnsupportedError
@@ -16,10 +18,22 @@ from hybridcomm.errors import CompressorError, DataTypeError, UnsupportedError
 if TYPE_CHECKING:
     from hybridcomm.kernels.spec import TopKSpec
 
-__all__ = ["COMPRESSORS", "Compressor", "check_compressible", "resolve"]
+__all__ = [
+    "COMPRESSORS",
+    "LINKS",
+    "Compress",
+    "Compressor",
+    "LinkCompressors",
+    "by_link",
+    "check_compressible",
+    "resolve",
+]
 
 COMPRESSORS = ("topk",)
 """Names that ``compress=`` knows."""
+
+LINKS = ("inter_node", "intra_node")
+"""Link classes that ``compress=`` may name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +95,51 @@ def resolve(compress: str | Compressor | None) -> Compressor | None:
         return Compressor(spec=TopKSpec.parse(compress))
     except SpecError as error:
         raise CompressorError(f"compress={compress!r}: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkCompressors:
+    """What is compressed on which link class; ``inter_node`` may still be a text, such as "auto"."""
+
+    inter_node: str | Compressor | None = None
+    intra_node: Compressor | None = None
+
+    @property
+    def block(self) -> int | None:
+        """Elements of which each shard has a multiple, for all compressors; None: nothing is compressed."""
+        blocks = [
+            codec.block for codec in (self.inter_node, self.intra_node) if isinstance(codec, Compressor)
+        ]
+        return lcm(*blocks) if blocks else None
+
+    def __str__(self) -> str:
+        inter = "none" if self.inter_node is None else str(self.inter_node)
+        return inter if self.intra_node is None else f"inter_node={inter},intra_node={self.intra_node}"
+
+
+Compress = str | Compressor | None | Mapping[str, "str | Compressor | None"] | LinkCompressors
+"""What a caller may pass as ``compress=``; a mapping has the keys of `LINKS`."""
+
+
+def by_link(compress: Compress) -> LinkCompressors:
+    """``compress=`` by link class: a plain text or compressor means ``inter_node``.
+
+    Raises `CompressorError` for an unknown link class, for a mapping without any, and for "auto" in a mapping:
+    its predictions know nothing of compression inside a node.
+    """
+    if isinstance(compress, LinkCompressors):
+        return compress
+    if not isinstance(compress, Mapping):
+        return LinkCompressors(inter_node=compress)
+    if not compress or not set(compress) <= set(LINKS):
+        raise CompressorError(f"compress={dict(compress)!r}: a mapping has the keys {' and '.join(LINKS)}")
+    for text in compress.values():
+        if isinstance(text, str) and text.partition(":")[0] == "auto":
+            raise CompressorError(
+                f"compress={dict(compress)!r}: name compressors; 'auto' is asked for on its own"
+            )
+    inter, intra = (resolve(compress.get(link)) for link in LINKS)
+    return LinkCompressors(inter_node=inter, intra_node=intra)
 
 
 def check_compressible(compressor: Compressor, *, dtype: str, op: str) -> None:

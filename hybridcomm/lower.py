@@ -4,6 +4,8 @@ A step names a collective act of a group; lowering writes down this rank's part 
 
     reduce            owner: reduce                      others: put
     reduce_all        all: share, then collect
+    compress_intra    encode
+    reduce_payload    owner: decode_add                  others: put
     compress          encode
     exchange_payload  send to the root (-1: to every other owner), which receives from all
     recompress        decode, then encode
@@ -81,19 +83,23 @@ CODECS = (
 )
 
 
-def lower(plan: Plan, rank: int, compressor: Compressor | None) -> _C.Program:
+def lower(
+    plan: Plan, rank: int, compressor: Compressor | None, intra: Compressor | None = None
+) -> _C.Program:
     """The program that makes ``rank`` do its part of ``plan``; a pure function of its arguments.
 
     Raises `DataTypeError` for a dtype that ``plan.op`` cannot combine, `PlanError` for a step it cannot run.
     """
     if plan.op != "none":
         reduction.check(plan.op, plan.dtype)
-    return _Lowering(plan, rank, compressor).program
+    return _Lowering(plan, rank, (compressor, intra)).program
 
 
 class _Lowering(PayloadLowering):
-    def __init__(self, plan: Plan, rank: int, compressor: Compressor | None) -> None:
-        self.plan, self.rank, self.compressor = plan, rank, compressor
+    def __init__(
+        self, plan: Plan, rank: int, compressors: tuple[Compressor | None, Compressor | None]
+    ) -> None:
+        self.plan, self.rank, self.compressors = plan, rank, compressors
         self.node = plan.topology.nodes[plan.topology.node_of(rank)]
         self.itemsize = policy.itemsize(plan.dtype)
         self.streams: dict[Hashable, int] = {}
@@ -110,16 +116,19 @@ class _Lowering(PayloadLowering):
             getattr(self, f"_{step.op}")(step)
 
     def _new_program(self) -> _C.Program:
-        plan, codec = self.plan, {}
-        if self.compressor is not None and plan.compressor != "none":
-            codec = {"codec": self.compressor.spec.params}
+        plan = self.plan
+        active = (plan.compressor, plan.intra_compressor)
+        codecs = [
+            (0, 0, 0, 0, 0) if codec is None or text == "none" else codec.spec.params
+            for codec, text in zip(self.compressors, active, strict=True)
+        ]
         return _C.Program(
             digest=plan.digest,
             numel=plan.numel,
             collective=COLLECTIVES.index(plan.collective),
             dtype=DTYPES.index(plan.dtype),
             op=OPS.index(plan.op),
-            **codec,
+            codecs=codecs,
         )
 
     def _add(
@@ -137,6 +146,7 @@ class _Lowering(PayloadLowering):
         divisor: int = 1,
         deliver: bool = False,
         sources: Iterable[int] = (),
+        codec: int = 0,
     ) -> int:
         return self.program.add(
             kind,
@@ -153,6 +163,7 @@ class _Lowering(PayloadLowering):
             divisor=divisor,
             deliver=deliver,
             sources=list(sources),
+            codec=codec,
         )
 
     def _after(self, step: Step) -> list[int]:

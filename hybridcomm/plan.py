@@ -21,7 +21,7 @@ from hybridcomm.topology import Topology
 if TYPE_CHECKING:
     from hybridcomm.cost import KernelCost
 
-__all__ = ["OPS", "STREAMS", "WORDS", "Plan", "Region", "Step"]
+__all__ = ["OPS", "RESIDUALS", "STREAMS", "WORDS", "Plan", "Region", "Step"]
 
 WORDS = ("ready", "bucket", "reduce", "compress", "exchange", "decompress", "gather")
 """The seven words of the route of a gradient."""
@@ -32,6 +32,8 @@ STREAMS = ("reduce", "compress", "exchange", "decompress", "gather")
 OPS = {
     "reduce": "reduce",  # step 3, shared memory: root's region becomes the sum over group, in group order
     "reduce_all": "reduce",  # steps 3 and 7 in one, small regions: every rank of group sums all of theirs itself
+    "compress_intra": "compress",  # before a compressed step 3: root encodes its region (+ residual) for the owner
+    "reduce_payload": "reduce",  # step 3, compressed, shared memory: root adds the others' payloads to its region
     "compress": "compress",  # step 4: root encodes its region (+ residual) into the payload of (shard, chunk)
     "exchange_payload": "exchange",  # step 5: root (-1: every owner in group) gets all owners' payloads
     "recompress": "compress",  # step 5 in two stages: root adds the payloads (+ residual) and encodes the sum anew
@@ -42,6 +44,9 @@ OPS = {
     "gather": "gather",  # step 7, shared memory: root's region is copied to the node's other ranks
 }
 """Op of a step -> the stream it runs on."""
+
+RESIDUALS = ("compress", "recompress", "compress_intra")
+"""Ops that leave a residual behind: of (node, shard), of a slice, of a rank and what it does not own."""
 
 _MAGIC = "hybridcomm-plan/1"
 
@@ -105,9 +110,10 @@ _STEP = re.compile(
 class Plan:
     """A collective as a value: what is done, by whom, on which elements, in which order.
 
-    ``numel`` elements of ``dtype``; ``op`` is "sum", "mean" or "none"; ``compressor`` the canonical text of
-    the compressor ("none": dense); ``chunk_elems`` the longest chunk; ``root`` the source of a broadcast,
-    else -1. Steps stand in one global order that is itself a valid sequential execution.
+    ``numel`` elements of ``dtype``; ``op`` is "sum", "mean" or "none"; ``compressor`` the canonical text of the
+    compressor ("none": dense), ``intra_compressor`` that of the one inside nodes; ``chunk_elems`` the longest
+    chunk; ``root`` the source of a broadcast, else -1. Steps stand in one global order that is itself a valid
+    sequential execution.
     """
 
     collective: str
@@ -119,6 +125,7 @@ class Plan:
     chunk_elems: int
     steps: tuple[Step, ...]
     root: int = -1
+    intra_compressor: str = "none"
 
     def for_rank(self, rank: int) -> tuple[Step, ...]:
         """The steps that ``rank`` takes part in, in plan order."""
@@ -136,9 +143,13 @@ class Plan:
     def residual_regions(self, rank: int, op: str = "compress") -> tuple[Region, ...]:
         """The regions, ascending, whose residual lives on ``rank``: those that it compresses.
 
-        ``op``: "compress", or "recompress" for the residual of the second stage.
+        ``op``: one of `RESIDUALS`.
         """
         return tuple(sorted(step.region for step in self.for_rank(rank) if step.op == op))
+
+    def residuals(self, rank: int) -> dict[str, tuple[Region, ...]]:
+        """All of `residual_regions`, by op."""
+        return {op: self.residual_regions(rank, op) for op in RESIDUALS}
 
     @cached_property
     def exchange(self) -> str:
@@ -184,7 +195,8 @@ class Plan:
             route += " exchanged in two stages"
         head = (
             f"{_MAGIC} collective={self.collective} numel={self.numel} dtype={self.dtype} op={self.op} "
-            f"compressor={self.compressor} chunk_elems={self.chunk_elems} root={self.root}\n"
+            f"compressor={self.compressor} chunk_elems={self.chunk_elems} root={self.root} "
+            f"intra_compressor={self.intra_compressor}\n"
             f"topology {self.topology}\nroute ready -> bucket -> {route}\n"
         )
         return head + "".join([f"{step}\n" for step in self.steps])
@@ -221,6 +233,7 @@ class Plan:
                 chunk_elems=int(head["chunk_elems"]),
                 steps=steps,
                 root=int(head["root"]),
+                intra_compressor=head["intra_compressor"],
             )
         except ValueError as error:
             raise PlanError(f"lines 1-2: {error}") from error

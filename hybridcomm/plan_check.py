@@ -17,10 +17,11 @@ from hybridcomm.plan_streams import check_progress
 
 __all__ = ["check_plan"]
 
-_IN_NODE = ("reduce", "gather", "reduce_all")
+_IN_NODE = ("reduce", "gather", "reduce_all", "reduce_payload")
 _ROOTLESS = ("reduce_all",)
+_ANYBODY = ("reduce_all", "compress_intra")  # not the owners of a shard alone
 _EITHER = ("exchange_payload",)  # with a root, or without
-_ALONE = ("compress", "recompress", "decompress")
+_ALONE = ("compress_intra", "compress", "recompress", "decompress")
 
 
 def check_plan(plan: Plan, *, slots: int = 4) -> None:
@@ -76,7 +77,7 @@ def _check_group(plan: Plan, step: Step) -> None:
             raise _fail(step, "group must be all ranks of one node of two or more, ascending")
     elif nodes != list(range(len(topology.nodes))) or len(nodes) < 2:
         raise _fail(step, "group must hold one rank per node, in node order, of two or more nodes")
-    if plan.collective in ("allreduce", "barrier") and step.op != "reduce_all":
+    if plan.collective in ("allreduce", "barrier") and step.op not in _ANYBODY:
         owners = topology.owners(step.shard)
         wrong = [r for r in (step.group if step.stream == "exchange" else (step.root,)) if r not in owners]
         if wrong:
@@ -146,7 +147,7 @@ class _Symbols:
     def _run_payload(self, step: Step) -> None:
         for atom in self.atoms.of(step):
             key = (step.shard, step.chunk, atom)
-            if step.op == "compress":
+            if step.op in ("compress", "compress_intra"):
                 self.payloads[step.root][key] = [self._defined(step, self.held[step.root][atom])]
             elif step.op == "exchange_payload":
                 own = [self.payloads[rank].get(key, []) for rank in step.group]
@@ -155,6 +156,12 @@ class _Symbols:
                 every = [values[0] for values in own]
                 for rank in step.group if step.root == -1 else (step.root,):
                     self.payloads[rank][key] = every
+            elif step.op == "reduce_payload":
+                others = [self.payloads[rank].pop(key, []) for rank in step.group if rank != step.root]
+                if any(len(values) != 1 for values in others):
+                    raise _fail(step, "a rank of the node has no fresh payload of this shard and chunk")
+                values = [self.held[step.root][atom], *(value for (value,) in others)]
+                self.held[step.root][atom] = self._add(step, values, step.divisor)
             elif step.op == "recompress":
                 total = self._add(step, self.payloads[step.root].get(key, []), step.divisor)
                 self.payloads[step.root][key] = [total]
@@ -226,7 +233,9 @@ def _accesses(step: Step, rank: int) -> Iterator[tuple[str, bool]]:
         yield "buffer", rank != step.root
     elif step.op == "reduce_all":
         yield "buffer", True
-    elif step.op == "compress":
+    elif step.op == "reduce_payload":
+        yield ("buffer", True) if rank == step.root else ("payload", False)
+    elif step.op in ("compress", "compress_intra"):
         yield "buffer", False
         yield "payload", True
     elif step.op == "exchange_payload":

@@ -17,12 +17,14 @@ from hybridcomm.topology import Topology
 
 __all__ = [
     "Chunk",
+    "NodeStage",
     "RoundStage",
     "Stage",
     "Writer",
     "chunks_of",
     "for_each",
     "for_each_node",
+    "on_all_nodes",
     "pipeline",
     "rounds_of",
     "shard_regions",
@@ -37,6 +39,7 @@ class Chunk:
         "encoded",
         "home",
         "index",
+        "offered",
         "owners",
         "ready",
         "reduced",
@@ -52,6 +55,7 @@ class Chunk:
         self.home = home  # the node whose owner adds this chunk's payloads (-1: every owner does)
         self.slices = _slices(region, len(owners), shard + index) if len(owners) > 1 else []
         self.reduced: list[int] = [-1] * len(owners)  # per node: the id of its reduce, -1 where there is none
+        self.offered: list[tuple[int, ...]] = [()] * len(owners)  # per node: the ids of its compress_intra
         self.encoded: tuple[int, ...] = ()  # the ids of its compresses
         self.decoded: tuple[int, ...] = ()  # per node: the id of its decompress, if there is one
         self.ready: tuple[int, ...] = ()  # what the next stage waits for
@@ -92,23 +96,27 @@ class Writer:
 
     # -- stages: each takes a chunk one step along the route -----------------------------------------------
 
-    def reduce(self, chunk: Chunk, divisor: int = 1) -> None:
-        for node in range(len(self.nodes)):
-            self.reduce_on(chunk, node, divisor)
-
     def reduce_on(self, chunk: Chunk, node: int, divisor: int = 1) -> None:
         ranks = self.nodes[node]
         if len(ranks) > 1:
             chunk.reduced[node] = self.add("reduce", chunk, ranks, chunk.owners[node], divisor=divisor)
             chunk.ready += (chunk.reduced[node],)
 
+    def compress_intra_on(self, chunk: Chunk, node: int) -> None:
+        for rank in self.nodes[node]:
+            if rank != chunk.owners[node]:
+                chunk.offered[node] += (self.add("compress_intra", chunk, (rank,), rank),)
+
+    def reduce_payload_on(self, chunk: Chunk, node: int, divisor: int = 1) -> None:
+        ranks, root = self.nodes[node], chunk.owners[node]
+        if len(ranks) > 1:
+            after = chunk.offered[node]
+            chunk.reduced[node] = self.add("reduce_payload", chunk, ranks, root, after, divisor=divisor)
+            chunk.ready += (chunk.reduced[node],)
+
     def reduce_all(self, chunk: Chunk, divisor: int) -> None:
         """On a single node."""
         chunk.ready = (self.add("reduce_all", chunk, self.nodes[0], -1, divisor=divisor),)
-
-    def compress(self, chunk: Chunk) -> None:
-        for node in range(len(self.nodes)):
-            self.compress_on(chunk, node)
 
     def compress_on(self, chunk: Chunk, node: int) -> None:
         owner, after = chunk.owners[node], _known(chunk.reduced[node])
@@ -161,6 +169,7 @@ def _known(step: int) -> tuple[int, ...]:
 
 
 Stage = Callable[[Chunk], None]
+NodeStage = Callable[[Chunk, int], None]
 Round = tuple[Chunk, ...]
 RoundStage = Callable[[Round], None]
 Item = TypeVar("Item")
@@ -176,6 +185,16 @@ def pipeline(stages: Sequence[Callable[[Item], None]], shards: Sequence[Sequence
                     stage(items[slot - age])
 
 
+def on_all_nodes(stage: NodeStage) -> Stage:
+    """``stage`` for a chunk on one node after the other."""
+
+    def run(chunk: Chunk) -> None:
+        for node in range(len(chunk.owners)):
+            stage(chunk, node)
+
+    return run
+
+
 def for_each(stage: Stage) -> RoundStage:
     """``stage`` for all chunks of a round."""
 
@@ -186,7 +205,7 @@ def for_each(stage: Stage) -> RoundStage:
     return run
 
 
-def for_each_node(stage: Callable[[Chunk, int], None]) -> RoundStage:
+def for_each_node(stage: NodeStage) -> RoundStage:
     """``stage`` for all chunks of a round on all nodes, each of which begins with the slice of the node behind it.
 
     So their payloads go to as many owners at a time, instead of all to the first, then all to the second.

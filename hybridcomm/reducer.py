@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ import torch
 from hybridcomm import reducer_report as report
 from hybridcomm import reducer_setup as setup
 from hybridcomm.bucket import Bucket, BucketLayout, BucketState
-from hybridcomm.compress import Compressor, resolve
+from hybridcomm.compress import Compress, by_link, resolve
 from hybridcomm.errors import DataTypeError, HybridCommError, ResidualError, UnsupportedError
 from hybridcomm.reducer_report import ReducerStats
 from hybridcomm.reducer_setup import ContextLike, WorkLike
@@ -49,7 +50,7 @@ class Reducer:
         module: torch.nn.Module,
         *,
         ctx: ContextLike,
-        compress: str | Compressor | None = None,
+        compress: Compress = None,
         bucket_cap_mb: float | None = None,
         residual: Residual | None = None,
         exchange: str = "auto",
@@ -59,11 +60,11 @@ class Reducer:
         if unused not in ("error", "zero"):
             raise UnsupportedError(f"unused={unused!r}: use 'error' or 'zero'")
         self.ctx = ctx
-        self.requested = "none" if compress is None else str(compress)
-        self.compressor = resolve(compress)
-        if residual is not None and self.compressor is None:
+        self.requested = by_link(compress)
+        self.compress = replace(self.requested, inter_node=resolve(self.requested.inter_node))
+        if residual is not None and self.compress.block is None:
             raise UnsupportedError("residual= has nothing to do without compress=")
-        self.exchange = setup.check_exchange(exchange, self.compressor)
+        self.exchange = setup.check_exchange(exchange, self.compress)
         self.residual = Residual() if residual is None else residual
         self.residual.rekey()
         self._guard = StepGuard(self.residual)
@@ -72,8 +73,8 @@ class Reducer:
         self._scaler: GradScaler | None = None
         self._scale = 1.0
         self._parameters = setup.trainable(module)
-        self.layouts = setup.layouts_of(self._parameters, self.compressor, bucket_cap_mb)
-        setup.check_agreement(ctx, self.layouts, self.compressor, self.exchange)
+        self.layouts = setup.layouts_of(self._parameters, self.compress.block, bucket_cap_mb)
+        setup.check_agreement(ctx, self.layouts, f"{self.compress} {self.exchange}")
         if sync_parameters:
             setup.sync_parameters(ctx, module)
         device = next(iter(self._parameters.values())).device
@@ -172,7 +173,7 @@ class Reducer:
 
     def _unit(self) -> float:
         """The loss scale to take out of the gradients: residuals are kept in unscaled units."""
-        if self._scaler is None or not self._scaler.is_enabled() or self.compressor is None:
+        if self._scaler is None or not self._scaler.is_enabled() or self.compress.block is None:
             return 1.0
         scale = float(self._scaler.get_scale())
         if scale <= 0 or float.hex(scale).partition("p")[0] != "0x1.0000000000000":
@@ -193,12 +194,12 @@ class Reducer:
 
     def _launch(self, layout: BucketLayout) -> Any:
         flat = self._flats[layout.index]
-        if self.compressor is None:
+        if self.compress.block is None:
             return self.ctx.allreduce(flat, op="mean", async_op=True, residual_key=layout.key)
         return self.ctx.allreduce(
             flat,
             op="mean",
-            compress=self.compressor,
+            compress=self.compress,
             residual=self.residual,
             exchange=self.exchange,
             async_op=True,
@@ -316,7 +317,7 @@ class Reducer:
     def table(self) -> str:
         """Text: per link, what was requested, what is active, and the ratio of bytes; then the buckets."""
         return report.table(
-            self.ctx.topology, self.layouts, self.requested, self.compressor, exchange=self.exchange
+            self.ctx.topology, self.layouts, self.requested, self.compress, exchange=self.exchange
         )
 
     def stats(self) -> ReducerStats:

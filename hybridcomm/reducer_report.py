@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hybridcomm import collective_plans as plans
 from hybridcomm.bucket import BucketLayout
-from hybridcomm.compress import Compressor
+from hybridcomm.compress import LinkCompressors, resolve
 from hybridcomm.topology import Topology
 
 __all__ = ["ReducerStats", "table"]
@@ -30,35 +30,15 @@ class ReducerStats:
 def table(
     topology: Topology,
     layouts: Sequence[BucketLayout],
-    requested: str,
-    compressor: Compressor | None,
+    requested: LinkCompressors,
+    active: LinkCompressors,
     *,
     exchange: str = "auto",
 ) -> str:
     """Text: per link, requested -> active and dense bytes per byte sent; below it the buckets."""
-    dense = compressed = in_two_stages = 0
-    if exchange != "auto":
-        requested += f", {exchange}"
-    for layout in layouts:
-        dense += plans.allreduce(topology, layout.numel, dtype=layout.dtype, op="mean").wire_nbytes()
-        if compressor is not None:
-            plan = plans.allreduce(
-                topology, layout.numel, op="mean", compressor=compressor, exchange=exchange
-            )
-            compressed += plan.wire_nbytes(compressor.nbytes)
-            in_two_stages += plan.exchange == "two_stage"
-    multi = max(map(len, topology.nodes)) > 1
     rows = [("link", "requested", "active", "ratio")]
-    rows.append(("intra_node", "dense", "dense" if multi else "no peer", "1.0" if multi else "-"))
-    if len(topology.nodes) == 1:
-        rows.append(("inter_node", requested, "no peer (one node)", "-"))
-    elif compressor is None:
-        rows.append(("inter_node", requested, "dense", "1.0"))
-    else:
-        active = str(compressor)
-        if in_two_stages:
-            active += f", {in_two_stages} of {len(layouts)} buckets in two stages"
-        rows.append(("inter_node", requested, active, f"{dense / compressed:.1f}"))
+    rows.append(("intra_node", *_intra_node(topology, layouts, requested, active)))
+    rows.append(("inter_node", *_inter_node(topology, layouts, requested, active, exchange)))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -68,3 +48,46 @@ def table(
     sizes = " + ".join(str(len(node)) for node in topology.nodes)
     lines.append(f"{len(layouts)} buckets of {kinds}, {mib:.1f} MiB, over nodes of {sizes} ranks")
     return "\n".join(lines)
+
+
+def _intra_node(
+    topology: Topology, layouts: Sequence[BucketLayout], requested: LinkCompressors, active: LinkCompressors
+) -> tuple[str, str, str]:
+    """Bytes are those that go to owners and back; back they are dense."""
+    codec = active.intra_node
+    asked = "dense" if requested.intra_node is None else str(requested.intra_node)
+    if topology.K == 1:
+        return asked, "no peer", "-"
+    if codec is None:
+        return asked, "dense", "1.0"
+    dense = sum(layout.nbytes for layout in layouts)
+    sent = sum(codec.nbytes(layout.numel) for layout in layouts)
+    return asked, f"{codec} to owners, dense back", f"{2 * dense / (dense + sent):.1f}"
+
+
+def _inter_node(
+    topology: Topology,
+    layouts: Sequence[BucketLayout],
+    requested: LinkCompressors,
+    active: LinkCompressors,
+    exchange: str,
+) -> tuple[str, str, str]:
+    asked = "none" if requested.inter_node is None else str(requested.inter_node)
+    asked += "" if exchange == "auto" else f", {exchange}"
+    codec = resolve(active.inter_node)
+    if len(topology.nodes) == 1:
+        return asked, "no peer (one node)", "-"
+    if codec is None:
+        return asked, "dense", "1.0"
+    dense = compressed = in_two_stages = 0
+    for layout in layouts:
+        dense += plans.allreduce(topology, layout.numel, dtype=layout.dtype, op="mean").wire_nbytes()
+        plan = plans.allreduce(
+            topology, layout.numel, op="mean", compressor=codec, intra=active.intra_node, exchange=exchange
+        )
+        compressed += plan.wire_nbytes(codec.nbytes)
+        in_two_stages += plan.exchange == "two_stage"
+    what = (
+        f"{codec}, {in_two_stages} of {len(layouts)} buckets in two stages" if in_two_stages else str(codec)
+    )
+    return asked, what, f"{dense / compressed:.1f}"

@@ -10,7 +10,7 @@ import torch
 
 from hybridcomm import policy
 from hybridcomm.bucket import BucketLayout, ParameterSize, Span, plan_buckets
-from hybridcomm.compress import Compressor
+from hybridcomm.compress import Compress, LinkCompressors
 from hybridcomm.errors import DataTypeError, PlanMismatchError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class ContextLike(Protocol):
         tensor: torch.Tensor,
         *,
         op: str = ...,
-        compress: str | Compressor | None = ...,
+        compress: Compress = ...,
         residual: Residual | None = ...,
         exchange: str = ...,
         async_op: bool = ...,
@@ -92,18 +92,18 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def layouts_of(
-    parameters: Mapping[str, torch.nn.Parameter], compressor: Compressor | None, bucket_cap_mb: float | None
+    parameters: Mapping[str, torch.nn.Parameter], block: int | None, bucket_cap_mb: float | None
 ) -> tuple[BucketLayout, ...]:
-    """Buckets of up to ``bucket_cap_mb`` MiB (None: policy); fp32 when compressed, else of the parameters'
-    dtype.
+    """Buckets of up to ``bucket_cap_mb`` MiB (None: policy); of fp32 and whole blocks when compressed, else of the
+    parameters' dtype.
     """
     sizes = [
-        ParameterSize(name, p.numel(), dtype_name(p.dtype) if compressor is None else "float32")
+        ParameterSize(name, p.numel(), dtype_name(p.dtype) if block is None else "float32")
         for name, p in parameters.items()
     ]
     total = sum(size.numel * policy.itemsize(size.dtype) for size in sizes)
     cap = policy.bucket_nbytes(total) if bucket_cap_mb is None else int(bucket_cap_mb * (1 << 20))
-    pad_to = policy.DENSE_ALIGN if compressor is None else compressor.block
+    pad_to = policy.DENSE_ALIGN if block is None else block
     return plan_buckets(sizes, cap_nbytes=cap, pad_to=pad_to)
 
 
@@ -116,20 +116,18 @@ def flat_buffer(ctx: ContextLike, layout: BucketLayout, device: torch.device) ->
     return flat.zero_()
 
 
-def check_exchange(exchange: str, compressor: Compressor | None) -> str:
+def check_exchange(exchange: str, compress: LinkCompressors) -> str:
     """``exchange``, which must be known and have something to act on."""
     if exchange not in policy.EXCHANGES:
         raise UnsupportedError(f"exchange={exchange!r}: choose one of {', '.join(policy.EXCHANGES)}")
-    if compressor is None and exchange != "auto":
-        raise UnsupportedError(f"exchange={exchange!r} has nothing to do without compress=")
+    if compress.inter_node is None and exchange != "auto":
+        raise UnsupportedError(f"exchange={exchange!r} has nothing to do without compress= between nodes")
     return exchange
 
 
-def check_agreement(
-    ctx: ContextLike, layouts: Sequence[BucketLayout], compressor: Compressor | None, exchange: str
-) -> None:
+def check_agreement(ctx: ContextLike, layouts: Sequence[BucketLayout], setting: str) -> None:
     """All ranks must have planned the same buckets; raises `PlanMismatchError` on all if one has not."""
-    text = f"{compressor} {exchange} " + " ".join(f"{layout.digest():x}" for layout in layouts)
+    text = f"{setting} " + " ".join(f"{layout.digest():x}" for layout in layouts)
     mine = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
     first = torch.tensor([mine], dtype=torch.int64)
     ctx.broadcast(first, root=0)

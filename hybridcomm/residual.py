@@ -2,10 +2,10 @@
 
 A residual belongs to (node, shard) and is in units of the unscaled node sum. A two-stage exchange has a second
 one: what was left out when the sum of a slice was encoded anew. It belongs to the slice and lives with its owner,
-in the same units: payloads are added as they are, and the mean is taken last. The law, over any number of steps:
+in the same units: payloads are added as they are, and the mean is taken last. Compression inside a node has a
+third: of a rank and what it does not own, in units of its gradient. The law, over any number of steps:
 
-    sum over steps and ranks of gradients
-        = W * sum of applied mean updates + sum over nodes of residuals + sum over slices of second residuals
+    sum over steps and ranks of gradients = W * sum of applied mean updates + sum of all residuals
 
 Two buffers per entry, 2 * numel / L fp32 elements per rank (the second stage's: a node's part of that): `commit`
 after the optimizer step was applied keeps the new one, `rollback` when it was skipped keeps the old one.
@@ -23,58 +23,63 @@ from numpy.typing import NDArray
 
 from hybridcomm.bucket import Span
 from hybridcomm.errors import ResidualError
+from hybridcomm.plan import RESIDUALS
 
 __all__ = ["Residual"]
 
 FloatArray = NDArray[np.float32]
 
-_SECOND = " recompress"
-_KEY = re.compile(rf"(.*)\[(\d+):(\d+)\]({_SECOND}|)", re.DOTALL)
+_FIRST, _SECOND = RESIDUALS[:2]
+
+_KEY = re.compile(r"(.*)\[(\d+):(\d+)\](?: (\w+))?", re.DOTALL)
+
+Regions = tuple[tuple[int, int], ...]
 
 
 class _Held(NamedTuple):
-    """Whose residual it is: a parameter's, and "" or, of the second stage, `_SECOND`."""
+    """Whose residual it is: a parameter's, and which op left it behind."""
 
     name: str
-    stage: str
+    op: str
 
     def key(self, begin: int, end: int) -> str:
-        return f"{self.name}[{begin}:{end}]{self.stage}"
+        return f"{self.name}[{begin}:{end}]" + (f" {self.op}" if self.op != _FIRST else "")
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Which elements of which flat tensor an entry holds: regions are ascending, disjoint, not adjacent.
-
-    Those of the second stage, ``second``, follow behind ``regions``, of which they are parts.
-    """
+    """Which elements of which flat tensor an entry holds: by op, regions that ascend, disjoint, not adjacent."""
 
     numel: int
-    regions: tuple[tuple[int, int], ...]
     spans: tuple[Span, ...]
-    second: tuple[tuple[int, int], ...] = ()
+    regions: tuple[
+        tuple[str, Regions], ...
+    ]  # ops in the order of the buffer; those without regions are left out
+
+    def size(self, upto: str = "") -> int:
+        """Elements of the buffer, or of what comes before those of an op."""
+        ops = [op for op, _ in self.regions]
+        parts = self.regions[: ops.index(upto)] if upto in ops else self.regions
+        return sum(end - begin for _, regions in parts for begin, end in regions)
 
     def pieces(self) -> Iterator[tuple[_Held, int, int, int]]:
         """(whose, begin and end within the parameter, offset in the flat buffer) of all held elements."""
         offset = 0
-        for stage, regions in (("", self.regions), (_SECOND, self.second)):
-            for begin, end in regions:
-                for span in self.spans:
-                    low, high = max(begin, span.begin), min(end, span.end)
-                    if low < high:
-                        held = _Held(span.name, stage)
-                        yield held, low - span.begin, high - span.begin, offset + low - begin
-                offset += end - begin
+        for op, begin, end in ((op, *region) for op, regions in self.regions for region in regions):
+            for span in self.spans:
+                low, high = max(begin, span.begin), min(end, span.end)
+                if low < high:
+                    yield _Held(span.name, op), low - span.begin, high - span.begin, offset + low - begin
+            offset += end - begin
 
     def held(self) -> set[_Held]:
         """All whose residuals may be here."""
-        stages = ("", _SECOND) if self.second else ("",)
-        return {_Held(span.name, stage) for span in self.spans for stage in stages}
+        return {_Held(span.name, op) for span in self.spans for op, _ in self.regions}
 
 
 class _Entry:
     def __init__(self, layout: _Layout) -> None:
-        size = sum(end - begin for begin, end in layout.regions + layout.second)
+        size = layout.size()
         self.layout = layout
         self.committed: FloatArray = np.zeros(size, np.float32)
         self.spare: FloatArray = np.zeros(size, np.float32)
@@ -98,34 +103,35 @@ class Residual:
         name: str,
         *,
         numel: int,
-        regions: Sequence[tuple[int, int]],
+        regions: Mapping[str, Sequence[tuple[int, int]]] | Sequence[tuple[int, int]],
         spans: Sequence[Span] | None = None,
-        second: Sequence[tuple[int, int]] = (),
     ) -> tuple[FloatArray, FloatArray]:
         """The buffers for one encode of tensor ``name``: ``(e_in, e_out)``, fp32, 1-D.
 
-        Both are the concatenation of ``regions`` (`Plan.residual_regions`) of a flat tensor of ``numel``
-        elements, and behind them of ``second``, those of a two-stage exchange's second residual. ``spans`` say
-        which parameter each element belongs to (default: all to ``name``). The first stage since commit or
-        rollback reads the committed buffer; later ones continue in place (e_in is e_out).
+        Both are the concatenation of ``regions`` (`Plan.residuals`: by op; without ops: of "compress") of a flat
+        tensor of ``numel`` elements. ``spans`` say which parameter each element belongs to (default: all to
+        ``name``). The first stage since commit or rollback reads the committed buffer; later ones continue in
+        place (e_in is e_out).
 
-        A tensor whose exchange changes to two stages begins with a second residual of zeros; one whose exchange
-        changes back gets the second residual added to the first: both are in the same units.
+        A tensor whose exchange changes to two stages, or whose ranks begin to compress inside the node, begins
+        with zeros there; one whose exchange changes back gets the second residual added to the first.
 
         Raises `ResidualError` when ``name`` was used with another layout, or a loaded state does not fit it.
         """
-        spans = tuple(spans or (Span(name, 0, numel),))
-        layout = _Layout(numel, _joined(regions), spans, _joined(second))
+        by_op = regions if isinstance(regions, Mapping) else {_FIRST: regions}
+        joined = ((op, _joined(parts)) for op, parts in by_op.items())
+        kept = tuple((op, parts) for op, parts in joined if parts)
+        layout = _Layout(numel, tuple(spans or (Span(name, 0, numel),)), kept)
         entry = self._entries.get(name)
         if entry is None:
             entry = self._entries[name] = self._new_entry(name, layout)
-        elif not entry.staged and entry.layout != layout and _other_exchange(entry.layout, layout):
-            entry = self._entries[name] = _moved(entry, layout)
         elif entry.layout != layout:
-            raise ResidualError(
-                f"residual of {name!r} holds {_describe(entry.layout)}, now asked for {_describe(layout)}; "
-                "keep one Residual per tensor and topology, or start a new one"
-            )
+            if entry.staged or not _follows(entry.layout, layout):
+                raise ResidualError(
+                    f"residual of {name!r} holds {_describe(entry.layout)}, now asked for {_describe(layout)}; "
+                    "keep one Residual per tensor and topology, or start a new one"
+                )
+            entry = self._entries[name] = _moved(entry, layout)
         before = entry.spare if entry.staged else entry.committed
         entry.staged = True
         return before, entry.spare
@@ -171,7 +177,7 @@ class Residual:
     def state_dict(self) -> dict[str, FloatArray]:
         """This rank's committed residual: ``"parameter[begin:end]"`` -> fp32 1-D copy.
 
-        The second residual of a two-stage exchange has keys that end in " recompress".
+        Keys end in " recompress" and " compress_intra" where these left it behind.
         Keyed by span of the parameter, so that it outlives another bucket size. What is staged is not saved:
         it belongs to a step that the saved parameters have not seen.
         """
@@ -199,7 +205,7 @@ class Residual:
                 raise ResidualError(f"state entry {key!r}: expected 'parameter[begin:end]' -> 1-D float32")
             if int(match[3]) - int(match[2]) != array.size:
                 raise ResidualError(f"state entry {key!r} holds {array.size} elements; is the file damaged?")
-            loaded.setdefault(_Held(match[1], match[4]), []).append((int(match[2]), array.copy()))
+            loaded.setdefault(_Held(match[1], match[4] or _FIRST), []).append((int(match[2]), array.copy()))
         layouts = {name: entry.layout for name, entry in self._entries.items()}
         old = self._entries, self._loaded, self._strict
         self._entries, self._loaded, self._strict = {}, loaded, True
@@ -224,44 +230,51 @@ class Residual:
             found = sum(len(values) for _, values in self._loaded.get(held, ()))
             if found != owned:
                 raise _misfit(name, held, f"holds {found} elements, this rank owns {owned}")
+        for held in self._loaded.keys() - taken:
+            if held.name in {span.name for span in layout.spans}:
+                raise _misfit(name, held, "has no place: this rank compresses nothing there")
         for held in taken:
             self._loaded.pop(held, None)
         return entry if saved == layout else _moved(entry, layout)
 
     def _saved_layout(self, layout: _Layout) -> _Layout:
-        """``layout`` under the exchange that the loaded state was saved under."""
-        seconds = [span for span in layout.spans if _Held(span.name, _SECOND) in self._loaded]
-        if not seconds:
-            return replace(layout, second=())
-        if layout.second:
-            return layout
-        pieces = sorted(
-            (span.begin + begin, span.begin + begin + len(values))
-            for span in seconds
-            for begin, values in self._loaded[_Held(span.name, _SECOND)]
-        )
-        return replace(layout, second=_joined(pieces))
+        """``layout`` as the loaded state has it: without what it does not hold, with a second residual that it has."""
+        names = {span.name for span in layout.spans}
+        saved = {held.op for held in self._loaded if held.name in names}
+        parts = [(op, regions) for op, regions in layout.regions if op == _FIRST or op in saved]
+        if _SECOND in saved and _SECOND not in dict(parts):
+            pieces = sorted(
+                (span.begin + begin, span.begin + begin + len(values))
+                for span in layout.spans
+                for begin, values in self._loaded.get(_Held(span.name, _SECOND), ())
+            )
+            parts.insert(1, (_SECOND, _joined(pieces)))
+        return replace(layout, regions=tuple(parts))
 
 
-def _other_exchange(before: _Layout, after: _Layout) -> bool:
-    """Whether all that differs is that one of the two has no second residual."""
-    return replace(before, second=()) == replace(after, second=()) and not (before.second and after.second)
+def _follows(before: _Layout, after: _Layout) -> bool:
+    """Whether ``after`` is ``before`` with other ops, none of which lose anything."""
+    old, new = dict(before.regions), dict(after.regions)
+    same = replace(before, regions=()) == replace(after, regions=())
+    return (
+        same
+        and all(new.get(op, regions) == regions for op, regions in old.items())
+        and old.keys() - new <= {_SECOND}
+    )
 
 
 def _moved(entry: _Entry, layout: _Layout) -> _Entry:
-    """The committed values of ``entry`` under another exchange: a second residual is taken up by the first."""
-    moved, offset = _Entry(layout), 0
-    first = {}
-    for begin, end in entry.layout.regions:
-        first[begin, end] = offset
-        offset += end - begin
-    moved.committed[:offset] = entry.committed[:offset]
-    for begin, end in entry.layout.second:
-        into = next((at + begin - b for (b, e), at in first.items() if b <= begin and end <= e), None)
-        if into is None:
-            raise ResidualError(f"second residual of {begin}..{end} is no part of {_describe(layout)}")
-        moved.committed[into : into + end - begin] += entry.committed[offset : offset + end - begin]
-        offset += end - begin
+    """The committed values of ``entry`` in another layout: a second residual that has no place joins the first."""
+    moved, places = _Entry(layout), dict(layout.regions)
+    for op, regions in entry.layout.regions:
+        values = entry.committed[entry.layout.size(op) :]
+        for begin, end in regions:
+            into = layout.size(op if op in places else _FIRST)
+            for low, high in places.get(op) or places.get(_FIRST, ()):
+                if low <= begin and end <= high:
+                    moved.committed[into + begin - low :][: end - begin] += values[: end - begin]
+                into += high - low
+            values = values[end - begin :]
     return moved
 
 
@@ -290,13 +303,11 @@ def _copy_pieces(pieces: Iterable[tuple[int, FloatArray]], begin: int, end: int,
 
 def _misfit(entry: str, held: _Held, what: str) -> ResidualError:
     return ResidualError(
-        f"residual state of parameter {held.name!r}{held.stage} (bucket {entry!r}) {what}; it was saved by another "
+        f"residual state ({held.op}) of parameter {held.name!r} (bucket {entry!r}) {what}; it was saved by another "
         "rank or under another topology: load it where it was saved, or start a new Residual and lose it"
     )
 
 
 def _describe(layout: _Layout) -> str:
-    held = sum(end - begin for begin, end in layout.regions)
-    second = sum(end - begin for begin, end in layout.second)
-    text = f"{held} of {layout.numel} elements in {len(layout.spans)} spans"
-    return f"{text}, {second} of a second stage" if second else text
+    held = ", ".join(f"{op} {sum(e - b for b, e in regions)}" for op, regions in layout.regions)
+    return f"({held or 'nothing'}) of {layout.numel} elements in {len(layout.spans)} spans"

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hybridcomm.plan import Plan, Region, Step
+from hybridcomm.plan import RESIDUALS, Plan, Region, Step
 
 Buffers = Sequence[NDArray[Any]]
 ResidualBuffers = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -68,13 +68,14 @@ class Interpreter:
             codec = ReferenceCodec(plan.compressor)
         self.plan = plan
         self.codec = codec
+        self.intra = None if plan.intra_compressor == "none" else ReferenceCodec(plan.intra_compressor)
         self.wire_nbytes = dict.fromkeys(range(plan.topology.world_size), 0)
         self._payloads: dict[tuple[int, Region], list[NDArray[np.uint8]]] = {}
         self._offsets: dict[int, dict[tuple[str, Region], int]] = {}
         for rank in range(plan.topology.world_size):
             offset = 0
             self._offsets[rank] = {}
-            for op in ("compress", "recompress"):
+            for op in RESIDUALS:
                 for region in plan.residual_regions(rank, op):
                     self._offsets[rank][op, region] = offset
                     offset += region.numel
@@ -113,24 +114,40 @@ class Interpreter:
         self._gather(step, buffers, residuals)
 
     def _encode(
-        self, step: Step, values: NDArray[np.float32], residuals: Mapping[int, ResidualBuffers]
+        self,
+        step: Step,
+        values: NDArray[np.float32],
+        residuals: Mapping[int, ResidualBuffers],
+        codec: Codec | None,
     ) -> None:
         e_in = e_out = None
         if step.root in residuals:
             begin = self._offsets[step.root][step.op, step.region]
             part = slice(begin, begin + step.region.numel)
             e_in, e_out = (half[part] for half in residuals[step.root])
-        payload = self._need().encode(values, e_in, e_out, self.plan.digest)
+        payload = self._need(codec).encode(values, e_in, e_out, self.plan.digest)
         self._payloads[step.root, step.region] = [payload]
 
     def _decoded(self, step: Step) -> NDArray[np.float32]:
         out = np.zeros(step.region.numel, np.float32)
         payloads = self._payloads.pop((step.root, step.region))
-        self._need().decode_add(payloads, out, float(np.float32(1 / step.divisor)), self.plan.digest)
+        self._need(self.codec).decode_add(
+            payloads, out, float(np.float32(1 / step.divisor)), self.plan.digest
+        )
         return out
 
+    def _compress_intra(self, step: Step, buffers: Buffers, residuals: Mapping[int, ResidualBuffers]) -> None:
+        self._encode(step, buffers[step.root][slice(*step.region)], residuals, self.intra)
+
+    def _reduce_payload(self, step: Step, buffers: Buffers, _: object) -> None:
+        """In place: the own region first, then the others' payloads in rank order."""
+        part = buffers[step.root][slice(*step.region)]
+        payloads = [self._payloads.pop((r, step.region))[0] for r in step.group if r != step.root]
+        self._need(self.intra).decode_add(payloads, part, 1.0, self.plan.digest)
+        part /= np.float32(step.divisor)
+
     def _compress(self, step: Step, buffers: Buffers, residuals: Mapping[int, ResidualBuffers]) -> None:
-        self._encode(step, buffers[step.root][slice(*step.region)], residuals)
+        self._encode(step, buffers[step.root][slice(*step.region)], residuals, self.codec)
 
     def _exchange_payload(self, step: Step, _: Buffers, __: object) -> None:
         payloads = [self._payloads[rank, step.region][0] for rank in step.group]
@@ -140,7 +157,7 @@ class Interpreter:
                 self.wire_nbytes[source] += payload.nbytes if source != rank else 0
 
     def _recompress(self, step: Step, _: Buffers, residuals: Mapping[int, ResidualBuffers]) -> None:
-        self._encode(step, self._decoded(step), residuals)
+        self._encode(step, self._decoded(step), residuals, self.codec)
 
     def _exchange_recompressed(self, step: Step, _: Buffers, __: object) -> None:
         (payload,) = self._payloads[step.root, step.region]
@@ -151,10 +168,10 @@ class Interpreter:
     def _decompress(self, step: Step, buffers: Buffers, _: object) -> None:
         buffers[step.root][slice(*step.region)] = self._decoded(step)
 
-    def _need(self) -> Codec:
-        if self.codec is None:
+    def _need(self, codec: Codec | None) -> Codec:
+        if codec is None:
             raise ValueError(f"plan with compressor {self.plan.compressor!r} needs a codec")
-        return self.codec
+        return codec
 
 
 _COMBINE: dict[str, np.ufunc] = {

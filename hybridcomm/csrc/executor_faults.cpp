@@ -153,7 +153,7 @@ void Executor::add_blockers(const Op& op, std::vector<int>& ranks) {
   if (op.kind == Kind::put) locals = node_.unread(Lane::reduce, {op.peer});
   if (op.kind == Kind::publish) locals = node_.unread(Lane::gather, op.sources);
   if (op.kind == Kind::share) locals = node_.unread(Lane::share, op.sources);
-  if (op.kind == Kind::reduce) locals = node_.silent(Lane::reduce, op.sources);
+  if (op.kind == Kind::reduce || op.kind == Kind::decode_add) locals = node_.silent(Lane::reduce, op.sources);
   if (op.kind == Kind::collect) locals = node_.silent(Lane::share, op.sources);
   if (op.kind == Kind::get) locals.push_back(op.peer);
   for (int local : locals) ranks.push_back(mesh_.global_rank(local));

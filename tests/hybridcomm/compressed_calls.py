@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from hybridcomm.compress import Compress
 from hybridcomm.context import Context
-from hybridcomm.plan import Plan
+from hybridcomm.plan import RESIDUALS, Plan
 from hybridcomm.residual import Residual
 from tests.engine_ranks import each_rank
 from tests.interpreter import Interpreter
@@ -17,6 +18,7 @@ from tests.interpreter import Interpreter
 __all__ = ["CODEC", "Oracle", "by_engine", "gradients", "held_back", "residual_numel", "residual_of"]
 
 CODEC = "topk:0.1/b64"
+_OPS = ["", *RESIDUALS[1:]]
 Arrays = list[np.ndarray[Any, Any]]
 
 
@@ -38,7 +40,7 @@ def by_engine(
     inputs: Arrays,
     *,
     op: str = "mean",
-    compress: str | None = CODEC,
+    compress: Compress = CODEC,
     residuals: list[Residual] | None = None,
     exchange: str = "auto",
     jitter: int | None = None,
@@ -79,14 +81,14 @@ class Oracle:
 
 
 def residual_numel(plan: Plan, rank: int) -> int:
-    """Elements of a rank's residual, those of the second stage included."""
-    return sum(r.numel for op in ("compress", "recompress") for r in plan.residual_regions(rank, op))
+    """Elements of a rank's residual, of all ops."""
+    return sum(region.numel for regions in plan.residuals(rank).values() for region in regions)
 
 
 def residual_of(residual: Residual) -> np.ndarray[Any, Any]:
     """A rank's committed residual of one tensor, in the order of the interpreter's."""
     state = residual.state_dict()
-    keys = sorted(state, key=lambda key: (key.endswith("recompress"), _begin(key)))
+    keys = sorted(state, key=lambda key: (_OPS.index(key.rpartition("]")[2].strip()), _begin(key)))
     return np.concatenate([state[key] for key in keys]) if keys else np.zeros(0, np.float32)
 
 

@@ -1,7 +1,6 @@
 """The residual law, as a training run that keeps the books.
 
-    sum over applied steps and ranks of gradients
-        = W * sum of applied mean updates + sum over nodes of residuals + sum over slices of second residuals
+    sum over applied steps and ranks of gradients = W * sum of applied mean updates + sum of all residuals
 
 Gradients are booked by tensor hooks, before anything of the library sees them; updates by the gradients that
 the optimizer used; residuals by ``state_dict``. A run returns the difference of the two sides, per element.
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hybridcomm.compress import Compress
 from hybridcomm.reducer import Reducer
 from tests.hybridcomm.exact_models import ExactNet
 
@@ -64,11 +64,12 @@ def run(
     *,
     scaler: torch.amp.GradScaler | None = None,
     make: Callable[..., Reducer] = Reducer,
+    compress: Compress = COMPRESS,
     noise: float = 0.0,
 ) -> Books:
     """Trains one rank; ``make`` builds the reducer (planted mutants), ``noise`` real gradients."""
     model, books = noisy_model(noise), Books()
-    reducer = make(model, ctx=ctx, compress=COMPRESS, bucket_cap_mb=SMALL_MB)
+    reducer = make(model, ctx=ctx, compress=compress, bucket_cap_mb=SMALL_MB)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # parameters stay, so gradients stay integers
     reducer.attach(optimizer, scaler=scaler)
     unit = [1.0]
@@ -124,7 +125,7 @@ def gap(books: Sequence[Books]) -> dict[str, np.ndarray[Any, Any]]:
         residual = np.zeros(updates.size)
         for book in books:
             for key, values in book.residual.items():
-                match = re.fullmatch(re.escape(name) + r"\[(\d+):(\d+)\]( recompress)?", key)
+                match = re.fullmatch(re.escape(name) + r"\[(\d+):(\d+)\](?: \w+)?", key)
                 if match:
                     residual[int(match[1]) : int(match[2])] += values
         left = np.sum([book.gradients[name] for book in books], axis=0)

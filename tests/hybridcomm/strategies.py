@@ -69,6 +69,10 @@ def every_plan(topology: Topology, numel: int) -> list[Plan]:
         for op in ("sum", "mean")
     ]
     plans += [
+        collective_plans.allreduce(topology, numel, op="mean", intra=codec, chunk_elems=1024),
+        two_stage(topology, numel, intra=topk(0.2, 128), chunk_elems=1024),
+    ]
+    plans += [
         collective_plans.broadcast(topology, numel, root=world - 1, chunk_elems=1024),
         collective_plans.all_gather(topology, parts, chunk_elems=1024),
         collective_plans.reduce_scatter(topology, parts, op="mean", chunk_elems=1024),

@@ -67,6 +67,11 @@ def two_stage() -> Plan:
     )
 
 
+def both_links() -> Plan:
+    topology = Topology.from_sizes([3, 2, 1])
+    return build.allreduce(topology, 5000, op="mean", compressor=topk(), intra=topk(), chunk_elems=512)
+
+
 def others() -> list[Plan]:
     topology = NAMED["3+2"]
     return [
@@ -80,7 +85,7 @@ def find(plan: Plan, op: str, nth: int = 0) -> int:
     return [step.id for step in plan.steps if step.op == op][nth]
 
 
-@pytest.mark.parametrize("make", [dense, compressed, two_stage])
+@pytest.mark.parametrize("make", [dense, compressed, two_stage, both_links])
 def test_each_dropped_step_is_caught(make: Callable[[], Plan]) -> None:
     plan = make()
     for victim in plan.steps:
@@ -95,7 +100,7 @@ def test_each_dropped_step_of_the_other_collectives_is_caught() -> None:
                 renumbered(plan, [step for step in plan.steps if step is not victim]).check()
 
 
-@pytest.mark.parametrize("make", [dense, compressed, two_stage])
+@pytest.mark.parametrize("make", [dense, compressed, two_stage, both_links])
 def test_each_doubled_step_is_caught(make: Callable[[], Plan]) -> None:
     """A step that runs twice counts ranks twice, averages twice, or is an unordered second write."""
     plan = make()
@@ -135,7 +140,7 @@ def needed_waits(plan: Plan) -> list[tuple[int, int]]:
     return out
 
 
-@pytest.mark.parametrize("make", [dense, compressed, two_stage])
+@pytest.mark.parametrize("make", [dense, compressed, two_stage, both_links])
 def test_each_missing_wait_is_caught_and_no_harmless_one_flagged(make: Callable[[], Plan]) -> None:
     plan = make()
     needed = set(needed_waits(plan))
@@ -205,6 +210,21 @@ def test_faults_of_two_stages_are_caught() -> None:
             mutant.check()
 
 
+def test_faults_of_compression_inside_a_node_are_caught() -> None:
+    plan = both_links()
+    offers, adds = find(plan, "compress_intra"), find(plan, "reduce_payload")
+    step = plan.steps[adds]
+    other = next(rank for rank in step.group if rank != step.root)
+    for mutant, why in (
+        (changed(plan, offers, root=step.root, group=(step.root,)), "no fresh payload|shares no rank"),
+        (changed(plan, adds, root=other), "does not own shard"),
+        (changed(plan, adds, group=step.group[:-1]), "all ranks of one node"),
+        (changed(plan, adds, divisor=6), "adds means to sums|/ 36"),
+    ):
+        with pytest.raises(PlanError, match=why):
+            mutant.check()
+
+
 def test_overlapping_or_short_slices_are_caught() -> None:
     plan = dense()
     place = find(plan, "exchange_reduce")
@@ -249,7 +269,7 @@ def programs(plan: Plan) -> dict[int, list[Step]]:
 
 
 def test_ranks_with_other_exchange_orders_deadlock() -> None:
-    for plan in (dense(), compressed(), two_stage()):
+    for plan in (dense(), compressed(), two_stage(), both_links()):
         mixed = programs(plan)
         order = [i for i, step in enumerate(mixed[0]) if step.stream == "exchange"]
         first, second = order[0], order[-1]

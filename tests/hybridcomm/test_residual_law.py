@@ -137,7 +137,7 @@ class ForgetsLastBucket(Reducer):
             return super()._launch(layout)
         flat = self._flats[layout.index]
         return self.ctx.allreduce(
-            flat, op="mean", compress=self.compressor, async_op=True, residual_key=layout.key
+            flat, op="mean", compress=self.compress, async_op=True, residual_key=layout.key
         )
 
 
@@ -205,7 +205,7 @@ class DropsSecondResidual(Reducer):
     def finalize(self) -> None:
         super().finalize()
         for entry in self.residual._entries.values():
-            entry.spare[sum(end - begin for begin, end in entry.layout.regions) :] = 0
+            entry.spare[entry.layout.size("recompress") :] = 0
 
 
 SKIPS = [Step(), Step(spoilt="skip"), Step()]

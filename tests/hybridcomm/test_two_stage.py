@@ -218,7 +218,7 @@ REGIONS, SLICE = [(0, 4), (8, 12)], [(8, 10)]
 def stage(
     residual: Residual, second: list[tuple[int, int]]
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    return residual.stage("x", numel=16, regions=REGIONS, second=second)
+    return residual.stage("x", numel=16, regions={"compress": REGIONS, "recompress": second})
 
 
 def filled() -> Residual:

@@ -21,7 +21,7 @@ BENCH := build/bench
 
 export PATH := $(abspath $(VENV)/bin):$(PATH)
 
-.PHONY: help run test lint format bench verify install clean layout
+.PHONY: help run test lint format bench fuzz verify install clean layout
 
 help:
 	@echo "make run      train on 4 ranks as 2 virtual nodes (ARGS=... passes options; ARGS=--help lists them)"
@@ -29,7 +29,8 @@ help:
 	@echo "make lint     format, lint, types, import directions"
 	@echo "make format   rewrite Python and C++ sources in the project's format"
 	@echo "make bench    in-host benchmarks; as root also those on the virtual cluster"
-	@echo "make verify   the long run: tests, longer property tests, sanitizers; writes docs/verify-report.md"
+	@echo "make fuzz     libFuzzer on every decoder and on what is read from the network, 60 s each (needs clang)"
+	@echo "make verify   the long run: tests, property tests, sanitizers, fuzzing, soak; writes docs/verify-report.md"
 	@echo "make install  only build and install into $(VENV)"
 	@echo "make clean    remove $(VENV), builds and caches"
 
@@ -60,10 +61,14 @@ bench: $(VENV)/engine.stamp
 	  $(PY) -m benchmarks.bench_wire --json $(BENCH)/wire.json && \
 	  $(PY) -m benchmarks.bench_allreduce --rates 1gbit 200mbit --json $(BENCH)/allreduce.json && \
 	  $(PY) -m benchmarks.bench_allreduce --nodes 4 --json $(BENCH)/allreduce-4x2.json && \
+	  $(PY) -m benchmarks.bench_crossover --json $(BENCH)/crossover.json && \
 	  $(PY) -m benchmarks.bench_overlap --json $(BENCH)/overlap.json && \
 	  $(PY) -m benchmarks.bench_training --steps 320 --variants ddp,topk --json $(BENCH)/training.json && \
 	  $(PY) -m benchmarks.figures --allreduce $(BENCH)/allreduce.json --training $(BENCH)/training.json --out $(BENCH); \
 	else echo "not root: the benchmarks on the virtual cluster are left out"; fi
+
+fuzz: $(VENV)/engine.stamp
+	$(PY) -m tests.fuzz $(ARGS)
 
 verify: $(VENV)/engine.stamp
 	$(PY) -m tests.verify $(ARGS)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,22 +31,39 @@ class View:
     dtype: str
     owner: Array
 
+    @property
+    def nbytes(self) -> int:
+        return self.numel * ITEMSIZE[self.dtype]
 
-def view(array: Array, what: str = "tensor") -> View:
-    """The memory of a contiguous CPU array, to be read and written in place.
+    def split(self, sizes: Sequence[int]) -> list[View]:
+        """Views of the given sizes, one behind the other."""
+        begins = [0, *accumulate(sizes)]
+        return [
+            View(
+                address=self.address + begin * ITEMSIZE[self.dtype],
+                numel=size,
+                dtype=self.dtype,
+                owner=self.owner,
+            )
+            for begin, size in zip(begins, sizes, strict=False)
+        ]
+
+
+def view(array: Array, what: str = "tensor", *, written: bool = True) -> View:
+    """The memory of a contiguous CPU array, to be read and (with ``written``) written in place.
 
     Raises `DataTypeError` for anything else: another type, a device, a dtype the engine does not know, or a
     layout with gaps (its result could not be written back in place).
     """
     torch = sys.modules.get("torch")  # a torch tensor cannot exist before torch was imported
     if torch is not None and isinstance(array, torch.Tensor):
-        return _torch_view(array, what)
+        return _torch_view(array, what, written)
     if isinstance(array, np.ndarray):
-        return _numpy_view(array, what)
+        return _numpy_view(array, what, written)
     raise DataTypeError(f"{what}: expected a torch.Tensor or numpy.ndarray, got {type(array).__name__}")
 
 
-def _torch_view(tensor: torch.Tensor, what: str) -> View:
+def _torch_view(tensor: torch.Tensor, what: str, written: bool) -> View:
     if tensor.device.type != "cpu":
         raise DataTypeError(
             f"{what}: is on {tensor.device}; the host engine takes CPU tensors, so move it with .cpu() first"
@@ -55,14 +74,16 @@ def _torch_view(tensor: torch.Tensor, what: str) -> View:
     _check_dtype(dtype, what)
     if not tensor.is_contiguous():
         raise DataTypeError(f"{what}: is not contiguous; pass tensor.contiguous() and copy the result back")
-    if tensor.is_neg():
-        raise DataTypeError(f"{what}: is a lazily negated view; pass tensor.resolve_neg()")
-    if tensor.requires_grad and not tensor.is_leaf:
+    if tensor.is_neg() or tensor.is_conj():
+        raise DataTypeError(
+            f"{what}: is a lazily negated or conjugated view; pass tensor.resolve_neg().resolve_conj()"
+        )
+    if written and tensor.requires_grad and not tensor.is_leaf:
         raise DataTypeError(f"{what}: is part of an autograd graph; pass tensor.detach()")
     return View(address=tensor.data_ptr(), numel=tensor.numel(), dtype=dtype, owner=tensor)
 
 
-def _numpy_view(array: np.ndarray[Any, Any], what: str) -> View:
+def _numpy_view(array: np.ndarray[Any, Any], what: str, written: bool) -> View:
     _check_dtype(array.dtype.name, what)
     if not array.dtype.isnative:
         raise DataTypeError(
@@ -70,7 +91,7 @@ def _numpy_view(array: np.ndarray[Any, Any], what: str) -> View:
         )
     if not array.flags.c_contiguous or not array.flags.aligned:
         raise DataTypeError(f"{what}: is not C-contiguous; pass numpy.ascontiguousarray(...)")
-    if not array.flags.writeable:
+    if written and not array.flags.writeable:
         raise DataTypeError(f"{what}: is read-only; pass a copy")
     return View(address=array.ctypes.data, numel=array.size, dtype=array.dtype.name, owner=array)
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from hybridcomm import collective_plans, policy
 from hybridcomm import compress as compressors
-from hybridcomm.compress import Compressor
+from hybridcomm.compress import Compress, Compressor
 from hybridcomm.errors import CompressorError
 from hybridcomm.probe import CANDIDATES, Figures, probe
 
@@ -200,7 +200,7 @@ def policy_of(context: Collectives, requested: str = AUTO) -> Policy:
 
 def resolve(
     context: Collectives,
-    compress: str | Compressor | None,
+    compress: Compress,
     *,
     numel: int,
     dtype: str,

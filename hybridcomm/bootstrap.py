@@ -253,14 +253,8 @@ def _topology_from_env(world: World) -> Topology | None:
 
 
 def _peers(topology: Topology, rank: int) -> list[int]:
-    """The ranks of other nodes that some plan may pair this one with: co-owners of a shard."""
-    peers = {
-        peer
-        for shard in range(topology.max_local_size)
-        if rank in topology.owners(shard)
-        for peer in topology.owners(shard)
-    }
-    return sorted(peers - {rank})
+    """The ranks of other nodes that some plan may pair this one with: gather, scatter and all_to_all, all."""
+    return sorted(set(range(topology.world_size)) - set(topology.nodes[topology.node_of(rank)]))
 
 
 def _boot_id() -> str:

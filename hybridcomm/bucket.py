@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,11 +33,16 @@ class Span(NamedTuple):
 
 
 class ParameterSize(NamedTuple):
-    """What bucketing needs to know of a parameter: its name, elements, and its bucket's dtype."""
+    """What bucketing needs to know of a parameter: its name, elements, and its bucket's dtype.
+
+    ``compress``: the text of what compresses it. ``align``: its bucket is padded to a multiple of so many elements.
+    """
 
     name: str
     numel: int
     dtype: str
+    compress: str = "none"
+    align: int = policy.DENSE_ALIGN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +53,7 @@ class BucketLayout:
     dtype: str
     spans: tuple[Span, ...]
     numel: int
+    compress: str = "none"
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -68,47 +75,52 @@ class BucketLayout:
 
     def digest(self) -> int:
         """63-bit digest (fits int64) of everything that must agree between ranks."""
-        text = f"{self.index} {self.dtype} {self.numel} {list(map(tuple, self.spans))}"
+        text = f"{self.index} {self.dtype} {self.numel} {self.compress} {list(map(tuple, self.spans))}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def plan_buckets(
-    parameters: Iterable[ParameterSize], *, cap_nbytes: int, pad_to: int = policy.DENSE_ALIGN
-) -> tuple[BucketLayout, ...]:
+def plan_buckets(parameters: Iterable[ParameterSize], *, cap_nbytes: int) -> tuple[BucketLayout, ...]:
     """Lays parameters, given in registration order, into buckets in backward (reverse) order.
 
     A bucket closes when the next parameter would take it past ``cap_nbytes``; a larger parameter gets a
-    bucket of its own. Parameters of another dtype open a bucket beside it. Buckets are numbered by when they
-    fill up: by their last parameter. Each is padded once, to a multiple of ``pad_to`` elements.
+    bucket of its own. Parameters of another dtype, or compressed otherwise, open a bucket beside it. Buckets are
+    numbered by when they fill up: by their last parameter. Each is padded once, as its parameters ask.
     """
     if cap_nbytes <= 0:
         raise UnsupportedError(f"bucket capacity of {cap_nbytes} bytes: must be > 0")
-    open_by_dtype: dict[str, list[ParameterSize]] = {}
+    open_by_kind: dict[tuple[str, str], list[ParameterSize]] = {}
     closed: list[tuple[int, list[ParameterSize]]] = []
     position: dict[str, int] = {}
     for place, parameter in enumerate(reversed(list(parameters))):
         if parameter.name in position:
             raise UnsupportedError(f"parameter {parameter.name!r} is listed twice")
         position[parameter.name] = place
-        members = open_by_dtype.setdefault(parameter.dtype, [])
+        kind = parameter.dtype, parameter.compress
+        members = open_by_kind.setdefault(kind, [])
         held = sum(member.numel for member in members) + parameter.numel
         if members and held * policy.itemsize(parameter.dtype) > cap_nbytes:
             closed.append((position[members[-1].name], members))
-            members = open_by_dtype[parameter.dtype] = []
+            members = open_by_kind[kind] = []
         members.append(parameter)
-    closed += [(position[members[-1].name], members) for members in open_by_dtype.values()]
+    closed += [(position[members[-1].name], members) for members in open_by_kind.values()]
     ordered = (members for _, members in sorted(closed, key=lambda item: item[0]))
-    return tuple(_layout(index, members, pad_to) for index, members in enumerate(ordered))
+    return tuple(_layout(index, members) for index, members in enumerate(ordered))
 
 
-def _layout(index: int, members: Sequence[ParameterSize], pad_to: int) -> BucketLayout:
+def _layout(index: int, members: Sequence[ParameterSize]) -> BucketLayout:
     spans: list[Span] = []
     begin = 0
     for member in members:
         spans.append(Span(member.name, begin, begin + member.numel))
         begin += member.numel
-    numel = -(-begin // pad_to) * pad_to
-    return BucketLayout(index=index, dtype=members[0].dtype, spans=tuple(spans), numel=numel)
+    align = math.lcm(*(member.align for member in members))
+    return BucketLayout(
+        index=index,
+        dtype=members[0].dtype,
+        spans=tuple(spans),
+        numel=-(-begin // align) * align,
+        compress=members[0].compress,
+    )
 
 
 class BucketState(enum.Enum):

@@ -11,13 +11,44 @@ from math import lcm
 from typing import Protocol
 
 from hybridcomm import policy, reduction
+from hybridcomm.copy_plans import (
+    all_gather,
+    all_to_all,
+    broadcast,
+    finished,
+    gather,
+    monitored_barrier,
+    parts_by_rank,
+    scatter,
+)
 from hybridcomm.errors import UnsupportedError
-from hybridcomm.plan import Plan, Region
+from hybridcomm.plan import ALL, Part, Plan, Region
 from hybridcomm.plan_routes import Route
-from hybridcomm.plan_stages import Chunk, Stage, Writer, chunks_of, on_all_nodes, pipeline, shard_regions
+from hybridcomm.plan_stages import (
+    Chunk,
+    Stage,
+    Writer,
+    chunk_size,
+    chunks_of,
+    on_all_nodes,
+    pipeline,
+    regions_of,
+    shard_regions,
+)
 from hybridcomm.topology import Topology
 
-__all__ = ["all_gather", "allreduce", "barrier", "broadcast", "reduce_scatter"]
+__all__ = [
+    "all_gather",
+    "all_to_all",
+    "allreduce",
+    "barrier",
+    "broadcast",
+    "gather",
+    "monitored_barrier",
+    "reduce",
+    "reduce_scatter",
+    "scatter",
+]
 
 
 class BlockCodec(Protocol):
@@ -41,8 +72,11 @@ def allreduce(
     chunk_elems: int | None = None,
     chunk_nbytes: int = policy.MAX_CHUNK_NBYTES,
     bucket: int = 0,
+    segments: Sequence[int] | None = None,
 ) -> Plan:
     """``op`` over all ranks' ``numel`` elements, left on all ranks.
+
+    ``segments``: the sizes of several tensors that they consist of; no step reaches over an edge.
 
     With one node nothing crosses a slow link: the plan is dense whatever ``compressor`` is
     (``plan.compressor`` tells). ``intra`` compresses what the ranks of a node send to its owners, likewise
@@ -56,24 +90,24 @@ def allreduce(
     nodes, world = len(topology.nodes), topology.world_size
     codec, intra = compressor if nodes > 1 else None, intra if topology.K > 1 else None
     way = _exchange(topology, numel, compressor, exchange)
-    align = lcm(*(c.block for c in (codec, intra) if c is not None), policy.DENSE_ALIGN)
-    shards = shard_regions(numel, topology.K, align)
-    size = _chunk_size(
+    align = lcm(*(c.block for c in (codec, intra) if c is not None)) if codec or intra else policy.DENSE_ALIGN
+    shards = _shards([numel] if segments is None else segments, topology.K, align)
+    size = chunk_size(
         chunk_elems,
         chunk_nbytes,
-        numel,
-        dtype,
-        len(shards),
-        align,
+        numel=numel,
+        dtype=dtype,
+        shards=len(shards),
+        align=align,
         compressed=codec is not None or intra is not None,
         overlap=nodes > 1,
     )
-    writer = Writer(topology, bucket)
-    divisor = world if op == "mean" else 1
     _check_slot(intra, size, chunk_nbytes)
-    one_shot = intra is None and chunk_elems is None and _one_shot(topology, numel, dtype, chunk_nbytes)
+    one_shot = intra is None and chunk_elems is None and segments is None
+    one_shot = one_shot and _one_shot(topology, numel, dtype, chunk_nbytes)
     if one_shot:
-        shards, size = [Region(0, numel)], max(size, numel)
+        shards, size = [[Region(0, numel)]], max(size, numel)
+    writer, divisor = Writer(topology, bucket), world if op == "mean" else 1
     route = Route(divisor=divisor, one_shot=one_shot, intra=intra is not None, exchange=way)
     route.write(writer, topology, shards, size=size, align=align)
     return Plan(
@@ -89,45 +123,67 @@ def allreduce(
     )
 
 
+def _shards(sizes: Sequence[int], count: int, align: int) -> list[list[Region]]:
+    """Shard -> its regions, one of each tensor that is long enough."""
+    shards: list[list[Region]] = [[] for _ in range(count)]
+    for begin, end in regions_of(sizes):
+        for shard, region in zip(shards, shard_regions(end - begin, count, align), strict=False):
+            shard.append(Region(begin + region.begin, begin + region.end))
+    return [shard for shard in shards if shard]
+
+
 def barrier(topology: Topology) -> Plan:
     """An all-reduce of one int64."""
     return replace(allreduce(topology, 1, dtype="int64"), collective="barrier")
 
 
-def broadcast(
+def reduce(
     topology: Topology,
     numel: int,
     *,
     root: int,
     dtype: str = "float32",
+    op: str = "sum",
     chunk_elems: int | None = None,
     chunk_nbytes: int = policy.MAX_CHUNK_NBYTES,
 ) -> Plan:
-    """Copies ``root``'s ``numel`` elements to all ranks: to one leader per node, then inside the nodes."""
-    policy.itemsize(dtype)
-    align = policy.DENSE_ALIGN
-    size = _chunk_size(chunk_elems, chunk_nbytes, numel, dtype, 1, align)
-    leaders, home = topology.leaders(root), topology.node_of(root)
-    chunks = [chunks_of(0, Region(0, numel), size, leaders)]
-    writer = _copy_out(topology, chunks, [home])
-    return _copy_plan("broadcast", writer, topology=topology, numel=numel, dtype=dtype, size=size, root=root)
+    """``op`` over all ranks' ``numel`` elements, left on ``root``.
 
+    Each node sends its sums to root's node once, by as many owners as it has. On the other ranks, the regions that
+    they own hold partial sums afterwards (`Plan.written_regions`).
+    """
+    _check_request(op, dtype, numel, None)
+    home, world = topology.node_of(root), topology.world_size
+    small = numel * policy.itemsize(dtype) <= policy.one_shot_nbytes(world)
+    owners = [topology.leaders(root)] if small else [topology.owners(shard) for shard in range(topology.K)]
+    shards = shard_regions(numel, len(owners), policy.DENSE_ALIGN)
+    size = chunk_size(chunk_elems, chunk_nbytes, numel=numel, dtype=dtype, shards=len(owners))
+    writer = Writer(topology, 0)
+    divisor = world if op == "mean" else 1
 
-def all_gather(
-    topology: Topology,
-    numel: int,
-    *,
-    dtype: str = "float32",
-    chunk_elems: int | None = None,
-    chunk_nbytes: int = policy.MAX_CHUNK_NBYTES,
-) -> Plan:
-    """Part r of W equal parts goes from rank r to all ranks; ``numel`` is W * part."""
-    parts = _parts(topology, numel, "all_gather")
-    size = _chunk_size(chunk_elems, chunk_nbytes, numel, dtype, topology.world_size, policy.DENSE_ALIGN)
-    chunks = [chunks_of(rank, part, size, topology.leaders(rank)) for rank, part in enumerate(parts)]
-    homes = [topology.node_of(rank) for rank in range(topology.world_size)]
-    writer = _copy_out(topology, chunks, homes)
-    return _copy_plan("all_gather", writer, topology=topology, numel=numel, dtype=dtype, size=size)
+    def exchange(chunk: Chunk) -> None:
+        group = chunk.owners
+        chunk.ready = (
+            writer.add("exchange_reduce", chunk, group, group[home], chunk.ready, divisor=divisor),
+        )
+
+    def hand_over(chunk: Chunk) -> None:
+        """Also behind the reduce inside root's node, which read root's region."""
+        if chunk.owners[home] != root:
+            chunk.ready = tuple(sorted({chunk.reduced[home], chunk.ready[-1]}))
+            writer.pass_on(chunk, chunk.owners[home], root)
+
+    stages: list[Stage] = []
+    if topology.K > 1:
+        last = divisor if len(topology.nodes) == 1 else 1
+        stages.append(on_all_nodes(lambda chunk, node: writer.reduce_on(chunk, node, last)))
+    if len(topology.nodes) > 1:
+        stages.append(exchange)
+    if topology.K > 1:
+        stages.append(hand_over)
+    pipeline(stages, [chunks_of(s, r, size, owners[s]) for s, r in enumerate(shards)])
+    parts = (Part(0, numel, ALL, root),) if numel else ()
+    return finished("reduce", writer, numel=numel, dtype=dtype, size=size, op=op, root=root, parts=parts)
 
 
 def reduce_scatter(
@@ -136,17 +192,19 @@ def reduce_scatter(
     *,
     dtype: str = "float32",
     op: str = "sum",
+    segments: Sequence[Sequence[int]] | None = None,
     chunk_elems: int | None = None,
     chunk_nbytes: int = policy.MAX_CHUNK_NBYTES,
 ) -> Plan:
-    """Part r of W equal parts, summed over all ranks, ends on rank r; ``numel`` is W * part.
+    """Part r of W parts, reduced over all ranks, ends on rank r; by default ``numel`` is W equal parts.
 
-    The rest of each rank's buffer is scratch: it holds partial sums afterwards.
+    ``segments``: sizes by rank of the parts of several tensors, one tensor behind the other. Of the rest of each
+    rank's buffer, what it sums for others holds partial sums afterwards (`Plan.written_regions`).
     """
     _check_request(op, dtype, numel, None)
     nodes, world = len(topology.nodes), topology.world_size
-    parts = _parts(topology, numel, "reduce_scatter")
-    size = _chunk_size(chunk_elems, chunk_nbytes, numel, dtype, world, policy.DENSE_ALIGN)
+    parts = parts_by_rank(topology, numel, segments, "reduce_scatter")
+    size = chunk_size(chunk_elems, chunk_nbytes, numel=numel, dtype=dtype, shards=world)
     writer = Writer(topology, 0)
     divisor = world if op == "mean" else 1
 
@@ -161,46 +219,29 @@ def reduce_scatter(
     if nodes > 1:
         stages.append(exchange)
     pipeline(stages, [chunks_of(r, part, size, topology.leaders(r)) for r, part in enumerate(parts)])
-    return _copy_plan("reduce_scatter", writer, topology=topology, numel=numel, dtype=dtype, size=size, op=op)
-
-
-def _copy_out(topology: Topology, chunks: list[list[Chunk]], homes: Sequence[int]) -> Writer:
-    """Chunks of part p start at the leader of node ``homes[p]`` and end on all ranks."""
-    writer = Writer(topology, 0)
-
-    def exchange(chunk: Chunk) -> None:
-        root = chunk.owners[homes[chunk.shard]]
-        chunk.ready = (writer.add("exchange_gather", chunk, chunk.owners, root),)
-
-    stages: list[Stage] = [exchange] if len(topology.nodes) > 1 else []
-    if topology.K > 1:
-        stages.append(writer.gather)
-    pipeline(stages, chunks)
-    return writer
-
-
-def _copy_plan(
-    collective: str,
-    writer: Writer,
-    *,
-    topology: Topology,
-    numel: int,
-    dtype: str,
-    size: int,
-    op: str = "none",
-    root: int = -1,
-) -> Plan:
-    return Plan(
-        collective=collective,
-        numel=numel,
-        dtype=dtype,
-        op=op,
-        compressor="none",
-        topology=topology.without_links(),
-        chunk_elems=size,
-        steps=tuple(writer.steps),
-        root=root,
+    promise = [Part(*region, ALL, rank) for rank, regions in enumerate(parts) for region in regions]
+    return finished(
+        "reduce_scatter", writer, numel=numel, dtype=dtype, size=size, op=op, parts=sorted(promise)
     )
+
+
+def _check_request(op: str, dtype: str, numel: int, compressor: BlockCodec | None) -> None:
+    policy.itemsize(dtype)
+    if numel < 0:
+        raise UnsupportedError(f"numel={numel}: must be >= 0")
+    reduction.check(op, dtype)
+    if compressor is not None and op not in ("sum", "mean"):
+        raise UnsupportedError(f"compress={compressor} with op={op!r}: only sums and means can be compressed")
+    if compressor is not None and dtype != "float32":
+        raise UnsupportedError(f"compress={compressor} of {dtype}: only float32 can be compressed")
+
+
+def _check_slot(intra: BlockCodec | None, size: int, slot_nbytes: int) -> None:
+    if intra is not None and intra.nbytes(size) > slot_nbytes:
+        raise UnsupportedError(
+            f"intra_node={intra}: the payload of {size} elements has {intra.nbytes(size)} bytes, a slot of the "
+            f"shared memory {slot_nbytes}; raise chunk_nbytes= of init(), or leave the node dense"
+        )
 
 
 def _one_shot(topology: Topology, numel: int, dtype: str, chunk_nbytes: int) -> bool:
@@ -229,59 +270,3 @@ def _exchange(topology: Topology, numel: int, compressor: BlockCodec | None, ask
         alpha=link.alpha,
         beta=link.beta,
     )
-
-
-def _check_slot(intra: BlockCodec | None, size: int, slot_nbytes: int) -> None:
-    if intra is not None and intra.nbytes(size) > slot_nbytes:
-        raise UnsupportedError(
-            f"intra_node={intra}: the payload of {size} elements has {intra.nbytes(size)} bytes, a slot of the "
-            f"shared memory {slot_nbytes}; raise chunk_nbytes= of init(), or leave the node dense"
-        )
-
-
-def _parts(topology: Topology, numel: int, collective: str) -> list[Region]:
-    world = topology.world_size
-    if numel % world:
-        raise UnsupportedError(
-            f"{collective}: numel {numel} is no multiple of the world size {world}; pad it"
-        )
-    part = numel // world
-    return [Region(rank * part, (rank + 1) * part) for rank in range(world)]
-
-
-def _chunk_size(
-    asked: int | None,
-    limit: int,
-    numel: int,
-    dtype: str,
-    shards: int,
-    align: int,
-    *,
-    compressed: bool = False,
-    overlap: bool = True,
-) -> int:
-    """``asked`` elements, or what policy says, within ``limit`` bytes (a slot of the shared memory)."""
-    if asked is not None:
-        if asked <= 0 or asked % align:
-            raise UnsupportedError(f"chunk_elems={asked}: must be a positive multiple of {align}")
-        return asked
-    most = limit // policy.itemsize(dtype) // align * align
-    if most == 0:
-        raise UnsupportedError(
-            f"chunk_nbytes={limit}: a chunk cannot hold one block of {align} {dtype}; raise it"
-        )
-    wanted = policy.chunk_elems(
-        numel=numel, dtype=dtype, shards=shards, align=align, compressed=compressed, overlap=overlap
-    )
-    return min(wanted, most)
-
-
-def _check_request(op: str, dtype: str, numel: int, compressor: BlockCodec | None) -> None:
-    policy.itemsize(dtype)
-    if numel < 0:
-        raise UnsupportedError(f"numel={numel}: must be >= 0")
-    reduction.check(op, dtype)
-    if compressor is not None and op not in ("sum", "mean"):
-        raise UnsupportedError(f"compress={compressor} with op={op!r}: only sums and means can be compressed")
-    if compressor is not None and dtype != "float32":
-        raise UnsupportedError(f"compress={compressor} of {dtype}: only float32 can be compressed")

@@ -8,29 +8,30 @@ canonical text that goes into plans and their digest, and the facts that policy 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import lcm
 from typing import TYPE_CHECKING
 
+from hybridcomm.custom import CustomCompressor, CustomSpec
 from hybridcomm.errors import CompressorError, DataTypeError, UnsupportedError
+from hybridcomm.kernels.payload import Codec
 
 if TYPE_CHECKING:
-    from hybridcomm.kernels.spec import TopKSpec
+    from hybridcomm.kernels.spec import Spec
+    from hybridcomm.residual import Residual
 
 __all__ = [
-    "COMPRESSORS",
     "LINKS",
+    "ByLink",
     "Compress",
     "Compressor",
     "LinkCompressors",
     "by_link",
     "check_compressible",
+    "check_feedback",
     "resolve",
 ]
-
-COMPRESSORS = ("topk",)
-"""Names that ``compress=`` knows."""
 
 LINKS = ("inter_node", "intra_node")
 """Link classes that ``compress=`` may name."""
@@ -38,23 +39,33 @@ LINKS = ("inter_node", "intra_node")
 
 @dataclass(frozen=True, kw_only=True)
 class Compressor:
-    """Block-wise top-k with quantised values; stateless and deterministic.
+    """A codec with its settings; stateless and deterministic.
 
-    ``unbiased``: whether E[C(x)] = x. ``summable``: whether payloads can be added without decoding.
+    ``align``: shard boundaries fall on multiples of it too, so that all codecs of a schedule cut a tensor alike
+    and no element of a residual changes its owner.
     """
 
-    spec: TopKSpec
-    unbiased: bool = False
-    summable: bool = False
+    spec: Spec
+    align: int = 1
 
     @property
     def block(self) -> int:
-        """Elements per block; shard boundaries fall on multiples of it."""
-        return self.spec.block
+        """Elements on whose multiples shard boundaries fall: the codec's blocks, or several of them."""
+        return math.lcm(self.spec.block, self.align)
 
     @property
-    def contraction(self) -> float:
-        """delta in |x - C(x)|^2 <= (1 - delta) |x|^2, quantisation included."""
+    def unbiased(self) -> bool:
+        """Whether E[C(x)] = x."""
+        return self.spec.unbiased
+
+    @property
+    def summable(self) -> bool:
+        """Whether payloads can be added without decoding."""
+        return self.spec.summable
+
+    @property
+    def contraction(self) -> float | None:
+        """delta in |x - C(x)|^2 <= (1 - delta) |x|^2, quantisation included; None where there is none."""
         return self.spec.contraction
 
     def nbytes(self, numel: int) -> int:
@@ -69,63 +80,61 @@ class Compressor:
         return str(self.spec)
 
 
-def resolve(compress: str | Compressor | None) -> Compressor | None:
+_OF_EVERY_ELEMENT = (Codec.FP16, Codec.BF16, Codec.FP8, Codec.INT8, Codec.INT4, Codec.SIGN1, Codec.POWERSGD)
+
+Compress = str | Compressor | CustomCompressor | None
+"""What ``compress=`` takes."""
+
+
+def resolve(compress: Compress) -> Compressor | None:
     """What ``compress=`` means: None and "none" are dense; "topk" takes the default ratio, "topk:0.01" that
-    one.
+    one; "int8" the default group, "int8/g64" that one; a `CustomCompressor` is wrapped.
 
     Raises `CompressorError` for an unknown name (with the nearest known one) or a setting out of range.
     """
     if compress is None or isinstance(compress, Compressor):
         return compress
+    if isinstance(compress, CustomCompressor):
+        return Compressor(spec=CustomSpec(compress))
     if not isinstance(compress, str):
         raise CompressorError(f"compress={compress!r}: expected None or a text such as 'topk:0.01'")
     if compress == "none":
         return None
-    name, colon, setting = compress.partition("/")[0].partition(":")
-    if name not in COMPRESSORS:
-        near = difflib.get_close_matches(name.lower(), COMPRESSORS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(COMPRESSORS)}"
+
+    from hybridcomm.kernels.spec import CODECS, SpecError, name_of, parse
+
+    name = name_of(compress)
+    if name == "custom":
+        raise CompressorError(
+            f"compress={compress!r}: pass the CustomCompressor itself, its text names no code"
+        )
+    if name not in CODECS:
+        near = difflib.get_close_matches(name.lower(), CODECS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(CODECS)}"
         raise CompressorError(f"compress={compress!r}: unknown compressor {name!r}; {hint}")
-    if colon and not setting:
-        raise CompressorError(f"compress={compress!r}: give the ratio after the colon, such as 'topk:0.01'")
-
-    from hybridcomm.kernels.spec import SpecError, TopKSpec
-
     try:
-        return Compressor(spec=TopKSpec.parse(compress))
+        return Compressor(spec=parse(compress))
     except SpecError as error:
         raise CompressorError(f"compress={compress!r}: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinkCompressors:
-    """What is compressed on which link class; ``inter_node`` may still be a text, such as "auto"."""
+    """What is compressed on which link class; ``inter_node`` as the caller passed it, "auto" included."""
 
-    inter_node: str | Compressor | None = None
+    inter_node: Compress = None
     intra_node: Compressor | None = None
 
-    @property
-    def block(self) -> int | None:
-        """Elements of which each shard has a multiple, for all compressors; None: nothing is compressed."""
-        blocks = [
-            codec.block for codec in (self.inter_node, self.intra_node) if isinstance(codec, Compressor)
-        ]
-        return lcm(*blocks) if blocks else None
 
-    def __str__(self) -> str:
-        inter = "none" if self.inter_node is None else str(self.inter_node)
-        return inter if self.intra_node is None else f"inter_node={inter},intra_node={self.intra_node}"
+ByLink = Compress | Mapping[str, Compress] | LinkCompressors
+"""What ``compress=`` takes where link classes may be told apart; a mapping has keys of `LINKS`."""
 
 
-Compress = str | Compressor | None | Mapping[str, "str | Compressor | None"] | LinkCompressors
-"""What a caller may pass as ``compress=``; a mapping has the keys of `LINKS`."""
+def by_link(compress: ByLink) -> LinkCompressors:
+    """``compress=`` by link class: what is no mapping means ``inter_node``.
 
-
-def by_link(compress: Compress) -> LinkCompressors:
-    """``compress=`` by link class: a plain text or compressor means ``inter_node``.
-
-    Raises `CompressorError` for an unknown link class, for a mapping without any, and for "auto" in a mapping:
-    its predictions know nothing of compression inside a node.
+    Raises `CompressorError` for an unknown link class, for a mapping without any, for "auto" in a mapping (its
+    predictions know nothing of compression inside a node), and for a custom compressor inside a node.
     """
     if isinstance(compress, LinkCompressors):
         return compress
@@ -139,6 +148,8 @@ def by_link(compress: Compress) -> LinkCompressors:
                 f"compress={dict(compress)!r}: name compressors; 'auto' is asked for on its own"
             )
     inter, intra = (resolve(compress.get(link)) for link in LINKS)
+    if intra is not None and intra.spec.codec == Codec.CUSTOM:
+        raise CompressorError(f"intra_node={intra}: custom compressors act between nodes only")
     return LinkCompressors(inter_node=inter, intra_node=intra)
 
 
@@ -150,3 +161,13 @@ def check_compressible(compressor: Compressor, *, dtype: str, op: str) -> None:
         )
     if op not in ("sum", "mean"):
         raise UnsupportedError(f"compress={compressor}: op={op!r} cannot be compressed; use 'sum' or 'mean'")
+
+
+def check_feedback(compressor: Compressor, residual: Residual) -> None:
+    """Raises `UnsupportedError` for momentum with factor masking where a codec sends something of every element."""
+    codec = compressor.spec.codec
+    if residual.momentum and residual.masking and codec in _OF_EVERY_ELEMENT:
+        raise UnsupportedError(
+            f"compress={compressor} sends something of every element, so masking leaves no velocity: use a sparse "
+            "codec such as 'topk:0.01', Residual(masking=False), or the optimizer's own momentum"
+        )

@@ -25,6 +25,7 @@ from collections.abc import Hashable, Iterable
 from typing import TYPE_CHECKING
 
 from hybridcomm import _C, policy, reduction
+from hybridcomm.custom import CustomSpec
 from hybridcomm.errors import PlanError
 from hybridcomm.lower_node import delivered, hand_out_first
 from hybridcomm.lower_payload import PayloadLowering
@@ -122,7 +123,7 @@ class _Lowering(PayloadLowering):
             (0, 0, 0, 0, 0) if codec is None or text == "none" else codec.spec.params
             for codec, text in zip(self.compressors, active, strict=True)
         ]
-        return _C.Program(
+        program = _C.Program(
             digest=plan.digest,
             numel=plan.numel,
             collective=COLLECTIVES.index(plan.collective),
@@ -130,6 +131,10 @@ class _Lowering(PayloadLowering):
             op=OPS.index(plan.op),
             codecs=codecs,
         )
+        codec = self.compressors[0]
+        if codec is not None and plan.compressor != "none" and isinstance(codec.spec, CustomSpec):
+            _C.set_custom(program, codec.spec)
+        return program
 
     def _add(
         self,
@@ -147,6 +152,7 @@ class _Lowering(PayloadLowering):
         deliver: bool = False,
         sources: Iterable[int] = (),
         codec: int = 0,
+        momentum: bool = False,
     ) -> int:
         return self.program.add(
             kind,
@@ -164,6 +170,7 @@ class _Lowering(PayloadLowering):
             deliver=deliver,
             sources=list(sources),
             codec=codec,
+            momentum=momentum,
         )
 
     def _after(self, step: Step) -> list[int]:

@@ -83,6 +83,7 @@ class PayloadLowering:
             nbytes=payloads.nbytes,
             residual=self.residual_offset[step.op][step.region],
             codec=_INTRA if step.op == "compress_intra" else _INTER,
+            momentum=step.op == "compress",
         )
         payloads.held = [payloads.at(place)]
         payloads.slot.users.append(op)

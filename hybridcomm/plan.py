@@ -21,7 +21,7 @@ from hybridcomm.topology import Topology
 if TYPE_CHECKING:
     from hybridcomm.cost import KernelCost
 
-__all__ = ["OPS", "RESIDUALS", "STREAMS", "WORDS", "Plan", "Region", "Step"]
+__all__ = ["ALL", "OPS", "RESIDUALS", "STREAMS", "WORDS", "Part", "Plan", "Region", "Step"]
 
 WORDS = ("ready", "bucket", "reduce", "compress", "exchange", "decompress", "gather")
 """The seven words of the route of a gradient."""
@@ -41,14 +41,17 @@ OPS = {
     "exchange_reduce": "exchange",  # step 5, dense, first half: like reduce, between nodes
     "exchange_gather": "exchange",  # step 5, dense, second half: root's region is copied to the group
     "decompress": "decompress",  # step 6: root clears its region and adds the payloads that it has, in node order
-    "gather": "gather",  # step 7, shared memory: root's region is copied to the node's other ranks
+    "gather": "gather",  # step 7, shared memory: root's region is copied to the group, ranks of its node
 }
 """Op of a step -> the stream it runs on."""
 
 RESIDUALS = ("compress", "recompress", "compress_intra")
 """Ops that leave a residual behind: of (node, shard), of a slice, of a rank and what it does not own."""
 
-_MAGIC = "hybridcomm-plan/1"
+_MAGIC = "hybridcomm-plan/2"
+
+ALL = -1
+"""Among the source and target of a `Part`: every rank."""
 
 
 class Region(NamedTuple):
@@ -63,6 +66,22 @@ class Region(NamedTuple):
 
     def __str__(self) -> str:
         return f"[{self.begin}:{self.end}]"
+
+
+class Part(NamedTuple):
+    """What a collective promises of elements ``[begin, end)``: whose they are at first, who has them at the end.
+
+    ``source`` `ALL`: what ``op`` makes of all ranks' elements.
+    """
+
+    begin: int
+    end: int
+    source: int
+    target: int
+
+    def __str__(self) -> str:
+        names = ("*" if rank == ALL else str(rank) for rank in (self.source, self.target))
+        return f"{'>'.join(names)}[{self.begin}:{self.end}]"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,6 +124,8 @@ _STEP = re.compile(
     r"group=([\d,]+) root=(-?\d+) divisor=(\d+) after=(-|[\d,]+)"
 )
 
+_PART = re.compile(r"(\*|\d+)>(\*|\d+)\[(\d+):(\d+)\]")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -112,8 +133,11 @@ class Plan:
 
     ``numel`` elements of ``dtype``; ``op`` is "sum", "mean" or "none"; ``compressor`` the canonical text of the
     compressor ("none": dense), ``intra_compressor`` that of the one inside nodes; ``chunk_elems`` the longest
-    chunk; ``root`` the source of a broadcast, else -1. Steps stand in one global order that is itself a valid
-    sequential execution.
+    chunk; ``root`` the rank that all data comes from or goes to, else -1. Steps stand in one global order that is
+    itself a valid sequential execution.
+
+    ``parts`` tile the elements (empty: one part, from all to all). The buffer is flat in the plan's eyes alone: a
+    rank needs memory for what its steps touch, wherever that lies.
     """
 
     collective: str
@@ -125,6 +149,7 @@ class Plan:
     chunk_elems: int
     steps: tuple[Step, ...]
     root: int = -1
+    parts: tuple[Part, ...] = ()
     intra_compressor: str = "none"
 
     def for_rank(self, rank: int) -> tuple[Step, ...]:
@@ -158,6 +183,17 @@ class Plan:
         if "exchange_payload" not in ops:
             return "none"
         return "two_stage" if "recompress" in ops else "gather"
+
+    def written_regions(self, rank: int) -> tuple[Region, ...]:
+        """The regions, ascending and merged, that steps write on ``rank``: results, and partial ones."""
+        edges = sorted(step.region for step in self.for_rank(rank) if _writes(step, rank))
+        merged: list[Region] = []
+        for region in edges:
+            if merged and region.begin <= merged[-1].end:
+                merged[-1] = Region(merged[-1].begin, max(merged[-1].end, region.end))
+            else:
+                merged.append(region)
+        return tuple(merged)
 
     def wire_nbytes(self, payload_nbytes: Callable[[int], int] | None = None) -> int:
         """Bytes that all ranks together send between nodes, without framing.
@@ -196,7 +232,7 @@ class Plan:
         head = (
             f"{_MAGIC} collective={self.collective} numel={self.numel} dtype={self.dtype} op={self.op} "
             f"compressor={self.compressor} chunk_elems={self.chunk_elems} root={self.root} "
-            f"intra_compressor={self.intra_compressor}\n"
+            f"parts={','.join(map(str, self.parts)) or '-'} intra_compressor={self.intra_compressor}\n"
             f"topology {self.topology}\nroute ready -> bucket -> {route}\n"
         )
         return head + "".join([f"{step}\n" for step in self.steps])
@@ -233,6 +269,7 @@ class Plan:
                 chunk_elems=int(head["chunk_elems"]),
                 steps=steps,
                 root=int(head["root"]),
+                parts=tuple(map(_parse_part, head["parts"].split(","))) if head["parts"] != "-" else (),
                 intra_compressor=head["intra_compressor"],
             )
         except ValueError as error:
@@ -250,6 +287,22 @@ class Plan:
         from hybridcomm.plan_check import check_plan
 
         check_plan(self, slots=slots)
+
+
+def _writes(step: Step, rank: int) -> bool:
+    if step.op in ("gather", "exchange_gather"):
+        return rank != step.root
+    if step.op in ("compress", "compress_intra", "exchange_payload", "exchange_recompressed"):
+        return False
+    return rank == step.root or step.op == "reduce_all"
+
+
+def _parse_part(text: str) -> Part:
+    match = _PART.fullmatch(text)
+    if match is None:
+        raise ValueError(f"not a part: {text!r}")
+    source, target = (ALL if rank == "*" else int(rank) for rank in match.group(1, 2))
+    return Part(int(match[3]), int(match[4]), source, target)
 
 
 def _parse_step(line: str, number: int) -> Step:

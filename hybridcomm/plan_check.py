@@ -8,11 +8,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 
 from hybridcomm.errors import PlanError
-from hybridcomm.plan import OPS, Plan, Step
+from hybridcomm.plan import ALL, OPS, Part, Plan, Step
 from hybridcomm.plan_streams import check_progress
 
 __all__ = ["check_plan"]
@@ -22,12 +22,27 @@ _ROOTLESS = ("reduce_all",)
 _ANYBODY = ("reduce_all", "compress_intra")  # not the owners of a shard alone
 _EITHER = ("exchange_payload",)  # with a root, or without
 _ALONE = ("compress_intra", "compress", "recompress", "decompress")
+_PAIRWISE = ("reduce", "gather", "scatter", "all_to_all", "monitored_barrier")
+"""Collectives that also copy from one rank to another."""
+
+_PROMISES = {
+    "broadcast": ("root", "all"),
+    "all_gather": ("rank", "all"),
+    "monitored_barrier": ("rank", "all"),
+    "reduce": ("all", "root"),
+    "reduce_scatter": ("all", "rank"),
+    "gather": ("rank", "root"),
+    "scatter": ("root", "rank"),
+    "all_to_all": ("rank", "rank"),
+}
+"""Collective -> (source, target) of its parts; the rest have none: from all, to all."""
 
 
 def check_plan(plan: Plan, *, slots: int = 4) -> None:
     """Raises `PlanError` unless ``plan`` answers all four questions; linear in steps times group size."""
     for place, step in enumerate(plan.steps):
         _check_step(plan, step, place)
+    _check_parts(plan)
     atoms = _Atoms(plan)
     _check_coverage(plan, atoms)
     _check_dependencies(plan, atoms)
@@ -73,8 +88,10 @@ def _check_group(plan: Plan, step: Step) -> None:
         if step.group != (step.root,):
             raise _fail(step, "runs on its root alone")
     elif step.op in _IN_NODE:
-        if step.group != topology.nodes[nodes[0]] or len(step.group) < 2:
-            raise _fail(step, "group must be all ranks of one node of two or more, ascending")
+        _check_in_node(plan, step)
+    elif plan.collective in _PAIRWISE and step.op == "exchange_gather":
+        if nodes != sorted(set(nodes)) or len(nodes) < 2:
+            raise _fail(step, "group must hold ranks of two or more nodes, in node order")
     elif nodes != list(range(len(topology.nodes))) or len(nodes) < 2:
         raise _fail(step, "group must hold one rank per node, in node order, of two or more nodes")
     if plan.collective in ("allreduce", "barrier") and step.op not in _ANYBODY:
@@ -84,6 +101,33 @@ def _check_group(plan: Plan, step: Step) -> None:
             raise _fail(step, f"rank {wrong[0]} does not own shard {step.shard}: the owners are {owners}")
 
 
+def _check_in_node(plan: Plan, step: Step) -> None:
+    node = plan.topology.nodes[plan.topology.node_of(step.group[0])]
+    if plan.collective in _PAIRWISE and step.op == "gather":
+        if list(step.group) != sorted(set(step.group) & set(node)) or len(step.group) < 2:
+            raise _fail(step, "group must be two or more ranks of one node, ascending")
+    elif step.group != node or len(step.group) < 2:
+        raise _fail(step, "group must be all ranks of one node of two or more, ascending")
+
+
+def _check_parts(plan: Plan) -> None:
+    """The parts tile the buffer, and are of the kind that the collective promises."""
+    kinds = _PROMISES.get(plan.collective, ("all", "all"))
+    at = 0
+    for part in plan.parts:
+        if part.begin != at or part.end <= part.begin:
+            raise PlanError(
+                f"part {part}: parts must tile the {plan.numel} elements, the next begins at {at}"
+            )
+        at = part.end
+        for kind, rank in zip(kinds, (part.source, part.target), strict=True):
+            good = {"all": rank == ALL, "root": rank == plan.root, "rank": rank != ALL}[kind]
+            if not good or not ALL <= rank < plan.topology.world_size:
+                raise PlanError(f"part {part}: no part of {plan.collective} with root {plan.root}")
+    if (plan.parts and at != plan.numel) or (not plan.parts and plan.numel and kinds != ("all", "all")):
+        raise PlanError(f"the parts of {plan.collective} end at {at} of {plan.numel} elements")
+
+
 # -- 2. coverage -------------------------------------------------------------------------------------------
 
 
@@ -91,19 +135,16 @@ class _Atoms:
     """The elements between two neighbouring boundaries of regions: no step tells them apart."""
 
     def __init__(self, plan: Plan) -> None:
-        world = plan.topology.world_size
+        parts = plan.parts or (Part(0, plan.numel, ALL, ALL),)
         edges = {0, plan.numel} | {edge for step in plan.steps for edge in step.region}
-        if plan.collective in ("all_gather", "reduce_scatter"):
-            edges |= {plan.numel * rank // world for rank in range(world)}
+        edges |= {part.begin for part in parts}
         self.edges = sorted(edges)
         self.count = len(self.edges) - 1
+        begins = [part.begin for part in parts]
+        self.parts = [parts[bisect_right(begins, edge) - 1] for edge in self.edges[:-1]]  # of each atom
 
     def of(self, step: Step) -> range:
         return range(bisect_left(self.edges, step.region.begin), bisect_left(self.edges, step.region.end))
-
-    def part(self, world: int, atom: int) -> int:
-        """Which of W equal parts an atom lies in."""
-        return self.edges[atom] * world // self.edges[-1]
 
     def name(self, atom: int) -> str:
         return f"[{self.edges[atom]}:{self.edges[atom + 1]}]"
@@ -119,13 +160,11 @@ class _Symbols:
     def __init__(self, plan: Plan, atoms: _Atoms) -> None:
         world = plan.topology.world_size
         self.atoms = atoms
-        self.held: list[list[_Value]] = [[(1 << rank, 1)] * atoms.count for rank in range(world)]
+        self.held: list[list[_Value]] = [
+            [(1 << rank if part.source in (ALL, rank) else 0, 1) for part in atoms.parts]
+            for rank in range(world)
+        ]
         self.payloads: list[dict[tuple[int, int, int], list[_Value]]] = [{} for _ in range(world)]
-        if plan.collective == "broadcast":
-            self.held = [[(1 << r if r == plan.root else 0, 1)] * atoms.count for r in range(world)]
-        elif plan.collective == "all_gather":
-            for rank, held in enumerate(self.held):
-                held[:] = [v if atoms.part(world, atom) == rank else (0, 1) for atom, v in enumerate(held)]
 
     def run(self, step: Step) -> None:
         if step.op in ("reduce", "exchange_reduce"):
@@ -204,15 +243,12 @@ def _check_coverage(plan: Plan, atoms: _Atoms) -> None:
     for step in plan.steps:
         symbols.run(step)
     world = plan.topology.world_size
-    want: _Value = ((1 << world) - 1, world if plan.op == "mean" else 1)
+    reduced: _Value = ((1 << world) - 1, world if plan.op == "mean" else 1)
     for rank in range(world):
-        for atom in range(atoms.count):
-            if plan.collective == "reduce_scatter" and atoms.part(world, atom) != rank:
+        for atom, part in enumerate(atoms.parts):
+            if part.target not in (ALL, rank):
                 continue
-            if plan.collective == "all_gather":
-                want = (1 << atoms.part(world, atom), 1)
-            elif plan.collective == "broadcast":
-                want = (1 << plan.root, 1)
+            want = reduced if part.source == ALL else (1 << part.source, 1)
             if symbols.held[rank][atom] != want:
                 mask, divisor = symbols.held[rank][atom]
                 got = [r for r in range(world) if mask >> r & 1]

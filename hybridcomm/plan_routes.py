@@ -45,7 +45,7 @@ class Route:
     exchange: str
 
     def write(
-        self, writer: Writer, topology: Topology, shards: Sequence[Region], *, size: int, align: int
+        self, writer: Writer, topology: Topology, shards: Sequence[Sequence[Region]], *, size: int, align: int
     ) -> None:
         """Writes down the steps of all ``shards``, in chunks of up to ``size`` elements."""
         if self.exchange == "two_stage":

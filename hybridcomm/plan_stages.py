@@ -8,10 +8,11 @@ before it waits.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TypeVar
 
 from hybridcomm import policy
+from hybridcomm.errors import UnsupportedError
 from hybridcomm.plan import Region, Step
 from hybridcomm.topology import Topology
 
@@ -21,11 +22,14 @@ __all__ = [
     "RoundStage",
     "Stage",
     "Writer",
+    "chunk_size",
     "chunks_of",
+    "equal_parts",
     "for_each",
     "for_each_node",
     "on_all_nodes",
     "pipeline",
+    "regions_of",
     "rounds_of",
     "shard_regions",
 ]
@@ -65,7 +69,7 @@ class Writer:
     """Collects steps and gives out their ids."""
 
     def __init__(self, topology: Topology, bucket: int) -> None:
-        self.nodes, self.bucket = topology.nodes, bucket
+        self.topology, self.nodes, self.bucket = topology, topology.nodes, bucket
         self.steps: list[Step] = []
 
     def add(
@@ -163,6 +167,13 @@ class Writer:
             after = tuple(sorted({*own, *_known(chunk.reduced[node])}))
             self.add("gather", chunk, ranks, chunk.owners[node], after)
 
+    def pass_on(self, chunk: Chunk, source: int, target: int) -> None:
+        """From one rank to another, once, over the link that the topology has between them."""
+        home, away = self.topology.node_of(source), self.topology.node_of(target)
+        op = "gather" if home == away else "exchange_gather"
+        low, high = sorted((source, target), key=lambda rank: (self.topology.node_of(rank), rank))
+        chunk.ready = (self.add(op, chunk, (low, high), source, chunk.ready),)
+
 
 def _known(step: int) -> tuple[int, ...]:
     return () if step < 0 else (step,)
@@ -213,10 +224,11 @@ def for_each_node(stage: NodeStage) -> RoundStage:
 
     def run(chunks: Round) -> None:
         nodes = len(chunks[0].owners)
-        for turn in range(len(chunks)):
+        at = sorted(chunks, key=lambda chunk: chunk.home)
+        first = [sum(chunk.home <= node for chunk in at) for node in range(nodes)]
+        for turn in range(len(at)):
             for node in range(nodes):
-                order = sorted(chunks, key=lambda chunk: (chunk.home - node - 1) % nodes)
-                stage(order[turn], node)
+                stage(at[(first[node] + turn) % len(at)], node)
 
     return run
 
@@ -229,34 +241,81 @@ def shard_regions(numel: int, shards: int, align: int) -> list[Region]:
     return [Region(begin, end) for begin, end in pairwise(edges)]
 
 
-def chunks_of(shard: int, region: Region, size: int, owners: tuple[int, ...]) -> list[Chunk]:
-    begins = range(region.begin, region.end, size)
-    return [Chunk(shard, i, Region(b, min(b + size, region.end)), owners) for i, b in enumerate(begins)]
+def chunks_of(
+    shard: int, regions: Region | Sequence[Region], size: int, owners: tuple[int, ...] = ()
+) -> list[Chunk]:
+    """The chunks of a shard, which may consist of several regions: no chunk reaches over an edge."""
+    each = [regions] if isinstance(regions, Region) else regions
+    cut = [Region(b, min(b + size, r.end)) for r in each for b in range(r.begin, r.end, size)]
+    return [Chunk(shard, i, region, owners) for i, region in enumerate(cut)]
 
 
-def rounds_of(shard: int, region: Region, size: int, owners: tuple[int, ...], align: int) -> list[Round]:
-    """Chunks of a shard that is cut into one slice per node: round i holds chunk i of each slice.
+def regions_of(sizes: Sequence[int], begin: int = 0) -> list[Region]:
+    """Regions of the given sizes, one behind the other; an empty one keeps its place."""
+    if any(size < 0 for size in sizes):
+        raise UnsupportedError(f"sizes {tuple(sizes)}: must be >= 0")
+    return [Region(b, e) for b, e in pairwise(accumulate(sizes, initial=begin))]
+
+
+def equal_parts(topology: Topology, numel: int, collective: str) -> list[int]:
+    """The sizes of one equal part per rank; raises `UnsupportedError` where there are none."""
+    world = topology.world_size
+    if numel % world:
+        raise UnsupportedError(
+            f"{collective}: numel {numel} is no multiple of the world size {world}; pad it"
+        )
+    return [numel // world] * world
+
+
+def chunk_size(
+    asked: int | None,
+    limit: int,
+    *,
+    numel: int,
+    dtype: str,
+    shards: int,
+    align: int = policy.DENSE_ALIGN,
+    compressed: bool = False,
+    overlap: bool = True,
+) -> int:
+    """``asked`` elements, or what policy says, within ``limit`` bytes (a slot of the shared memory)."""
+    if asked is not None:
+        if asked <= 0 or asked % align:
+            raise UnsupportedError(f"chunk_elems={asked}: must be a positive multiple of {align}")
+        return asked
+    most = limit // policy.itemsize(dtype) // align * align
+    if most == 0:
+        raise UnsupportedError(
+            f"chunk_nbytes={limit}: a chunk cannot hold one block of {align} {dtype}; raise it"
+        )
+    wanted = policy.chunk_elems(
+        numel=numel, dtype=dtype, shards=shards, align=align, compressed=compressed, overlap=overlap
+    )
+    return min(wanted, most)
+
+
+def rounds_of(
+    shard: int, regions: Sequence[Region], size: int, owners: tuple[int, ...], align: int
+) -> list[Round]:
+    """Chunks of a shard whose regions are cut into one slice per node: a round holds one chunk of each slice.
 
     A round goes from stage to stage as one: were one slice's second payload to come before another's first on the
     link of two nodes, it would hold that up. Neighbouring shards begin at neighbouring nodes, so that shards of
     fewer blocks than nodes keep all busy.
     """
-    nodes, slices = len(owners), shard_regions(region.numel, len(owners), align)
-    longest = max(part.numel for part in slices)
-    return [
-        tuple(
-            Chunk(
-                shard,
-                turn * nodes + i,
-                Region(region.begin + begin, region.begin + min(begin + size, part.end)),
-                owners,
-                (i + shard) % nodes,
-            )
-            for i, part in enumerate(slices)
-            if (begin := part.begin + turn * size) < part.end
-        )
-        for turn in range(-(-longest // size))
-    ]
+    nodes, found, index = len(owners), [], 0
+    for region in regions:
+        slices = shard_regions(region.numel, nodes, align)
+        for begin in range(0, max(part.numel for part in slices), size):
+            cut = []
+            for i, part in enumerate(slices):
+                first = region.begin + part.begin + begin
+                piece = Region(first, min(first + size, region.begin + part.end))
+                if piece.numel > 0:
+                    cut.append(Chunk(shard, index, piece, owners, (i + shard) % nodes))
+                    index += 1
+            found.append(tuple(cut))
+    return found
 
 
 def _slices(region: Region, nodes: int, turn: int) -> list[tuple[int, Region]]:

@@ -22,7 +22,6 @@ import numpy as np
 
 from hybridcomm import collective_plans
 from hybridcomm import compress as compressors
-from hybridcomm.arrays import view
 from hybridcomm.compress import Compressor
 from hybridcomm.cost import KernelCost
 from hybridcomm.errors import UnsupportedError
@@ -124,9 +123,11 @@ def _probe_link(context: Collectives, build: Callable[[int], Plan], budget: floa
 
 
 def _time_plan(context: Collectives, plan: Plan, numel: int) -> float:
-    target = view(np.zeros(numel, np.float32))
+    target, memory = np.zeros(numel, np.float32), context._memory("float32")
+    memory.place(0, numel, target.ctypes.data)
+    memory.kept.append(target)
     _, program = context._program(("probe", plan.digest), lambda: plan)
-    call = partial(context._launch, program, target, False)
+    call = partial(context._launch, program, memory, False)
     return _slowest(context, call, batch=20 if numel == _SMALL else 1)
 
 
@@ -140,7 +141,7 @@ def _slowest(context: Collectives, call: Callable[[], object], *, batch: int) ->
             call()
         times.append((time.perf_counter() - begin) / batch)
     every = np.zeros(context.world_size)
-    context.all_gather(every, np.array([statistics.median(times[1:])]))
+    context.all_gather_into_tensor(every, np.array([statistics.median(times[1:])]))
     return _agreed(context, [float(every.max())])[0]
 
 

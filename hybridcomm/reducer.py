@@ -10,9 +10,8 @@ index order on all ranks, whatever order the hooks fire in: a full bucket waits 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,11 +19,13 @@ import torch
 from hybridcomm import reducer_report as report
 from hybridcomm import reducer_setup as setup
 from hybridcomm.bucket import Bucket, BucketLayout, BucketState
-from hybridcomm.compress import Compress, by_link, resolve
+from hybridcomm.compress import LinkCompressors
+from hybridcomm.compression_policy import CompressionPolicy
 from hybridcomm.errors import DataTypeError, HybridCommError, ResidualError, UnsupportedError
 from hybridcomm.reducer_report import ReducerStats
 from hybridcomm.reducer_setup import ContextLike, WorkLike
 from hybridcomm.residual import Residual
+from hybridcomm.residual_layout import RegionsByOp
 from hybridcomm.step_guard import StepGuard
 
 if TYPE_CHECKING:
@@ -40,9 +41,12 @@ class Reducer:
     so that its steps commit the residual. Parameters (and buffers) start as rank 0's unless
     ``sync_parameters=False``.
 
-    ``compress`` and ``exchange``: as in `allreduce`, for every bucket; compressed buckets are fp32.
-    ``bucket_cap_mb``: MiB per bucket, None lets policy choose. ``unused``: what to do with parameters that got no
-    gradient, "error" or "zero" (their share of the mean is zero). Raises typed errors naming rank and parameters.
+    ``compress``: as in `allreduce`, for all parameters but norms, biases and other vectors, which stay dense; or a
+    `Schedule`; or a `CompressionPolicy`, which decides by name, role and size. Parameters that are compressed alike
+    share buckets, which are then fp32. A mapping by link class may hold either as ``inter_node``; its ``intra_node``
+    acts on buckets while they are compressed between nodes. ``exchange``: as in `allreduce`. ``bucket_cap_mb``: MiB
+    per bucket, None lets policy choose. ``unused``: what to do with parameters that got no gradient, "error" or
+    "zero" (their share of the mean is zero). Raises typed errors naming rank and parameters.
     """
 
     def __init__(
@@ -50,7 +54,7 @@ class Reducer:
         module: torch.nn.Module,
         *,
         ctx: ContextLike,
-        compress: Compress = None,
+        compress: setup.ChoiceByLink = None,
         bucket_cap_mb: float | None = None,
         residual: Residual | None = None,
         exchange: str = "auto",
@@ -60,26 +64,35 @@ class Reducer:
         if unused not in ("error", "zero"):
             raise UnsupportedError(f"unused={unused!r}: use 'error' or 'zero'")
         self.ctx = ctx
-        self.requested = by_link(compress)
-        self.compress = replace(self.requested, inter_node=resolve(self.requested.inter_node))
-        if residual is not None and self.compress.block is None:
-            raise UnsupportedError("residual= has nothing to do without compress=")
-        self.exchange = setup.check_exchange(exchange, self.compress)
-        self.residual = Residual() if residual is None else residual
-        self.residual.rekey()
-        self._guard = StepGuard(self.residual)
+        choice, self.intra = setup.by_link(compress)
+        self.policy = CompressionPolicy.of(choice)
+        self.requested = "policy" if choice is self.policy else str(choice or "none")
         self._unused = unused
         self._sync = True
         self._scaler: GradScaler | None = None
         self._scale = 1.0
         self._parameters = setup.trainable(module)
-        self.layouts = setup.layouts_of(self._parameters, self.compress.block, bucket_cap_mb)
-        setup.check_agreement(ctx, self.layouts, f"{self.compress} {self.exchange}")
+        choices = setup.choices_of(module, self._parameters, self.policy)
+        self.layouts = setup.layouts_of(self._parameters, choices, bucket_cap_mb)
+        compresses = any(layout.compress != "none" for layout in self.layouts)
+        if residual is not None and not compresses:
+            raise UnsupportedError("residual= has nothing to do without compress=")
+        setup.check_links(exchange, self.intra, compresses)
+        self.residual = Residual() if residual is None else residual
+        self.residual.rekey()
+        setup.check_agreement(
+            ctx, self.layouts, f"{self.policy} {self.intra} {exchange} {self.residual.settings}"
+        )
+        self.schedules = setup.schedules_of(ctx, self.layouts, choices)
+        self.exchanges = setup.exchanges_of(ctx, self.layouts, choices, exchange)
+        setup.check_feedback(self.residual, self.schedules)
+        self._guard = StepGuard(self.residual, counts=compresses)
         if sync_parameters:
             setup.sync_parameters(ctx, module)
         device = next(iter(self._parameters.values())).device
         self._buckets = [Bucket(layout) for layout in self.layouts]
         self._flats = [setup.flat_buffer(ctx, layout, device) for layout in self.layouts]
+        self._regions: dict[int, RegionsByOp] = {}  # by bucket, where its residual lies
         self._works: list[WorkLike] = []
         self._running = False
         self._place: dict[str, tuple[int, torch.Tensor]] = {}
@@ -158,7 +171,7 @@ class Reducer:
         self._buckets[index].mark_ready(name)
         with torch.no_grad():
             view.copy_(grad)
-            if self._scale != 1.0:
+            if self._scale != 1.0 and self.schedules[index].codecs:
                 view.mul_(1.0 / self._scale)
         self._launch_ready()
 
@@ -173,7 +186,9 @@ class Reducer:
 
     def _unit(self) -> float:
         """The loss scale to take out of the gradients: residuals are kept in unscaled units."""
-        if self._scaler is None or not self._scaler.is_enabled() or self.compress.block is None:
+        if self._scaler is None or not self._scaler.is_enabled():
+            return 1.0
+        if not any(schedule.codecs for schedule in self.schedules):
             return 1.0
         scale = float(self._scaler.get_scale())
         if scale <= 0 or float.hex(scale).partition("p")[0] != "0x1.0000000000000":
@@ -193,19 +208,30 @@ class Reducer:
             self._works.append(self._launch(bucket.layout))
 
     def _launch(self, layout: BucketLayout) -> Any:
-        flat = self._flats[layout.index]
-        if self.compress.block is None:
+        flat, schedule = self._flats[layout.index], self.schedules[layout.index]
+        codec = schedule.at(self._guard.applied)
+        if codec is None:
+            if schedule.codecs:
+                self._deliver(layout, flat)
             return self.ctx.allreduce(flat, op="mean", async_op=True, residual_key=layout.key)
         return self.ctx.allreduce(
             flat,
             op="mean",
-            compress=self.compress,
+            compress=LinkCompressors(inter_node=codec, intra_node=self.intra),
             residual=self.residual,
-            exchange=self.exchange,
+            exchange=self.exchanges[layout.index],
             async_op=True,
             residual_key=layout.key,
             spans=layout.spans,
         )
+
+    def _deliver(self, layout: BucketLayout, flat: torch.Tensor) -> None:
+        """A dense phase: what compressed steps left is part of what this rank puts in."""
+        if layout.index not in self._regions:
+            codec, exchange = self.schedules[layout.index].codecs[0], self.exchanges[layout.index]
+            self._regions[layout.index] = setup.regions_of(self.ctx, layout, codec, self.intra, exchange)
+        regions = self._regions[layout.index]
+        self.residual.deliver(layout.key, flat.numpy(), regions=regions, spans=layout.spans)
 
     # -- after backward ------------------------------------------------------------------
 
@@ -236,6 +262,7 @@ class Reducer:
             self._abandon()
             raise
         self._running = False
+        self._guard.reduced()
         self._steps += 1
         self.exposed_seconds, self._wire = exposed, wire
         self._total_exposed += exposed
@@ -263,7 +290,7 @@ class Reducer:
             )
 
     def _unpack(self, layout: BucketLayout, flat: torch.Tensor) -> None:
-        if self._scale != 1.0:
+        if self._scale != 1.0 and self.schedules[layout.index].codecs:
             flat.mul_(self._scale)
         targets, sources = [], []
         for name in layout.names:
@@ -315,10 +342,22 @@ class Reducer:
     # -- reports -------------------------------------------------------------------------
 
     def table(self) -> str:
-        """Text: per link, what was requested, what is active, and the ratio of bytes; then the buckets."""
-        return report.table(
-            self.ctx.topology, self.layouts, self.requested, self.compress, exchange=self.exchange
-        )
+        """Text: per link and per kind of bucket, what was requested, what is active now, and the ratio of bytes."""
+        active = [schedule.at(self._guard.applied) for schedule in self.schedules]
+        links = [
+            None if codec is None else LinkCompressors(inter_node=codec, intra_node=self.intra)
+            for codec in active
+        ]
+        return report.table(self.ctx.topology, self.layouts, self.requested, links, self.exchanges)
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state: ``applied`` optimizer steps, which schedules go by, and the committed ``residual``."""
+        return {"applied": self._guard.applied, "residual": self.residual.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a `state_dict` of the same rank and settings; raises `ResidualError` where it does not fit."""
+        self.residual.load_state_dict(state["residual"])
+        self._guard.resume(int(state["applied"]))
 
     def stats(self) -> ReducerStats:
         """Counters; see `ReducerStats`."""

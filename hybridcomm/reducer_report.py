@@ -30,64 +30,99 @@ class ReducerStats:
 def table(
     topology: Topology,
     layouts: Sequence[BucketLayout],
-    requested: LinkCompressors,
-    active: LinkCompressors,
-    *,
-    exchange: str = "auto",
+    requested: str,
+    links: Sequence[LinkCompressors | None],
+    exchanges: Sequence[str],
 ) -> str:
-    """Text: per link, requested -> active and dense bytes per byte sent; below it the buckets."""
-    rows = [("link", "requested", "active", "ratio")]
-    rows.append(("intra_node", *_intra_node(topology, layouts, requested, active)))
-    rows.append(("inter_node", *_inter_node(topology, layouts, requested, active, exchange)))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    """Text: per link, and per kind of bucket, requested -> active and dense bytes per byte sent.
+
+    ``links``: what acts, by bucket; None: dense. ``exchanges``: as asked for, by bucket.
+    """
+    active = [None if link is None else resolve(link.inter_node) for link in links]
+    dense, sent, ways = zip(
+        *(_wire(topology, *row) for row in zip(layouts, links, exchanges, strict=True)), strict=True
+    )
+    alone = len(topology.nodes) == 1
+    names = dict.fromkeys(str(codec) for codec in active if codec is not None)
+    some = " + dense" if names and None in active else ""
+    across = "no peer (one node)" if alone else " + ".join(names) + some if names else "dense"
+    if "two_stage" in ways:
+        across += f", {ways.count('two_stage')} of {len(ways)} buckets in two stages"
+    asked_ways = ", ".join([requested, *sorted(set(exchanges) & {"gather", "two_stage"})])
+    by_link = [
+        ("link", "requested", "active", "ratio"),
+        ("intra_node", *_in_node(topology, layouts, links)),
+        ("inter_node", asked_ways, across, _ratio(sum(dense), sum(sent))),
     ]
+    kinds: dict[tuple[str, str, str], list[int]] = {}
+    for layout, codec in zip(layouts, active, strict=True):
+        text = "dense" if codec is None or alone else str(codec)
+        kinds.setdefault((layout.dtype, layout.compress, text), []).append(layout.index)
+    rows = [("buckets", "dtype", "parameters", "MiB", "requested", "active", "ratio")]
+    for (dtype, asked, acting), indices in kinds.items():
+        count = sum(len(layouts[i].names) for i in indices)
+        mib = sum(layouts[i].nbytes for i in indices) / (1 << 20)
+        ratio = _ratio(sum(dense[i] for i in indices), sum(sent[i] for i in indices))
+        rows.append((_ranges(indices), dtype, str(count), f"{mib:.2f}", asked, acting, ratio))
     mib = sum(layout.nbytes for layout in layouts) / (1 << 20)
-    kinds = ", ".join(sorted({layout.dtype for layout in layouts}))
     sizes = " + ".join(str(len(node)) for node in topology.nodes)
-    lines.append(f"{len(layouts)} buckets of {kinds}, {mib:.1f} MiB, over nodes of {sizes} ranks")
-    return "\n".join(lines)
+    total = f"{len(layouts)} buckets, {mib:.1f} MiB, over nodes of {sizes} ranks"
+    return "\n".join([*_aligned(by_link), *_aligned(rows), total])
 
 
-def _intra_node(
-    topology: Topology, layouts: Sequence[BucketLayout], requested: LinkCompressors, active: LinkCompressors
+def _wire(
+    topology: Topology, layout: BucketLayout, links: LinkCompressors | None, exchange: str
+) -> tuple[int, int, str]:
+    """Bytes between nodes, dense in the bucket's dtype and as they are sent; how payloads are exchanged."""
+    dense = plans.allreduce(topology, layout.numel, dtype=layout.dtype, op="mean").wire_nbytes()
+    codec = None if links is None else resolve(links.inter_node)
+    if links is None or codec is None:
+        return dense, dense, "none"
+    plan = plans.allreduce(
+        topology,
+        layout.numel,
+        op="mean",
+        compressor=codec,
+        intra=links.intra_node,
+        exchange=exchange,
+    )
+    return dense, plan.wire_nbytes(codec.nbytes), plan.exchange
+
+
+def _in_node(
+    topology: Topology, layouts: Sequence[BucketLayout], links: Sequence[LinkCompressors | None]
 ) -> tuple[str, str, str]:
-    """Bytes are those that go to owners and back; back they are dense."""
-    codec = active.intra_node
-    asked = "dense" if requested.intra_node is None else str(requested.intra_node)
+    """Requested, active, ratio; bytes are those that go to owners, and back, which is dense."""
+    codec = next((link.intra_node for link in links if link is not None), None)
+    asked = "dense" if codec is None else str(codec)
     if topology.K == 1:
         return asked, "no peer", "-"
     if codec is None:
         return asked, "dense", "1.0"
     dense = sum(layout.nbytes for layout in layouts)
-    sent = sum(codec.nbytes(layout.numel) for layout in layouts)
-    return asked, f"{codec} to owners, dense back", f"{2 * dense / (dense + sent):.1f}"
-
-
-def _inter_node(
-    topology: Topology,
-    layouts: Sequence[BucketLayout],
-    requested: LinkCompressors,
-    active: LinkCompressors,
-    exchange: str,
-) -> tuple[str, str, str]:
-    asked = "none" if requested.inter_node is None else str(requested.inter_node)
-    asked += "" if exchange == "auto" else f", {exchange}"
-    codec = resolve(active.inter_node)
-    if len(topology.nodes) == 1:
-        return asked, "no peer (one node)", "-"
-    if codec is None:
-        return asked, "dense", "1.0"
-    dense = compressed = in_two_stages = 0
-    for layout in layouts:
-        dense += plans.allreduce(topology, layout.numel, dtype=layout.dtype, op="mean").wire_nbytes()
-        plan = plans.allreduce(
-            topology, layout.numel, op="mean", compressor=codec, intra=active.intra_node, exchange=exchange
-        )
-        compressed += plan.wire_nbytes(codec.nbytes)
-        in_two_stages += plan.exchange == "two_stage"
-    what = (
-        f"{codec}, {in_two_stages} of {len(layouts)} buckets in two stages" if in_two_stages else str(codec)
+    sent = sum(
+        layout.nbytes if link is None else codec.nbytes(layout.numel)
+        for layout, link in zip(layouts, links, strict=True)
     )
-    return asked, what, f"{dense / compressed:.1f}"
+    return asked, f"{codec} to owners, dense back", _ratio(2 * dense, dense + sent)
+
+
+def _ratio(dense: int, sent: int) -> str:
+    return f"{dense / sent:.1f}" if sent else "-"
+
+
+def _ranges(indices: Sequence[int]) -> str:
+    """``[0, 1, 2, 5]`` -> "0-2,5"."""
+    parts: list[list[int]] = []
+    for index in indices:
+        if parts and parts[-1][-1] == index - 1:
+            parts[-1].append(index)
+        else:
+            parts.append([index])
+    return ",".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    padded = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return [line.rstrip() for line in padded]

@@ -4,29 +4,45 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
-from hybridcomm import policy
+from hybridcomm import auto, policy
+from hybridcomm import collective_plans as plans
+from hybridcomm import compress as compressors
 from hybridcomm.bucket import BucketLayout, ParameterSize, Span, plan_buckets
-from hybridcomm.compress import Compress, LinkCompressors
+from hybridcomm.compress import ByLink, Compressor
+from hybridcomm.compression_policy import Choice, CompressionPolicy, ParameterFacts
 from hybridcomm.errors import DataTypeError, PlanMismatchError, UnsupportedError
+from hybridcomm.schedule import Schedule
 
 if TYPE_CHECKING:
+    from hybridcomm.plan import Region
     from hybridcomm.residual import Residual
     from hybridcomm.topology import Topology
 
 __all__ = [
+    "ChoiceByLink",
     "ContextLike",
     "WorkLike",
+    "by_link",
     "check_agreement",
-    "check_exchange",
+    "check_feedback",
+    "check_links",
+    "choices_of",
+    "exchanges_of",
     "flat_buffer",
     "layouts_of",
+    "regions_of",
+    "schedules_of",
     "sync_parameters",
     "trainable",
 ]
+
+
+ChoiceByLink = Choice | CompressionPolicy | Mapping[str, Choice | CompressionPolicy]
+"""What a `Reducer` takes as ``compress=``."""
 
 
 class WorkLike(Protocol):
@@ -55,7 +71,7 @@ class ContextLike(Protocol):
         tensor: torch.Tensor,
         *,
         op: str = ...,
-        compress: Compress = ...,
+        compress: ByLink = ...,
         residual: Residual | None = ...,
         exchange: str = ...,
         async_op: bool = ...,
@@ -66,6 +82,31 @@ class ContextLike(Protocol):
     def broadcast(self, tensor: torch.Tensor, root: int) -> Any: ...
 
     def empty(self, *size: int, dtype: Any) -> Any: ...
+
+
+def by_link(compress: ChoiceByLink) -> tuple[Choice | CompressionPolicy, Compressor | None]:
+    """What ``compress=`` says of links between nodes, and of those inside; raises `CompressorError` as
+    `compress.by_link` does.
+    """
+    if not isinstance(compress, Mapping):
+        return compress, None
+    inter = compress.get("inter_node")
+    rest: dict[str, Any] = dict(compress)
+    if "inter_node" in rest and not auto.is_auto(inter):
+        rest["inter_node"] = None  # whatever it is: a policy's rules resolve it
+    return inter, compressors.by_link(rest).intra_node
+
+
+def check_links(exchange: str, intra: Compressor | None, compresses: bool) -> None:
+    """Raises `UnsupportedError` for an unknown exchange, and where nothing is compressed between nodes."""
+    if exchange not in policy.EXCHANGES:
+        raise UnsupportedError(f"exchange={exchange!r}: choose one of {', '.join(policy.EXCHANGES)}")
+    if exchange != "auto" and not compresses:
+        raise UnsupportedError(f"exchange={exchange!r} has nothing to do without compress= between nodes")
+    if intra is not None and not compresses:
+        raise UnsupportedError(
+            f"intra_node={intra} acts on buckets that are compressed between nodes, and none is: name inter_node too"
+        )
 
 
 def trainable(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -91,20 +132,99 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def choices_of(
+    module: torch.nn.Module, parameters: Mapping[str, torch.nn.Parameter], policy: CompressionPolicy
+) -> dict[str, str | Schedule]:
+    """By parameter, the schedule or "auto" text that ``policy`` gives it."""
+    owners: dict[str, torch.nn.Module] = {}
+    for path, owner in module.named_modules():
+        for leaf, _ in owner.named_parameters(recurse=False):
+            owners[f"{path}.{leaf}" if path else leaf] = owner
+    facts = [ParameterFacts(name, p.numel(), _role(name, p, owners[name])) for name, p in parameters.items()]
+    return policy.assign(facts)
+
+
+def _role(name: str, parameter: torch.nn.Parameter, owner: torch.nn.Module) -> str:
+    leaf, kind = name.rpartition(".")[2], type(owner).__name__.lower()
+    if "norm" in kind:
+        return "norm"
+    if "bias" in leaf and parameter.dim() <= 1:
+        return "bias"
+    if "embedding" in kind:
+        return "embedding"
+    return "matrix" if parameter.dim() >= 2 else "vector"
+
+
 def layouts_of(
-    parameters: Mapping[str, torch.nn.Parameter], block: int | None, bucket_cap_mb: float | None
+    parameters: Mapping[str, torch.nn.Parameter],
+    choices: Mapping[str, str | Schedule],
+    bucket_cap_mb: float | None,
 ) -> tuple[BucketLayout, ...]:
-    """Buckets of up to ``bucket_cap_mb`` MiB (None: policy); of fp32 and whole blocks when compressed, else of the
+    """Buckets of up to ``bucket_cap_mb`` MiB (None: policy); fp32 where they may be compressed, else of the
     parameters' dtype.
     """
-    sizes = [
-        ParameterSize(name, p.numel(), dtype_name(p.dtype) if block is None else "float32")
-        for name, p in parameters.items()
-    ]
+    sizes = []
+    for name, p in parameters.items():
+        choice = choices[name]
+        dense = isinstance(choice, Schedule) and not choice.codecs
+        dtype = dtype_name(p.dtype) if dense else "float32"
+        align = choice.align if isinstance(choice, Schedule) else policy.DENSE_ALIGN
+        sizes.append(ParameterSize(name, p.numel(), dtype, "none" if dense else str(choice), align))
     total = sum(size.numel * policy.itemsize(size.dtype) for size in sizes)
     cap = policy.bucket_nbytes(total) if bucket_cap_mb is None else int(bucket_cap_mb * (1 << 20))
-    pad_to = policy.DENSE_ALIGN if block is None else block
-    return plan_buckets(sizes, cap_nbytes=cap, pad_to=pad_to)
+    return plan_buckets(sizes, cap_nbytes=cap)
+
+
+def schedules_of(
+    ctx: ContextLike, layouts: Sequence[BucketLayout], choices: Mapping[str, str | Schedule]
+) -> tuple[Schedule, ...]:
+    """Each bucket's schedule; "auto" is decided here, once, by measured figures and the bucket's size."""
+    found = []
+    for layout in layouts:
+        choice = choices[layout.names[0]]
+        if isinstance(choice, str):
+            context: Any = ctx
+            codec, _ = auto.resolve(context, choice, numel=layout.numel, dtype="float32", op="mean")
+            choice = Schedule((0, codec))
+        found.append(choice)
+    return tuple(found)
+
+
+def exchanges_of(
+    ctx: ContextLike, layouts: Sequence[BucketLayout], choices: Mapping[str, str | Schedule], exchange: str
+) -> tuple[str, ...]:
+    """``exchange`` of each bucket's calls; where "auto" decides on the compressor, it also decides on this."""
+    found = []
+    for layout in layouts:
+        choice, way, context = choices[layout.names[0]], exchange, cast(Any, ctx)
+        if isinstance(choice, str):
+            _, way = auto.resolve(
+                context, choice, numel=layout.numel, dtype="float32", op="mean", exchange=exchange
+            )
+        found.append(way)
+    return tuple(found)
+
+
+def check_feedback(residual: Residual, schedules: Sequence[Schedule]) -> None:
+    """Raises `UnsupportedError` where a schedule asks of the residual what it cannot do."""
+    for codec in [codec for schedule in schedules for codec in schedule.codecs]:
+        compressors.check_feedback(codec, residual)
+    dense = next((schedule for schedule in schedules if schedule.dense_later), None)
+    if residual.momentum and dense is not None:
+        raise UnsupportedError(
+            f"Residual(momentum={residual.momentum:g}) cannot be kept up over the dense phase of {dense}: "
+            "begin with a high ratio instead, such as topk:0.25"
+        )
+
+
+def regions_of(
+    ctx: ContextLike, layout: BucketLayout, codec: Compressor, intra: Compressor | None, exchange: str
+) -> dict[str, tuple[Region, ...]]:
+    """Where this rank holds the residual of a bucket: the same in every phase that compresses."""
+    plan = plans.allreduce(
+        ctx.topology, layout.numel, op="mean", compressor=codec, intra=intra, exchange=exchange
+    )
+    return plan.residuals(ctx.rank)
 
 
 def flat_buffer(ctx: ContextLike, layout: BucketLayout, device: torch.device) -> torch.Tensor:
@@ -116,27 +236,20 @@ def flat_buffer(ctx: ContextLike, layout: BucketLayout, device: torch.device) ->
     return flat.zero_()
 
 
-def check_exchange(exchange: str, compress: LinkCompressors) -> str:
-    """``exchange``, which must be known and have something to act on."""
-    if exchange not in policy.EXCHANGES:
-        raise UnsupportedError(f"exchange={exchange!r}: choose one of {', '.join(policy.EXCHANGES)}")
-    if compress.inter_node is None and exchange != "auto":
-        raise UnsupportedError(f"exchange={exchange!r} has nothing to do without compress= between nodes")
-    return exchange
-
-
-def check_agreement(ctx: ContextLike, layouts: Sequence[BucketLayout], setting: str) -> None:
-    """All ranks must have planned the same buckets; raises `PlanMismatchError` on all if one has not."""
-    text = f"{setting} " + " ".join(f"{layout.digest():x}" for layout in layouts)
+def check_agreement(ctx: ContextLike, layouts: Sequence[BucketLayout], settings: str) -> None:
+    """All ranks must have planned the same buckets under the same ``settings``; raises `PlanMismatchError` on all
+    if one has not.
+    """
+    text = f"{settings} " + " ".join(f"{layout.digest():x}" for layout in layouts)
     mine = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
     first = torch.tensor([mine], dtype=torch.int64)
-    ctx.broadcast(first, root=0)
+    ctx.broadcast(first, 0)
     others = torch.tensor([int(first.item() != mine)], dtype=torch.int64)
     ctx.allreduce(others, op="sum")
     if others.item():
         raise PlanMismatchError(
             f"rank {ctx.rank}: {int(others.item())} ranks have other parameters, compress=, exchange= or "
-            "bucket_cap_mb= than rank 0; build the same model with the same settings on every rank"
+            "bucket_cap_mb= than rank 0, or another Residual; build the same model with the same settings on every rank"
         )
 
 
@@ -147,6 +260,6 @@ def sync_parameters(ctx: ContextLike, module: torch.nn.Module) -> None:
             if dtype_name(tensor.dtype) not in policy.ITEMSIZE or not tensor.numel():
                 continue
             flat = tensor.detach().reshape(-1)  # a copy where the tensor is not contiguous
-            ctx.broadcast(flat, root=0)
+            ctx.broadcast(flat, 0)
             if flat.data_ptr() != tensor.data_ptr():
                 tensor.copy_(flat.view(tensor.shape))

@@ -9,81 +9,78 @@ third: of a rank and what it does not own, in units of its gradient. The law, ov
 
 Two buffers per entry, 2 * numel / L fp32 elements per rank (the second stage's: a node's part of that): `commit`
 after the optimizer step was applied keeps the new one, `rollback` when it was skipped keeps the old one.
+
+Two variants keep a law of their own:
+
+    decay d      e <- d * e + gradient - sent: the law holds with step t of T weighted by d^(T - t), on both sides
+    momentum m   u <- m * u + gradient is fed back and sent in the gradient's place (Lin et al. 2018, arXiv
+                 1712.01887): the law holds with the velocities u instead of the gradients. With ``masking`` an
+                 element's velocity begins anew once something of it was sent.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from itertools import chain
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hybridcomm.bucket import Span
-from hybridcomm.errors import ResidualError
-from hybridcomm.plan import RESIDUALS
+from hybridcomm.errors import ResidualError, UnsupportedError
+from hybridcomm.residual_layout import (
+    FIRST,
+    KEY,
+    SECOND,
+    FloatArray,
+    Held,
+    Layout,
+    RegionsByOp,
+    by_op,
+    copy_pieces,
+    describe,
+    follows,
+    joined,
+    misfit,
+    moved,
+)
 
-__all__ = ["Residual"]
+__all__ = ["NO_FEEDBACK", "Residual", "Staged"]
 
-FloatArray = NDArray[np.float32]
+NO_FEEDBACK = (1.0, 0.0, True, 0, 0)
+"""`Staged.feedback` of a call without a residual."""
 
-_FIRST, _SECOND = RESIDUALS[:2]
-
-_KEY = re.compile(r"(.*)\[(\d+):(\d+)\](?: (\w+))?", re.DOTALL)
-
-Regions = tuple[tuple[int, int], ...]
-
-
-class _Held(NamedTuple):
-    """Whose residual it is: a parameter's, and which op left it behind."""
-
-    name: str
-    op: str
-
-    def key(self, begin: int, end: int) -> str:
-        return f"{self.name}[{begin}:{end}]" + (f" {self.op}" if self.op != _FIRST else "")
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Which elements of which flat tensor an entry holds: by op, regions that ascend, disjoint, not adjacent."""
-
-    numel: int
-    spans: tuple[Span, ...]
-    regions: tuple[
-        tuple[str, Regions], ...
-    ]  # ops in the order of the buffer; those without regions are left out
-
-    def size(self, upto: str = "") -> int:
-        """Elements of the buffer, or of what comes before those of an op."""
-        ops = [op for op, _ in self.regions]
-        parts = self.regions[: ops.index(upto)] if upto in ops else self.regions
-        return sum(end - begin for _, regions in parts for begin, end in regions)
-
-    def pieces(self) -> Iterator[tuple[_Held, int, int, int]]:
-        """(whose, begin and end within the parameter, offset in the flat buffer) of all held elements."""
-        offset = 0
-        for op, begin, end in ((op, *region) for op, regions in self.regions for region in regions):
-            for span in self.spans:
-                low, high = max(begin, span.begin), min(end, span.end)
-                if low < high:
-                    yield _Held(span.name, op), low - span.begin, high - span.begin, offset + low - begin
-            offset += end - begin
-
-    def held(self) -> set[_Held]:
-        """All whose residuals may be here."""
-        return {_Held(span.name, op) for span in self.spans for op, _ in self.regions}
+_VELOCITY = ":velocity"  # behind the names of an entry, and of its spans, that holds velocities
 
 
 class _Entry:
-    def __init__(self, layout: _Layout) -> None:
-        size = layout.size()
+    def __init__(self, layout: Layout, committed: FloatArray | None = None) -> None:
         self.layout = layout
-        self.committed: FloatArray = np.zeros(size, np.float32)
-        self.spare: FloatArray = np.zeros(size, np.float32)
+        self.committed = np.zeros(layout.size(), np.float32) if committed is None else committed
+        self.spare: FloatArray = np.zeros(layout.size(), np.float32)
         self.staged = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staged:
+    """The buffers and settings of one call; ``velocity`` is (before, after), in the order of ``e_in``."""
+
+    e_in: FloatArray
+    e_out: FloatArray
+    velocity: tuple[FloatArray, FloatArray] | None
+    decay: float
+    momentum: float
+    masking: bool
+
+    @property
+    def arrays(self) -> tuple[FloatArray, ...]:
+        return (self.e_in, self.e_out, *(self.velocity or ()))
+
+    @property
+    def feedback(self) -> tuple[float, float, bool, int, int]:
+        """As the engine takes it (csrc/bind_engine.cpp)."""
+        before, after = (array.ctypes.data for array in self.velocity) if self.velocity else (0, 0)
+        return self.decay, self.momentum, self.masking, before, after
 
 
 class Residual:
@@ -91,19 +88,34 @@ class Residual:
 
     A caller who never commits just carries on: each call compensates with what the last one left. A caller
     who may skip steps calls `commit` or `rollback` once per optimizer step, for all entries at once.
+
+    ``decay`` in (0, 1]: 1 keeps all, less lets old steps fade. ``momentum`` in [0, 1): momentum correction, for
+    sparse codecs (others send something of every element, and masking then leaves no velocity); take it out of
+    the optimizer for the parameters that are compressed. It doubles the memory. ``masking``: see above; it keeps
+    late gradients from pushing on. Raises `UnsupportedError` for a value out of range.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, decay: float = 1.0, momentum: float = 0.0, masking: bool = True) -> None:
+        if not 0.0 < decay <= 1.0:
+            raise UnsupportedError(f"decay={decay}: above 0, at most 1 (which keeps all)")
+        if not 0.0 <= momentum < 1.0:
+            raise UnsupportedError(f"momentum={momentum}: at least 0 (none), below 1")
+        self.decay, self.momentum, self.masking = decay, momentum, masking
         self._entries: dict[str, _Entry] = {}
-        self._loaded: dict[_Held, list[tuple[int, FloatArray]]] = {}
+        self._loaded: dict[Held, list[tuple[int, FloatArray]]] = {}
         self._strict = False  # a state was loaded: what it does not hold is an error, not a zero
+
+    @property
+    def settings(self) -> str:
+        """What must be equal on all ranks, as text."""
+        return f"decay={self.decay:g} momentum={self.momentum:g} masking={self.masking}"
 
     def stage(
         self,
         name: str,
         *,
         numel: int,
-        regions: Mapping[str, Sequence[tuple[int, int]]] | Sequence[tuple[int, int]],
+        regions: RegionsByOp,
         spans: Sequence[Span] | None = None,
     ) -> tuple[FloatArray, FloatArray]:
         """The buffers for one encode of tensor ``name``: ``(e_in, e_out)``, fp32, 1-D.
@@ -118,23 +130,76 @@ class Residual:
 
         Raises `ResidualError` when ``name`` was used with another layout, or a loaded state does not fit it.
         """
-        by_op = regions if isinstance(regions, Mapping) else {_FIRST: regions}
-        joined = ((op, _joined(parts)) for op, parts in by_op.items())
-        kept = tuple((op, parts) for op, parts in joined if parts)
-        layout = _Layout(numel, tuple(spans or (Span(name, 0, numel),)), kept)
+        whole = ((op, joined(parts)) for op, parts in by_op(regions).items())
+        kept = tuple((op, parts) for op, parts in whole if parts)
+        layout = Layout(numel, tuple(spans or (Span(name, 0, numel),)), kept)
         entry = self._entries.get(name)
         if entry is None:
             entry = self._entries[name] = self._new_entry(name, layout)
         elif entry.layout != layout:
-            if entry.staged or not _follows(entry.layout, layout):
+            if entry.staged or not follows(entry.layout, layout):
                 raise ResidualError(
-                    f"residual of {name!r} holds {_describe(entry.layout)}, now asked for {_describe(layout)}; "
+                    f"residual of {name!r} holds {describe(entry.layout)}, now asked for {describe(layout)}; "
                     "keep one Residual per tensor and topology, or start a new one"
                 )
-            entry = self._entries[name] = _moved(entry, layout)
+            entry = self._entries[name] = _Entry(layout, moved(entry.committed, entry.layout, layout))
         before = entry.spare if entry.staged else entry.committed
         entry.staged = True
         return before, entry.spare
+
+    def prepare(
+        self,
+        name: str,
+        *,
+        numel: int,
+        regions: RegionsByOp,
+        spans: Sequence[Span] | None = None,
+    ) -> Staged:
+        """`stage`, and with momentum the velocity's buffers beside the residual's: of what "compress" sends, and only
+        that, which comes first in both.
+        """
+        e_in, e_out = self.stage(name, numel=numel, regions=regions, spans=spans)
+        velocity = None
+        if self.momentum:
+            own = [Span(span.name + _VELOCITY, *span[1:]) for span in spans or (Span(name, 0, numel),)]
+            first = by_op(regions)[FIRST]
+            velocity = self.stage(name + _VELOCITY, numel=numel, regions=first, spans=own)
+        return Staged(
+            e_in=e_in,
+            e_out=e_out,
+            velocity=velocity,
+            decay=self.decay,
+            momentum=self.momentum,
+            masking=self.masking,
+        )
+
+    def deliver(
+        self,
+        name: str,
+        flat: FloatArray,
+        *,
+        regions: RegionsByOp,
+        spans: Sequence[Span] | None = None,
+    ) -> None:
+        """A dense step follows: adds to ``flat`` what compressed steps left here, and stages an empty residual.
+
+        ``flat`` is this rank's share of the dense sum. One rank of a node holds an element's residual, so the
+        sum delivers it once per node. ``regions`` and ``spans`` as in `stage`. Raises `UnsupportedError` with
+        ``momentum``: a dense sum does not tell that of a node, which the velocity is made of.
+        """
+        if self.momentum:
+            raise UnsupportedError(
+                "momentum= cannot be kept up over a dense step: begin with 'topk:0.25' or so"
+            )
+        if name not in self._entries and not self._strict:
+            return  # no step was compressed yet
+        e_in, e_out = self.stage(name, numel=flat.size, regions=regions, spans=spans)
+        offset = 0
+        for begin, end in chain.from_iterable(by_op(regions).values()):
+            left = e_in[offset : offset + end - begin]
+            flat[begin:end] += left if self.decay == 1.0 else np.float32(self.decay) * left
+            offset += end - begin
+        e_out.fill(0)
 
     def commit(self) -> None:
         """The optimizer step was applied: what was staged becomes the residual, in all entries."""
@@ -175,9 +240,11 @@ class Residual:
         return tuple(dict.fromkeys(held.name for held in self._loaded))
 
     def state_dict(self) -> dict[str, FloatArray]:
-        """This rank's committed residual: ``"parameter[begin:end]"`` -> fp32 1-D copy.
+        """This rank's committed residual: ``"parameter[begin:end]"`` -> fp32 1-D copy, and with momentum
+        ``"parameter:velocity[begin:end]"``.
 
         Keys end in " recompress" and " compress_intra" where these left it behind.
+
         Keyed by span of the parameter, so that it outlives another bucket size. What is staged is not saved:
         it belongs to a step that the saved parameters have not seen.
         """
@@ -197,15 +264,15 @@ class Residual:
         Raises `ResidualError`, at once or at the next `stage`, where this rank owns other elements than the
         state holds: another topology, or shards that fall elsewhere.
         """
-        loaded: dict[_Held, list[tuple[int, FloatArray]]] = {}
+        loaded: dict[Held, list[tuple[int, FloatArray]]] = {}
         for key, values in state.items():
-            match = _KEY.fullmatch(key)
+            match = KEY.fullmatch(key)
             array = np.asarray(values)
             if match is None or array.dtype != np.float32 or array.ndim != 1:
                 raise ResidualError(f"state entry {key!r}: expected 'parameter[begin:end]' -> 1-D float32")
             if int(match[3]) - int(match[2]) != array.size:
                 raise ResidualError(f"state entry {key!r} holds {array.size} elements; is the file damaged?")
-            loaded.setdefault(_Held(match[1], match[4] or _FIRST), []).append((int(match[2]), array.copy()))
+            loaded.setdefault(Held(match[1], match[4] or FIRST), []).append((int(match[2]), array.copy()))
         layouts = {name: entry.layout for name, entry in self._entries.items()}
         old = self._entries, self._loaded, self._strict
         self._entries, self._loaded, self._strict = {}, loaded, True
@@ -216,98 +283,37 @@ class Residual:
             self._entries, self._loaded, self._strict = old
             raise
 
-    def _new_entry(self, name: str, layout: _Layout) -> _Entry:
+    def _new_entry(self, name: str, layout: Layout) -> _Entry:
         if not self._strict:
             return _Entry(layout)
         saved = self._saved_layout(layout)
         entry, taken = _Entry(saved), dict.fromkeys(saved.held(), 0)
         for held, begin, end, offset in saved.pieces():
-            got = _copy_pieces(self._loaded.get(held, ()), begin, end, entry.committed[offset:])
+            got = copy_pieces(self._loaded.get(held, ()), begin, end, entry.committed[offset:])
             taken[held] += got
             if got != end - begin:
-                raise _misfit(name, held, f"holds {got} of the elements {begin}..{end} that this rank owns")
+                raise misfit(name, held, f"holds {got} of the elements {begin}..{end} that this rank owns")
         for held, owned in taken.items():
             found = sum(len(values) for _, values in self._loaded.get(held, ()))
             if found != owned:
-                raise _misfit(name, held, f"holds {found} elements, this rank owns {owned}")
+                raise misfit(name, held, f"holds {found} elements, this rank owns {owned}")
         for held in self._loaded.keys() - taken:
             if held.name in {span.name for span in layout.spans}:
-                raise _misfit(name, held, "has no place: this rank compresses nothing there")
+                raise misfit(name, held, "has no place: this rank compresses nothing there")
         for held in taken:
             self._loaded.pop(held, None)
-        return entry if saved == layout else _moved(entry, layout)
+        return entry if saved == layout else _Entry(layout, moved(entry.committed, saved, layout))
 
-    def _saved_layout(self, layout: _Layout) -> _Layout:
+    def _saved_layout(self, layout: Layout) -> Layout:
         """``layout`` as the loaded state has it: without what it does not hold, with a second residual that it has."""
         names = {span.name for span in layout.spans}
         saved = {held.op for held in self._loaded if held.name in names}
-        parts = [(op, regions) for op, regions in layout.regions if op == _FIRST or op in saved]
-        if _SECOND in saved and _SECOND not in dict(parts):
+        parts = [(op, regions) for op, regions in layout.regions if op == FIRST or op in saved]
+        if SECOND in saved and SECOND not in dict(parts):
             pieces = sorted(
                 (span.begin + begin, span.begin + begin + len(values))
                 for span in layout.spans
-                for begin, values in self._loaded.get(_Held(span.name, _SECOND), ())
+                for begin, values in self._loaded.get(Held(span.name, SECOND), ())
             )
-            parts.insert(1, (_SECOND, _joined(pieces)))
+            parts.insert(1, (SECOND, joined(pieces)))
         return replace(layout, regions=tuple(parts))
-
-
-def _follows(before: _Layout, after: _Layout) -> bool:
-    """Whether ``after`` is ``before`` with other ops, none of which lose anything."""
-    old, new = dict(before.regions), dict(after.regions)
-    same = replace(before, regions=()) == replace(after, regions=())
-    return (
-        same
-        and all(new.get(op, regions) == regions for op, regions in old.items())
-        and old.keys() - new <= {_SECOND}
-    )
-
-
-def _moved(entry: _Entry, layout: _Layout) -> _Entry:
-    """The committed values of ``entry`` in another layout: a second residual that has no place joins the first."""
-    moved, places = _Entry(layout), dict(layout.regions)
-    for op, regions in entry.layout.regions:
-        values = entry.committed[entry.layout.size(op) :]
-        for begin, end in regions:
-            into = layout.size(op if op in places else _FIRST)
-            for low, high in places.get(op) or places.get(_FIRST, ()):
-                if low <= begin and end <= high:
-                    moved.committed[into + begin - low :][: end - begin] += values[: end - begin]
-                into += high - low
-            values = values[end - begin :]
-    return moved
-
-
-def _joined(regions: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Adjacent regions joined, so that another chunk size is still the same layout."""
-    out: list[tuple[int, int]] = []
-    for begin, end in regions:
-        if out and out[-1][1] > begin:
-            raise ResidualError(f"regions must ascend and not overlap: {out[-1]} before {(begin, end)}")
-        if out and out[-1][1] == begin:
-            out[-1] = (out[-1][0], end)
-        elif end > begin:
-            out.append((begin, end))
-    return tuple(out)
-
-
-def _copy_pieces(pieces: Iterable[tuple[int, FloatArray]], begin: int, end: int, out: FloatArray) -> int:
-    got = 0
-    for start, values in pieces:
-        low, high = max(start, begin), min(start + len(values), end)
-        if low < high:
-            out[low - begin : high - begin] = values[low - start : high - start]
-            got += high - low
-    return got
-
-
-def _misfit(entry: str, held: _Held, what: str) -> ResidualError:
-    return ResidualError(
-        f"residual state ({held.op}) of parameter {held.name!r} (bucket {entry!r}) {what}; it was saved by another "
-        "rank or under another topology: load it where it was saved, or start a new Residual and lose it"
-    )
-
-
-def _describe(layout: _Layout) -> str:
-    held = ", ".join(f"{op} {sum(e - b for b, e in regions)}" for op, regions in layout.regions)
-    return f"({held or 'nothing'}) of {layout.numel} elements in {len(layout.spans)} spans"

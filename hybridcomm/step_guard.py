@@ -1,6 +1,6 @@
 """When is a residual committed? The rules that tie error feedback to optimizer steps, apart from any tensor.
 
-reduced     a synchronised backward ended: the residual is staged and waits for its step
+reduced     a synchronised backward ended: the step is open, the residual staged
 applied     every attached optimizer stepped                      -> commit
 skipped     an optimizer said so, a gradient is not finite, or the loss scale backed off -> rollback
 neither     and a new synchronised backward begins                -> ResidualError, nothing is guessed
@@ -17,12 +17,17 @@ __all__ = ["StepGuard"]
 
 
 class StepGuard:
-    """Commits or rolls back ``residual`` once per optimizer step, all entries at once."""
+    """Commits or rolls back ``residual`` once per optimizer step, all entries at once.
 
-    def __init__(self, residual: Residual) -> None:
+    ``counts``: steps are also opened where this rank holds no residual, as schedules need equal counts everywhere.
+    """
+
+    def __init__(self, residual: Residual, *, counts: bool = False) -> None:
         self.residual = residual
         self.applied = 0
         self.skipped = 0
+        self._counts = counts
+        self._open = False
         self._optimizers = 0
         self._stepped: dict[int, bool] = {}  # optimizer -> whether it applied the open step
 
@@ -31,9 +36,18 @@ class StepGuard:
         self._optimizers += 1
         return self._optimizers - 1
 
+    @property
+    def pending(self) -> bool:
+        """Whether a reduced step was neither applied nor skipped yet."""
+        return self._open or self.residual.pending
+
+    def reduced(self) -> None:
+        """A synchronised backward ended."""
+        self._open = self._counts
+
     def begin(self, was_skipped: Callable[[], bool]) -> None:
         """A synchronised backward begins; ``was_skipped`` is asked only if the last step is still open."""
-        if not self.residual.pending:
+        if not self.pending:
             self._stepped.clear()
             return
         if not self._stepped and was_skipped():
@@ -52,7 +66,7 @@ class StepGuard:
 
     def stepped(self, optimizer: int, *, applied: bool) -> None:
         """Optimizer number ``optimizer`` ended its step; the last attached one commits or rolls back."""
-        if not self.residual.pending:
+        if not self.pending:
             return
         self._stepped[optimizer] = applied
         if len(self._stepped) < self._optimizers:
@@ -70,11 +84,20 @@ class StepGuard:
     def commit(self) -> None:
         """The step was applied."""
         self.applied += 1
-        self._stepped.clear()
+        self._close()
         self.residual.commit()
 
     def rollback(self) -> None:
         """The step was skipped."""
         self.skipped += 1
-        self._stepped.clear()
+        self._close()
         self.residual.rollback()
+
+    def resume(self, applied: int) -> None:
+        """Goes on after so many applied steps, with none open."""
+        self.applied = applied
+        self._close()
+
+    def _close(self) -> None:
+        self._open = False
+        self._stepped.clear()

@@ -124,6 +124,10 @@ class Spec(Protocol):
         """Whether the selection spans the region, so that cutting a shard into chunks would change it."""
 
     @property
+    def seeded(self) -> bool:
+        """Whether encoders draw from a seed, which the header then carries."""
+
+    @property
     def unbiased(self) -> bool:
         """Whether E[C(x)] = x."""
 

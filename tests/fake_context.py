@@ -16,7 +16,7 @@ import torch
 
 from hybridcomm import collective_plans as plans
 from hybridcomm.bucket import Span
-from hybridcomm.compress import Compress, by_link, resolve
+from hybridcomm.compress import ByLink, by_link, resolve
 from hybridcomm.errors import AbortedError, HybridCommError, PlanMismatchError, StallError
 from hybridcomm.plan import Plan
 from hybridcomm.residual import Residual
@@ -93,7 +93,7 @@ class FakeContext:
         tensor: Any,
         *,
         op: str = "sum",
-        compress: Compress = None,
+        compress: ByLink = None,
         residual: Residual | None = None,
         exchange: str = "auto",
         async_op: bool = False,
@@ -120,9 +120,9 @@ class FakeContext:
     def empty(self, *size: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype)
 
-    def broadcast(self, tensor: Any, root: int, *, async_op: bool = False) -> Any:
+    def broadcast(self, tensor: Any, src: int, *, async_op: bool = False) -> Any:
         array = _numpy(tensor)
-        plan = plans.broadcast(self.topology, array.size, dtype=str(array.dtype), root=root)
+        plan = plans.broadcast(self.topology, array.size, dtype=str(array.dtype), root=src)
         return self._issue(plan, tensor, array, async_op=async_op)
 
     def barrier(self) -> None:

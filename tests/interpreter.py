@@ -31,12 +31,12 @@ class Codec(Protocol):
 
 
 class ReferenceCodec:
-    """The numpy oracle of top-k from a compressor's canonical text."""
+    """The numpy oracle from a compressor's canonical text."""
 
     def __init__(self, text: str) -> None:
-        from hybridcomm.kernels.spec import TopKSpec
+        from hybridcomm.kernels.spec import parse
 
-        self.spec = TopKSpec.parse(text)
+        self.spec = parse(text)
         self.nbytes_sent = 0
 
     def encode(

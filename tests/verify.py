@@ -1,6 +1,7 @@
 """The long run, ``make verify``: everything, property tests under more seeds, sanitizers; writes a dated report.
 
-``python -m tests.verify [--only NAME ...] [--report FILE]``; exit code 0 when every step passed.
+``python -m tests.verify [--only NAME ...] [--fuzz-runs N] [--report FILE]``; exit code 0 when every step passed. A
+report that is checked in goes stale: `staleness` says by how much.
 """
 
 from __future__ import annotations
@@ -13,27 +14,43 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["STEPS", "Outcome", "main", "report"]
+__all__ = ["STEPS", "Outcome", "Staleness", "main", "report", "staleness"]
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "docs" / "verify-report.md"
 SEEDS = 5
+SOAK_OPERATIONS = 10_000
+FUZZ_RUNS = 10_000_000
+SOURCES = ("hybridcomm", "kernels", "CMakeLists.txt")
+"""What a report is about: commits that change these make it older."""
+MAX_COMMITS, MAX_DAYS = 300, 30
+"""A report that is older fails the tests; before that it is a warning in every run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of a step: ``summary`` is the last line it printed."""
+    """What came of a step: ``summary`` is the last line it printed, ``details`` Markdown of its own."""
 
     name: str
     passed: bool
     seconds: float
     summary: str
     tail: str = ""
+    details: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What to run, given where Markdown for the report may be written; returns (passed, what was printed)."""
+
+    what: str
+    run: Callable[[argparse.Namespace, Path], tuple[bool, str]]
 
 
 def run(command: list[str], env: Mapping[str, str] | None = None) -> tuple[bool, str]:
@@ -58,14 +75,6 @@ def pytest(*arguments: str, env: Mapping[str, str] | None = None) -> tuple[bool,
     return run([sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadgroup", *arguments], env)
 
 
-def lint() -> tuple[bool, str]:
-    return run(["make", "lint"])
-
-
-def suite() -> tuple[bool, str]:
-    return pytest()
-
-
 def properties() -> tuple[bool, str]:
     """Hypothesis draws other examples under each seed."""
     results = [pytest("-m", "hypothesis", f"--hypothesis-seed={seed}") for seed in range(1, SEEDS + 1)]
@@ -78,31 +87,46 @@ def training() -> tuple[bool, str]:
     return passed, text + (" ".join(re.sub("[│┃]", " ", lines[-1]).split()) if lines else "no result")
 
 
-def engine() -> tuple[bool, str]:
-    """The engine without Python, as a C++ program under each sanitizer."""
-    return pytest("tests/hybridcomm/test_sanitizers.py", env={"HYBRIDCOMM_SANITIZERS": "1"})
+def sanitizers(*tests: str) -> tuple[bool, str]:
+    return pytest(*(f"tests/hybridcomm/{test}" for test in tests), env={"HYBRIDCOMM_SANITIZERS": "1"})
 
 
-STEPS: dict[str, Callable[[], tuple[bool, str]]] = {
-    "lint": lint,
-    "tests": suite,
-    "properties": properties,
-    "training": training,
-    "engine": engine,
+def fuzzing(options: argparse.Namespace, details: Path) -> tuple[bool, str]:
+    command = [sys.executable, "-m", "tests.fuzz", "--runs", str(options.fuzz_runs), "--planted", "all"]
+    return run([*command, "--jobs", str(len(os.sched_getaffinity(0))), "--markdown", str(details)])
+
+
+def soak() -> tuple[bool, str]:
+    return run([sys.executable, "-m", "tests.soak", "--operations", str(SOAK_OPERATIONS)])
+
+
+STEPS: dict[str, Step] = {
+    "lint": Step(what="format, lint, types, import directions", run=lambda *_: run(["make", "lint"])),
+    "tests": Step(what="the whole suite", run=lambda *_: pytest()),
+    "properties": Step(what=f"property tests under {SEEDS} more seeds", run=lambda *_: properties()),
+    "training": Step(what="the default training run", run=lambda *_: training()),
+    "engine": Step(
+        what="engine and kernels as C++ programs under ASan, UBSan and TSan, the Python module under ASan and UBSan",
+        run=lambda *_: sanitizers("test_sanitizers.py"),
+    ),
+    "bugs": Step(
+        what="bugs planted in the engine's source, each found by its C++ test program",
+        run=lambda *_: sanitizers("test_engine_source_mutants.py"),
+    ),
+    "fuzz": Step(what="libFuzzer with ASan and UBSan on every decoder and on the framings", run=fuzzing),
+    "soak": Step(
+        what=f"{SOAK_OPERATIONS:,} random operations, exact, nothing left behind", run=lambda *_: soak()
+    ),
 }
-_WHAT = {
-    "lint": "format, lint, types, import directions",
-    "tests": "the whole suite",
-    "properties": f"property tests under {SEEDS} more seeds",
-    "training": "the default training run",
-    "engine": "the engine alone, a C++ program, under all three sanitizers",
-}
 
 
-def perform(name: str) -> Outcome:
-    print(f"\n=== {name}: {_WHAT[name]}", flush=True)
+def perform(name: str, options: argparse.Namespace) -> Outcome:
+    print(f"\n=== {name}: {STEPS[name].what}", flush=True)
     begin = time.monotonic()
-    passed, text = STEPS[name]()
+    with tempfile.TemporaryDirectory() as folder:
+        details = Path(folder) / "details.md"
+        passed, text = STEPS[name].run(options, details)
+        markdown = details.read_text(encoding="utf-8") if details.exists() else ""
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["(nothing printed)"]
     summary = re.sub(r"\x1b\[[0-9;]*m", "", lines[-1]).strip("= ").replace("|", "/")
     return Outcome(
@@ -111,14 +135,17 @@ def perform(name: str) -> Outcome:
         seconds=time.monotonic() - begin,
         summary=summary.replace(str(ROOT), "."),
         tail="" if passed else "\n".join(lines[-30:]).replace(str(ROOT), "."),
+        details=markdown.strip(),
     )
 
 
-def facts() -> dict[str, str]:
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
+def git(*arguments: str) -> str:
+    """What git says about the checkout; empty where it fails."""
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
 
+
+def facts() -> dict[str, str]:
     processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     compiler = subprocess.run(["c++", "--version"], capture_output=True, text=True, check=False).stdout
     changed = ", with uncommitted changes" if git("status", "--porcelain", "--untracked-files=no") else ""
@@ -140,21 +167,82 @@ def report(about: Mapping[str, str], outcomes: list[Outcome]) -> str:
     lines += ["", "| step | what | outcome | time | last line |", "|---|---|---|---|---|"]
     for outcome in outcomes:
         verdict = "passed" if outcome.passed else "**FAILED**"
-        what = _WHAT.get(outcome.name, "")
+        what = STEPS[outcome.name].what if outcome.name in STEPS else ""
         lines.append(f"| {outcome.name} | {what} | {verdict} | {outcome.seconds:.0f} s | {outcome.summary} |")
     for outcome in outcomes:
+        if outcome.details:
+            lines += ["", f"## {outcome.name}", "", outcome.details]
         if outcome.tail:
             lines += ["", f"## {outcome.name}: the end of its output", "", "```", outcome.tail, "```"]
     return "\n".join(lines) + "\n"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Staleness:
+    """How far the sources have moved on since a report was written."""
+
+    commit: str
+    known: bool
+    """Whether this history has the report's commit: else there is nothing to count."""
+    commits: int
+    """That changed `SOURCES` since."""
+    days: float
+    """From the report to the newest commit; no clock is asked."""
+    dirty: bool
+    missing: tuple[str, ...]
+    """Steps that did not run, or failed."""
+
+    @property
+    def too_old(self) -> bool:
+        return self.commits > MAX_COMMITS or self.days > MAX_DAYS
+
+    def __str__(self) -> str:
+        text = (
+            f"{REPORT.name} is of commit {self.commit[:9]}, {self.days:.0f} days and {self.commits} commits to "
+            f"{', '.join(SOURCES)} ago"
+        )
+        if not self.known:
+            text = f"{REPORT.name} is of commit {self.commit[:9]}, which is not in this history"
+        text += ", with uncommitted changes then" if self.dirty else ""
+        text += f"; not passed in it: {', '.join(self.missing)}" if self.missing else ""
+        return (
+            f"{text}. `make verify` writes a new one (at most {MAX_COMMITS} commits and {MAX_DAYS} days old)"
+        )
+
+
+def staleness(page: str) -> Staleness | None:
+    """Of a report's text, judged by the checkout; None where there is no git history to judge by."""
+    head = git("log", "-1", "--format=%ct")
+    commit = re.search(r"\| commit \| ([0-9a-f]{40})", page)
+    date = re.search(r"\| date \| (\S+ \S+) UTC", page)
+    if not head:
+        return None
+    if commit is None or date is None:
+        raise ValueError(f"{REPORT.name} names no commit or no date: write it anew with make verify")
+    written = datetime.datetime.strptime(date[1], "%Y-%m-%d %H:%M").replace(tzinfo=datetime.timezone.utc)
+    known = bool(git("cat-file", "-t", commit[1]))
+    since = git("rev-list", "--count", f"{commit[1]}..HEAD", "--", *SOURCES) if known else ""
+    passed = re.findall(r"^\| (\w+) \|[^|]*\| passed \|", page, re.MULTILINE)
+    return Staleness(
+        commit=commit[1],
+        known=known,
+        commits=int(since or 0),
+        days=max((int(head) - written.timestamp()) / 86400, 0.0),
+        dirty="with uncommitted changes" in page,
+        missing=tuple(name for name in STEPS if name not in passed),
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.verify", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=list(STEPS), default=list(STEPS), help="steps to run")
+    parser.add_argument(
+        "--fuzz-runs", type=int, default=FUZZ_RUNS, help="executions per fuzz target (%(default)s)"
+    )
     parser.add_argument("--report", type=Path, default=REPORT, help="file to write")
     options = parser.parse_args()
     about = facts()
-    outcomes = [perform(name) for name in options.only]
+    outcomes = [perform(name, options) for name in options.only]
     options.report.write_text(report(about, outcomes), encoding="utf-8")
     failed = [outcome.name for outcome in outcomes if not outcome.passed]
     print(f"\n{options.report.name}: {f'FAILED: {failed}' if failed else 'all steps passed'}")

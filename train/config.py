@@ -77,7 +77,9 @@ class TrainConfig(BaseModel):
     comm: Literal["hybridcomm", "ddp"] = Field(
         "hybridcomm", description="Who averages gradients; ddp is the peer."
     )
-    compress: str = Field("topk:0.01", description="Compression between nodes: none, or topk:RATIO.")
+    compress: str = Field(
+        "topk:0.01", description="Between nodes: none, topk:RATIO, int8, auto, ..., or none,topk:RATIO@STEP."
+    )
     text_features: int = Field(256, ge=1, description="Width of the text features, for data with item text.")
     threads: int = Field(1, ge=1, description="Compute threads per rank.")
     run_dir: Path | None = Field(

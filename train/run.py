@@ -106,11 +106,11 @@ def _start_ranks(config: TrainConfig, arguments: list[str]) -> int:
 
 def _check_compressor(text: str) -> None:
     """Before any rank starts: an unknown compressor or a ratio out of range is a usage error."""
-    from hybridcomm.compress import resolve
+    from hybridcomm.compression_policy import CompressionPolicy
     from hybridcomm.errors import CompressorError
 
     try:
-        resolve(None if text == "none" else text)
+        CompressionPolicy.of(text)
     except CompressorError as error:
         raise ConfigError(f"--compress: {error}") from None
 

@@ -161,7 +161,7 @@ def _all_gather(context: Context, case: Case) -> Run:
 
     return Run(
         rewrite=rewrite,
-        call=lambda: context.all_gather(out, tensor),
+        call=lambda: context.all_gather_into_tensor(out, tensor),
         out=out,
         wanted=wanted,
         count=part,
@@ -182,11 +182,102 @@ def _reduce_scatter(context: Context, case: Case) -> Run:
 
     return Run(
         rewrite=rewrite,
-        call=lambda: context.reduce_scatter(out, tensor, op=case.op),
+        call=lambda: context.reduce_scatter_tensor(out, tensor, op=case.op),
         out=out,
-        wanted=lambda turn: want.at(turn)[context.rank * part : (context.rank + 1) * part],
+        wanted=lambda turn: _part(want.at(turn), context),
         count=part,
     )
+
+
+def _reduce(context: Context, case: Case) -> Run:
+    """To rank 0; the others must still hold what they gave."""
+    own = _own(context, case, context.rank, case.numel)
+    want = _reduced(context, case, case.numel) if context.rank == 0 else own
+    tensor = _filled(case, case.numel)
+
+    def rewrite(turn: int) -> None:
+        tensor[:] = own.at(turn)
+
+    return Run(
+        rewrite=rewrite,
+        call=lambda: context.reduce(tensor, 0, op=case.op),
+        out=tensor,
+        wanted=want.at,
+        count=case.numel,
+    )
+
+
+def _gather(context: Context, case: Case) -> Run:
+    """To rank 0; the others must still hold what they gave."""
+    part, root = case.numel // context.world_size, context.rank == 0
+    every = [_own(context, case, rank, part) for rank in range(context.world_size)]
+    tensor, out, want = (_filled(case, n) for n in (part, case.numel, case.numel))
+    parts = [out[r * part : (r + 1) * part] for r in range(context.world_size)]
+
+    def rewrite(turn: int) -> None:
+        tensor[:] = every[context.rank].at(turn)
+        out[:] = _SENTINEL
+
+    def wanted(turn: int) -> Array:
+        for rank, own in enumerate(every):
+            want[rank * part : (rank + 1) * part] = own.at(turn)
+        return want if root else every[context.rank].at(turn)
+
+    return Run(
+        rewrite=rewrite,
+        call=lambda: context.gather(tensor, parts if root else None, 0),
+        out=out if root else tensor,
+        wanted=wanted,
+        count=part,
+    )
+
+
+def _scatter(context: Context, case: Case) -> Run:
+    part, root = case.numel // context.world_size, context.rank == 0
+    own = _own(context, case, 0, case.numel)
+    tensor, out = _filled(case, case.numel), _filled(case, part)
+    parts = [tensor[r * part : (r + 1) * part] for r in range(context.world_size)]
+
+    def rewrite(turn: int) -> None:
+        tensor[:] = own.at(turn)
+        out[:] = _SENTINEL
+
+    return Run(
+        rewrite=rewrite,
+        call=lambda: context.scatter(out, parts if root else None, 0),
+        out=out,
+        wanted=lambda turn: _part(own.at(turn), context),
+        count=part,
+    )
+
+
+def _all_to_all(context: Context, case: Case) -> Run:
+    every = [_own(context, case, rank, case.numel) for rank in range(context.world_size)]
+    part = case.numel // context.world_size
+    tensor, out, want = (_filled(case, case.numel) for _ in range(3))
+
+    def rewrite(turn: int) -> None:
+        tensor[:] = every[context.rank].at(turn)
+        out[:] = _SENTINEL
+
+    def wanted(turn: int) -> Array:
+        for rank, own in enumerate(every):
+            want[rank * part : (rank + 1) * part] = _part(own.at(turn), context)
+        return want
+
+    return Run(
+        rewrite=rewrite,
+        call=lambda: context.all_to_all_single(out, tensor),
+        out=out,
+        wanted=wanted,
+        count=part,
+    )
+
+
+def _part(whole: Array, context: Context) -> Array:
+    """This rank's part of W equal ones."""
+    part = len(whole) // context.world_size
+    return whole[context.rank * part : (context.rank + 1) * part]
 
 
 def _others(world_size: int) -> float:
@@ -198,5 +289,9 @@ COLLECTIVES = {
     "broadcast": Collective(prepare=_broadcast, bus_factor=lambda _: 1.0),
     "all_gather": Collective(prepare=_all_gather, bus_factor=_others, parts=True),
     "reduce_scatter": Collective(prepare=_reduce_scatter, bus_factor=_others, parts=True, reduces=True),
+    "reduce": Collective(prepare=_reduce, bus_factor=lambda _: 1.0, reduces=True),
+    "gather": Collective(prepare=_gather, bus_factor=_others, parts=True),
+    "scatter": Collective(prepare=_scatter, bus_factor=_others, parts=True),
+    "all_to_all": Collective(prepare=_all_to_all, bus_factor=_others, parts=True),
 }
 """Collective -> its line; the factors are those of nccl-tests' PERFORMANCE.md."""

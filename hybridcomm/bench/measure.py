@@ -103,7 +103,7 @@ def _time(context: Context, run: Run, warmup: int, iters: int) -> tuple[list[flo
             own[turn - warmup] = seconds
             sent += context.counters()["wire_tx_bytes"] - before
     every = np.zeros((context.world_size, iters))
-    context.all_gather(every, own)
+    context.all_gather_into_tensor(every, own)
     total = int(sum_over_ranks(context, np.array([sent], np.int64))[0])
     return every.max(0).tolist(), total // iters
 

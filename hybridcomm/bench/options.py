@@ -70,7 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--collective", metavar="NAMES", help=f"comma-separated, of {', '.join(COLLECTIVES)} (default all)")
     add("--dtype", choices=DTYPES, default="float32", help="default float32")
     add("--op", choices=tuple(OPS), default="sum", help="of collectives that reduce (default sum)")
-    add("--compress", default="none", metavar="CODEC", help="such as topk:0.01, or auto; measures allreduce")
+    add(
+        "--compress",
+        default="none",
+        metavar="CODEC",
+        help="such as topk:0.01 or int8, or auto; measures allreduce",
+    )
     add("--probe", action="store_true", help="print alpha, beta, kernel costs and what auto decides")
     add("--json", type=Path, metavar="FILE", help="write all figures to this file")
     add("--plot", type=Path, metavar="FILE", help="draw them into this file (.png, .svg); needs matplotlib")

@@ -1,6 +1,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <tuple>
 
 #include "bindings.h"
 #include "engine.h"
@@ -12,6 +13,14 @@ namespace hybridcomm {
 namespace {
 
 using Pieces = std::vector<std::pair<uint64_t, uintptr_t>>;
+// decay, momentum, masking, addresses of the velocity before and after: Feedback's fields in their order.
+using FeedbackFields = std::tuple<float, float, bool, uintptr_t, uintptr_t>;
+
+Feedback feedback_of(const FeedbackFields& fields) {
+  const auto& [decay, momentum, masking, velocity_in, velocity_out] = fields;
+  return {decay, momentum, masking, reinterpret_cast<const float*>(velocity_in),
+          reinterpret_cast<float*>(velocity_out)};
+}
 
 Buffers buffers_at(uintptr_t tensor, uintptr_t residual_in, uintptr_t residual_out, uint32_t name,
                    const Pieces& pieces, double timeout_s) {
@@ -81,24 +90,29 @@ void bind_engine(py::module_& module) {
       .def(
           "run",
           [](Engine& engine, std::shared_ptr<Program> program, uintptr_t tensor, uintptr_t residual_in,
-             uintptr_t residual_out, uint32_t name, const Pieces& pieces, double timeout_s) {
+             uintptr_t residual_out, uint32_t name, const Pieces& pieces, double timeout_s,
+             const FeedbackFields& feedback) {
             const py::gil_scoped_release no_gil;
-            return engine.run(std::move(program),
-                              buffers_at(tensor, residual_in, residual_out, name, pieces, timeout_s),
-                              raise_pending_signals);
+            Buffers buffers = buffers_at(tensor, residual_in, residual_out, name, pieces, timeout_s);
+            buffers.feedback = feedback_of(feedback);
+            return engine.run(std::move(program), buffers, raise_pending_signals);
           },
           py::arg("program"), py::arg("tensor"), py::arg("residual_in") = 0, py::arg("residual_out") = 0,
-          py::arg("name") = 0, py::arg("pieces") = Pieces{}, py::arg("timeout_s") = 0.0)
+          py::arg("name") = 0, py::arg("pieces") = Pieces{}, py::arg("timeout_s") = 0.0,
+          py::arg("feedback") = FeedbackFields{1.0f, 0.0f, true, 0, 0})
       .def(
           "submit",
           [](Engine& engine, std::shared_ptr<Program> program, uintptr_t tensor, uintptr_t residual_in,
-             uintptr_t residual_out, uint32_t name, const Pieces& pieces, double timeout_s) {
+             uintptr_t residual_out, uint32_t name, const Pieces& pieces, double timeout_s,
+             const FeedbackFields& feedback) {
             const py::gil_scoped_release no_gil;
-            return engine.submit(std::move(program),
-                                 buffers_at(tensor, residual_in, residual_out, name, pieces, timeout_s));
+            Buffers buffers = buffers_at(tensor, residual_in, residual_out, name, pieces, timeout_s);
+            buffers.feedback = feedback_of(feedback);
+            return engine.submit(std::move(program), buffers);
           },
           py::arg("program"), py::arg("tensor"), py::arg("residual_in") = 0, py::arg("residual_out") = 0,
-          py::arg("name") = 0, py::arg("pieces") = Pieces{}, py::arg("timeout_s") = 0.0)
+          py::arg("name") = 0, py::arg("pieces") = Pieces{}, py::arg("timeout_s") = 0.0,
+          py::arg("feedback") = FeedbackFields{1.0f, 0.0f, true, 0, 0})
       .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>())
       .def("abort", &Engine::abort, py::call_guard<py::gil_scoped_release>())
       .def(

@@ -27,6 +27,8 @@ const char* class_name(Code code) {
       return "AbortedError";
     case Code::invalid:
       return "UnsupportedError";
+    case Code::compressor:
+      return "CompressorError";
   }
   return "HybridCommError";
 }

@@ -4,6 +4,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "The hybridcomm host engine: shared memory inside a node, TCP between nodes.";
   hybridcomm::bind_errors(module);
   hybridcomm::bind_program(module);
+  hybridcomm::bind_custom(module);
   hybridcomm::bind_engine(module);
   hybridcomm::bind_prepared(module);
   hybridcomm::bind_handshake(module);

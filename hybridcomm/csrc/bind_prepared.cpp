@@ -4,6 +4,8 @@
 // 1. What a caller passes is looked at through the C API: exactly a torch.Tensor or a numpy.ndarray, plain and
 //    contiguous. Whatever is out of the ordinary is left to the long way (arrays.py), which knows what to say.
 // 2. A program is found by (dtype object, numel, op object): identity is enough, others take the long way.
+// 3. Short or long, each call gets a stamp of the calls before it, which rides in its messages: ranks whose calls
+//    differed find out at their next message, though the call at fault had none between them.
 #include <array>
 #include <unordered_map>
 
@@ -82,9 +84,17 @@ class PreparedCalls {
     const std::shared_ptr<const Program> program = found->second.program;
     Buffers buffers;
     buffers.tensor = reinterpret_cast<std::byte*>(plain.address);
+    buffers.name = stamp(*program, 0);
     const py::gil_scoped_release no_gil;
     engine_->run(program, buffers, raise_pending_signals);
     return true;
+  }
+
+  // The name that a call of `program` on the tensor `name` goes by, which tells the calls before it as well.
+  uint32_t stamp(const Program& program, uint32_t name) {
+    const uint32_t stamped = static_cast<uint32_t>(history_ >> 32) ^ name;
+    history_ = (history_ ^ program.tag.digest ^ name) * 0x9E3779B97F4A7C15u;
+    return stamped;
   }
 
  private:
@@ -135,6 +145,7 @@ class PreparedCalls {
   }
 
   std::shared_ptr<Engine> engine_;
+  uint64_t history_ = 0;  // of all calls so far, in their order
   std::unordered_map<Key, Entry, KeyHash> programs_;
   py::object tensor_type_, array_type_, increment_version_;
   const py::str dtype_{intern("dtype")}, is_cpu_{intern("is_cpu")}, requires_grad_{intern("requires_grad")},
@@ -151,7 +162,8 @@ void bind_prepared(py::module_& module) {
   py::class_<PreparedCalls>(module, "PreparedCalls")
       .def(py::init<std::shared_ptr<Engine>>())
       .def("remember", &PreparedCalls::remember, py::arg("like"), py::arg("op"), py::arg("program"))
-      .def("run", &PreparedCalls::run, py::arg("array"), py::arg("op"));
+      .def("run", &PreparedCalls::run, py::arg("array"), py::arg("op"))
+      .def("stamp", &PreparedCalls::stamp, py::arg("program"), py::arg("name"));
 }
 
 }  // namespace hybridcomm

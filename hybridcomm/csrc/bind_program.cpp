@@ -65,10 +65,10 @@ void bind_program(py::module_& module) {
           [](Program& program, Kind kind, uint32_t stream, uint32_t step, int peer, uint64_t begin,
              uint64_t count, bool in_scratch, uint64_t offset, uint64_t nbytes, uint64_t residual,
              uint32_t divisor, bool deliver, std::vector<uint32_t> after, std::vector<int64_t> sources,
-             uint8_t codec) {
+             uint8_t codec, bool momentum) {
             program.ops.push_back({kind, in_scratch ? Memory::scratch : Memory::tensor, stream, step, peer,
                                    begin, count, offset, nbytes, residual, divisor, deliver, std::move(after),
-                                   std::move(sources), codec});
+                                   std::move(sources), codec, momentum});
             if (stream >= program.stream_count) program.stream_count = stream + 1;
             return program.ops.size() - 1;
           },
@@ -76,7 +76,7 @@ void bind_program(py::module_& module) {
           py::arg("begin") = 0, py::arg("count") = 0, py::arg("in_scratch") = false, py::arg("offset") = 0,
           py::arg("nbytes") = 0, py::arg("residual") = 0, py::arg("divisor") = 1, py::arg("deliver") = false,
           py::arg("after") = std::vector<uint32_t>{}, py::arg("sources") = std::vector<int64_t>{},
-          py::arg("codec") = 0)
+          py::arg("codec") = 0, py::arg("momentum") = false)
       .def_readwrite("scratch_nbytes", &Program::scratch_nbytes)
       .def_property_readonly("size", [](const Program& program) { return program.ops.size(); });
 }

@@ -7,6 +7,7 @@ namespace hybridcomm {
 
 void bind_errors(pybind11::module_& module);
 void bind_program(pybind11::module_& module);
+void bind_custom(pybind11::module_& module);
 void bind_engine(pybind11::module_& module);
 void bind_prepared(pybind11::module_& module);
 void bind_handshake(pybind11::module_& module);

@@ -14,7 +14,17 @@
 
 namespace hybridcomm {
 
-enum class Code { bootstrap, shared_memory, peer_lost, stall, mismatch, payload, aborted, invalid };
+enum class Code {
+  bootstrap,
+  shared_memory,
+  peer_lost,
+  stall,
+  mismatch,
+  payload,
+  aborted,
+  invalid,
+  compressor,
+};
 
 // `rank` is the culprit of peer_lost and aborted (-1: unknown), `missing` the ranks a stalled wait was for.
 class Error : public std::runtime_error {

@@ -48,6 +48,9 @@ class Executor final : private Completion {
   Started post(Lane lane, uint32_t index, const Op& op, const std::vector<int64_t>& readers);
   bool start_reduce(const Op& op);
   void start_encode(const Op& op);
+  uint32_t encode(const Op& op, const kernels::EncodeInput& input);
+  void encode_velocity(const Op& op, const kernels::EncodeInput& input);
+  [[noreturn]] void compressor_failed(const Op& op, const Error& error) const;
   void start_message(uint32_t index, const Op& op);
   void start_sum(const Op& op);
   void reduce_sources(const Op& op, std::byte* out, size_t count);
@@ -124,6 +127,7 @@ class Executor final : private Completion {
   std::vector<PeerRegion> regions_;       // likewise, of the other ranks among its sources
   size_t own_place_ = 0;                  // of this rank among them
   std::vector<const uint8_t*> payloads_;  // likewise
+  std::vector<float> compensated_;        // likewise: what momentum correction encodes
   size_t remaining_ = 0;
   size_t in_flight_ = 0;  // messages posted and not complete
   Clock::time_point last_progress_, next_look_, asked_at_;

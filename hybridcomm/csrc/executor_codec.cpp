@@ -2,6 +2,8 @@
 //
 // In: a region and its residual; out: a payload in scratch. And back: payloads from scratch, or from the node's
 // other ranks, into a region.
+#include <algorithm>
+
 #include "executor.h"
 
 namespace hybridcomm {
@@ -9,9 +11,54 @@ namespace hybridcomm {
 void Executor::start_encode(const Op& op) {
   const float* in = buffers_.residual_in == nullptr ? nullptr : buffers_.residual_in + op.residual;
   float* out = buffers_.residual_out == nullptr ? nullptr : buffers_.residual_out + op.residual;
-  kernels::codec_encode(
-      program_->codecs[op.codec], {reinterpret_cast<const float*>(tensor_at(op)), in, out, 1.0f, 0},
-      reinterpret_cast<uint8_t*>(scratch_.data() + op.offset), op.count, program_->tag.digest);
+  const auto* grad = reinterpret_cast<const float*>(tensor_at(op));
+  const kernels::EncodeInput input{grad, in, out, buffers_.feedback.decay, 0};
+  if (buffers_.feedback.velocity_in == nullptr || !op.momentum) {
+    encode(op, input);
+  } else {
+    encode_velocity(op, input);
+  }
+}
+
+uint32_t Executor::encode(const Op& op, const kernels::EncodeInput& input) {
+  auto* payload = reinterpret_cast<uint8_t*>(scratch_.data() + op.offset);
+  const uint64_t digest = program_->tag.digest;
+  if (!program_->custom || op.codec != 0) {
+    return kernels::codec_encode(program_->codecs[op.codec], input, payload, op.count, digest);
+  }
+  try {
+    return program_->custom->encode(input, payload, op.count, digest);
+  } catch (const Error& error) {
+    compressor_failed(op, error);
+  }
+}
+
+// Momentum correction (Lin et al. 2018, arXiv 1712.01887, section 3.2): velocity = momentum * velocity + gradient is
+// what is fed back and sent, and factor masking zeroes it where something of it was sent. The gradient's region is
+// decoded into later, so the velocity may take its place; buffers change only once it is known to be finite.
+void Executor::encode_velocity(const Op& op, const kernels::EncodeInput& input) {
+  const Feedback& feedback = buffers_.feedback;
+  const float* before = feedback.velocity_in + op.residual;
+  float* after = feedback.velocity_out + op.residual;
+  auto* velocity = reinterpret_cast<float*>(tensor_at(op));
+  for (size_t i = 0; i < op.count; ++i) velocity[i] = feedback.momentum * before[i] + velocity[i];
+  if (feedback.masking) {
+    compensated_.resize(std::max(compensated_.size(), op.count));
+    for (size_t i = 0; i < op.count; ++i)
+      compensated_[i] = velocity[i] + (input.decay == 1.0f ? input.e_in[i] : input.decay * input.e_in[i]);
+  }
+  const bool finite = (encode(op, input) & kernels::kFlagNonFinite) == 0;
+  for (size_t i = 0; i < op.count; ++i) {
+    const bool sent = finite && feedback.masking && input.e_out[i] != compensated_[i];
+    after[i] = !finite ? before[i] : sent ? 0.0f : velocity[i];
+  }
+}
+
+void Executor::compressor_failed(const Op& op, const Error& error) const {
+  throw Error(error.code,
+              "rank " + std::to_string(mesh_.rank()) + ", step " + std::to_string(op.step) + " of " +
+                  describe(program_->tag) + ": " + error.what(),
+              mesh_.rank());
 }
 
 void Executor::start_decode(const Op& op) {
@@ -22,6 +69,13 @@ void Executor::start_decode(const Op& op) {
   auto* out = reinterpret_cast<float*>(tensor_at(op));
   uint32_t flags = 0;
   const float weight = 1.0f / static_cast<float>(op.divisor);
+  if (program_->custom) {
+    try {
+      return program_->custom->decode(payloads_, out, op.count, weight, program_->tag.digest);
+    } catch (const Error& error) {
+      compressor_failed(op, error);
+    }
+  }
   check_payloads(op, kernels::codec_decode(program_->codecs[op.codec], payloads_.data(), payloads_.size(),
                                            out, op.count, weight, program_->tag.digest, &flags));
 }

@@ -71,6 +71,11 @@ void Executor::blame(int peer) {
           Code::mismatch,
           "ranks disagree about the collective to run: rank " + std::to_string(culprit) + " differs" + told,
           culprit);
+    case Code::compressor:
+      throw Error(Code::compressor,
+                  "the custom compressor of rank " + std::to_string(culprit) + " raised an error" + told +
+                      ": look at that rank's log",
+                  culprit);
     default:
       throw Error(Code::aborted, "rank " + std::to_string(culprit) + " stopped the job" + told, culprit);
   }

@@ -17,8 +17,10 @@ constexpr uint32_t kWelcome = 0x454D4C57;  // "WLME"
 constexpr auto kSilence = std::chrono::seconds(5);
 constexpr auto kSilenceInACrowd = std::chrono::seconds(1);
 constexpr int kCrowd = 64;
-// Claims of one rank and channel that wait for their proof.
-constexpr int kClaims = 2;
+// However many come at once, some descriptors stay free for the rest of the process.
+constexpr int kMostSilent = 128;
+// Claims of one rank and channel that wait for their proof: so many others may come before a slow one has given its.
+constexpr int kClaims = 16;
 
 Nonce fresh_nonce() {
   Nonce nonce;
@@ -211,8 +213,20 @@ void Handshakes::accept_from(int listener, bool local) {
   for (;;) {
     Fd socket(::accept4(listener, nullptr, nullptr, SOCK_CLOEXEC));
     if (!socket) return;
+    make_room();
     add(Handshake::answer(self_, std::move(socket), local));
   }
+}
+
+// Who has been silent for the longest goes, unless its hello has come by now.
+void Handshakes::make_room() {
+  const auto silent = [](const auto& entry) { return !entry.second.dialled() && !entry.second.introduced(); };
+  if (std::count_if(open_.begin(), open_.end(), silent) < kMostSilent) return;
+  const uint64_t oldest = std::find_if(open_.begin(), open_.end(), silent)->first;
+  std::vector<Connection> proven;
+  advance(oldest, proven);  // proves nothing yet: a proof answers a challenge
+  const auto at = open_.find(oldest);
+  if (at != open_.end() && silent(*at)) forget(at);
 }
 
 std::vector<Connection> Handshakes::progress() {

@@ -118,6 +118,7 @@ class Handshakes {
   void add(Handshake handshake);
   void advance(uint64_t id, std::vector<Connection>& proven);
   bool may_join(const Hello& hello, bool local, uint64_t id);
+  void make_room();
   void drop_silent();
   Open::iterator forget(Open::iterator at);
 

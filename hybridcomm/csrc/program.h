@@ -3,9 +3,12 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
+#include <string>
 #include <vector>
 
 #include "codec.h"
+#include "custom_codec.h"
 #include "reduce.h"
 #include "tag.h"
 
@@ -57,9 +60,10 @@ struct Op {
   bool deliver = false;         // reduce and the publish of its result: write it straight to those who let it
   std::vector<uint32_t> after;  // operations of this program that must have completed
   std::vector<int64_t>
-      sources;        // local ranks of the group (reduce, publish, share, collect), scratch offsets
-                      // (sum, decode), in group order
-  uint8_t codec = 0;  // of the program's: encode, decode, decode_add
+      sources;            // local ranks of the group (reduce, publish, share, collect), scratch offsets
+                          // (sum, decode), in group order
+  uint8_t codec = 0;      // of the program's: encode, decode, decode_add
+  bool momentum = false;  // encode: of the gradients themselves, so that the velocity takes their place
 };
 
 // Streams are issued in order; a stream's next operation starts when the one before it was issued and `after`
@@ -70,6 +74,7 @@ struct Program {
   Reduction op = Reduction::sum;
   uint64_t scratch_nbytes = 0;
   std::array<kernels::CodecParams, 2> codecs{};  // between nodes, inside a node; none: not compressed
+  std::shared_ptr<const CustomCodec> custom;  // set: does between nodes what the kernels do for other codecs
   std::vector<Op> ops;
   uint32_t stream_count = 0;
 };
@@ -80,6 +85,15 @@ struct Piece {
   std::byte* data = nullptr;
 };
 
+// Error feedback beyond the residual itself; hybridcomm/residual.py says which law it keeps.
+struct Feedback {
+  float decay = 1.0f;                  // of the residual, before the gradient is added
+  float momentum = 0.0f;               // of the velocity, which is compressed in the gradient's place
+  bool masking = true;                 // the velocity of what was sent begins anew
+  const float* velocity_in = nullptr;  // null: no momentum correction
+  float* velocity_out = nullptr;       // may be velocity_in
+};
+
 struct Buffers {
   std::byte* tensor = nullptr;  // all elements of the plan, one after another; or else ...
   std::vector<Piece> pieces;    // ... several tensors, by `begin`; no operation's region reaches over an edge
@@ -87,6 +101,7 @@ struct Buffers {
   uint32_t name = 0;            // of the tensor, hashed; goes into every tag
   const float* residual_in = nullptr;  // null: memoryless
   float* residual_out = nullptr;
+  Feedback feedback;
 };
 
 }  // namespace hybridcomm

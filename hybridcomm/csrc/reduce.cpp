@@ -1,5 +1,9 @@
 #include "reduce.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstring>
 #include <type_traits>
 
@@ -46,13 +50,20 @@ size_t itemsize(Dtype dtype) {
   return 0;
 }
 
+#if defined(__x86_64__)
+bool has_f16c() {  // not every clang knows it by name
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 int best_isa() {
 #if defined(__x86_64__)
   static const int best = [] {
     __builtin_cpu_init();
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && has_f16c();
     return wide && avx2 ? 2 : avx2 ? 1 : 0;
   }();
   return best;

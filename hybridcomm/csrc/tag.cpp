@@ -42,7 +42,10 @@ std::string mismatch_text(int peer, const Tag& seen, const Tag& expected) {
     text += " with another root, compress setting or chunk size";
   }
   if (seen.digest == expected.digest && seen.tensor != expected.tensor) {
-    return text + " of another name: all ranks must reduce the same buckets in the same order";
+    return text +
+           " of another name, or after other calls: all ranks must make the same calls, on the same buckets, "
+           "in "
+           "the same order";
   }
   if (seen.digest == expected.digest) {
     return text + ", at step " + std::to_string(seen.step) + " against " + std::to_string(expected.step) +

@@ -19,7 +19,7 @@ struct Tag {
   uint8_t dtype = 0;
   uint8_t op = 0;
   uint8_t codec = 0;
-  uint32_t tensor = 0;  // which one, where the caller names it: tells two buckets of one shape apart
+  uint32_t tensor = 0;  // which one, where the caller names it, and after which calls: a hash
 };
 static_assert(sizeof(Tag) == 32, "the tag is part of the wire format");
 

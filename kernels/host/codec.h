@@ -10,7 +10,7 @@
 
 namespace hybridcomm::kernels {
 
-// The numbers are the payload header's and the wire format's; kernels/spec.py has the same.
+// The numbers are the payload header's and the wire format's; kernels/payload.py has the same.
 enum class Codec : uint8_t {
   none = 0,
   topk = 1,
@@ -27,7 +27,7 @@ enum class Codec : uint8_t {
   custom = 12,
 };
 
-// What kernels/spec.py's `params` says, in the same order.
+// What a Python spec's `params` says, in the same order.
 struct CodecParams {
   Codec codec;
   uint8_t value_bits;
@@ -42,7 +42,7 @@ enum Flags : uint32_t {
   kFlagBadParams = 1u << 31,  // returned only, never written: the parameters are invalid, nothing was done
 };
 
-// Why a payload was refused, in the order of the checks; kernels/spec.py has the same numbers.
+// Why a payload was refused, in the order of the checks; kernels/payload.py has the same numbers.
 enum class Status : int {
   ok = 0,
   bad_params,  // the caller's own parameters

@@ -42,13 +42,31 @@ std::atomic<int>& chosen() {
   return isa;
 }
 
-const Kernels& kernels_of(Isa isa) {
-  if (isa == Isa::automatic) isa = active_isa();
+Isa isa_for(Isa wanted) {
+  const Isa isa = wanted == Isa::automatic ? active_isa() : wanted;
+  return isa_available(isa) ? isa : Isa::scalar;
+}
+
+const SharedKernels& shared_of(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512 && isa_available(isa)) return kAvx512Kernels;
-  if (isa == Isa::avx2 && isa_available(isa)) return kAvx2Kernels;
+  if (isa == Isa::avx512) return kSharedAvx512;
+  if (isa == Isa::avx2) return kSharedAvx2;
 #endif
-  return kScalarKernels;
+  (void)isa;
+  return kSharedScalar;
+}
+
+const Kernels& kernels_of(const CodecRow& row, Isa isa) { return *row.kernels[static_cast<int>(isa)]; }
+
+// What lies between a section's last used byte and the next section.
+void clear_padding(const Layout& layout, uint8_t* payload) {
+  size_t end = layout.nbytes;
+  for (size_t s = kMaxSections; s-- > 0;) {
+    const Section& section = layout.sections[s];
+    if (section.used == 0) continue;
+    std::memset(payload + section.offset + section.used, 0, end - section.offset - section.used);
+    end = section.offset;
+  }
 }
 
 constexpr float kQuietNan = __builtin_nanf("");
@@ -59,9 +77,11 @@ constexpr size_t kStreamNumel = size_t{1} << 14;
 Status decode(const CodecParams& params, const uint8_t* const* payloads, size_t count, float* out,
               size_t numel, float weight, uint64_t digest, uint32_t* flags_out, Isa isa, bool clear) {
   if (!codec_valid(params)) return Status::bad_params;
+  const CodecRow& row = *row_of(params.codec);
+  isa = isa_for(isa);
   uint32_t flags = 0;
   for (size_t p = 0; p < count; ++p) {
-    const Status status = check_payload(params, payloads[p], numel, digest, &flags);
+    const Status status = check_payload(row, shared_of(isa), params, payloads[p], numel, digest, &flags);
     if (status != Status::ok) {
       if (flags_out != nullptr) *flags_out = static_cast<uint32_t>(p);
       return status;
@@ -73,7 +93,8 @@ Status decode(const CodecParams& params, const uint8_t* const* payloads, size_t 
     return Status::ok;
   }
   DefaultRounding guard;
-  kernels_of(isa).decode({params, payloads, count, out, numel, weight, clear});
+  kernels_of(row, isa).decode(
+      {params, row.layout(params, numel), payloads, count, out, numel, weight, clear});
   return Status::ok;
 }
 
@@ -99,34 +120,24 @@ bool set_isa(Isa isa) {
 
 Isa active_isa() { return static_cast<Isa>(chosen().load()); }
 
-bool codec_whole_region(const CodecParams& params) { return params.codec == Codec::gtopk; }
-
 uint32_t codec_encode(const CodecParams& params, const EncodeInput& input, uint8_t* payload, size_t numel,
                       uint64_t digest, Isa isa) {
   if (!codec_valid(params)) return kFlagBadParams;
-  const Layout layout = layout_of(params, numel);
-  const Kernels& kernels = kernels_of(isa);
+  const CodecRow& row = *row_of(params.codec);
+  const Layout layout = row.layout(params, numel);
+  const uint64_t seed = row.seeded ? input.seed : 0;
   const float* e_in = input.e_in;
   float* e_out = input.e_out;
-  const EncodeArgs args{params,
-                        input.grad,
-                        e_in,
-                        e_out,
-                        input.decay,
-                        payload + sizeof(Header),
-                        payload + layout.records_offset,
-                        numel,
-                        numel >= kStreamNumel};
+  const EncodeArgs args{params,      layout, input.grad, e_in,  e_out,
+                        input.decay, seed,   payload,    numel, numel >= kStreamNumel};
   DefaultRounding guard;
+  isa = isa_for(isa);
   // In place there is no second copy of e_in to go back to, so look before writing.
-  bool good = e_in == nullptr || e_in != e_out || kernels.finite(args);
+  bool good = e_in == nullptr || e_in != e_out || shared_of(isa).finite(args);
   const bool looked = !good;
   if (good) {
-    const size_t scales_end = sizeof(Header) + layout.nblocks;
-    const size_t records_end = layout.records_offset + 2 * size_t{params.k} * layout.nblocks;
-    std::memset(payload + scales_end, 0, layout.records_offset - scales_end);
-    std::memset(payload + records_end, 0, layout.nbytes - records_end);
-    good = kernels.encode(args);
+    clear_padding(layout, payload);
+    good = kernels_of(row, isa).encode(args);
   }
   if (!good) {
     std::memset(payload + sizeof(Header), 0, layout.nbytes - sizeof(Header));
@@ -139,8 +150,8 @@ uint32_t codec_encode(const CodecParams& params, const EncodeInput& input, uint8
     }
   }
   const uint32_t flags = good ? 0u : uint32_t{kFlagNonFinite};
-  write_header(params, numel, digest, flags, payload);
-  write_checksum(payload, layout.nbytes);
+  write_header(params, layout, numel, digest, flags, seed, payload);
+  write_checksum(shared_of(isa), payload, layout.nbytes);
   return flags;
 }
 

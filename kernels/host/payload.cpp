@@ -5,38 +5,16 @@
 namespace hybridcomm::kernels {
 namespace {
 
-size_t align16(size_t nbytes) { return (nbytes + 15) / 16 * 16; }
-
-// Sum of word[i] * (2 i + 1) modulo 2^64, the checksum's own two words counted as zero.
-uint64_t checksum_of(const uint8_t* payload, size_t nbytes) {
+// The checksum's own two words are counted as zero.
+uint64_t checksum_of(const SharedKernels& shared, const uint8_t* payload, size_t nbytes) {
   constexpr size_t kOwn = offsetof(Header, checksum) / 4;
-  uint64_t sum = 0;
-  for (size_t i = 0; i < nbytes / 4; ++i) {
-    uint32_t word;
-    std::memcpy(&word, payload + 4 * i, 4);
-    sum += uint64_t{word} * static_cast<uint32_t>(2 * i + 1);
-  }
+  uint64_t sum = shared.weigh(payload, nbytes / 4);
   for (size_t i = kOwn; i < kOwn + 2; ++i) {
     uint32_t word;
     std::memcpy(&word, payload + 4 * i, 4);
     sum -= uint64_t{word} * static_cast<uint32_t>(2 * i + 1);
   }
   return sum;
-}
-
-bool records_in_range(const CodecParams& params, const uint8_t* payload, size_t numel, const Layout& layout) {
-  const uint8_t* scales = payload + sizeof(Header);
-  bool good = true;
-  for (size_t b = 0; b < layout.nblocks; ++b) good &= scales[b] >= 1 && scales[b] <= 256 - params.value_bits;
-  const size_t tail = numel % params.block;
-  if (tail == 0 || !good) return good;
-  const uint8_t* last = payload + layout.records_offset + 2 * params.k * (layout.nblocks - 1);
-  for (uint32_t j = 0; j < params.k; ++j) {
-    uint16_t record;
-    std::memcpy(&record, last + 2 * j, 2);
-    good &= (record & (params.block - 1)) < tail;
-  }
-  return good;
 }
 
 }  // namespace
@@ -65,29 +43,8 @@ const char* status_text(Status status) {
   return "unknown status";
 }
 
-bool codec_valid(const CodecParams& params) {
-  if (params.codec != Codec::topk || params.variant != 0 || params.reserved != 0) return false;
-  const uint32_t block = params.block;
-  if (block < 16 || block > kMaxBlock || (block & (block - 1)) != 0) return false;
-  uint32_t index_bits = 0;
-  while ((1u << index_bits) < block) ++index_bits;
-  return params.k >= 1 && params.k <= block && params.value_bits >= 3 && params.value_bits <= 16 - index_bits;
-}
-
-Layout layout_of(const CodecParams& params, size_t numel) {
-  Layout layout;
-  layout.nblocks = numel / params.block + (numel % params.block != 0);
-  layout.records_offset = sizeof(Header) + align16(layout.nblocks);
-  layout.nbytes = layout.records_offset + align16(2 * size_t{params.k} * layout.nblocks);
-  return layout;
-}
-
-size_t codec_nbytes(const CodecParams& params, size_t numel) {
-  return codec_valid(params) ? layout_of(params, numel).nbytes : 0;
-}
-
-void write_header(const CodecParams& params, size_t numel, uint64_t digest, uint32_t flags,
-                  uint8_t* payload) {
+void write_header(const CodecParams& params, const Layout& layout, size_t numel, uint64_t digest,
+                  uint32_t flags, uint64_t seed, uint8_t* payload) {
   Header head{};
   head.magic = kMagic;
   head.version = kVersion;
@@ -97,25 +54,26 @@ void write_header(const CodecParams& params, size_t numel, uint64_t digest, uint
   head.block = params.block;
   head.k = params.k;
   head.numel = numel;
-  head.nbytes = layout_of(params, numel).nbytes;
+  head.nbytes = layout.nbytes;
   head.digest = digest;
   head.flags = flags;
+  head.seed = seed;
   std::memcpy(payload, &head, sizeof head);
 }
 
-void write_checksum(uint8_t* payload, size_t nbytes) {
-  const uint64_t sum = checksum_of(payload, nbytes);
+void write_checksum(const SharedKernels& shared, uint8_t* payload, size_t nbytes) {
+  const uint64_t sum = checksum_of(shared, payload, nbytes);
   std::memcpy(payload + offsetof(Header, checksum), &sum, sizeof sum);
 }
 
-Status check_payload(const CodecParams& params, const uint8_t* payload, size_t numel, uint64_t digest,
-                     uint32_t* flags) {
+Status check_payload(const CodecRow& row, const SharedKernels& shared, const CodecParams& params,
+                     const uint8_t* payload, size_t numel, uint64_t digest, uint32_t* flags) {
   Header head;
   std::memcpy(&head, payload, sizeof head);
-  const Layout layout = layout_of(params, numel);
+  const Layout layout = row.layout(params, numel);
   if (head.magic != kMagic || head.version != kVersion || head.codec != static_cast<uint8_t>(params.codec) ||
-      head.reserved[0] != 0 || head.reserved[1] != 0 || head.reserved[2] != 0 || head.seed != 0 ||
-      (head.flags & ~kFlagNonFinite) != 0) {
+      head.reserved[0] != 0 || head.reserved[1] != 0 || head.reserved[2] != 0 ||
+      (head.seed != 0 && !row.seeded) || (head.flags & ~kFlagNonFinite) != 0) {
     return Status::bad_header;
   }
   if (head.digest != digest) return Status::bad_digest;
@@ -124,8 +82,8 @@ Status check_payload(const CodecParams& params, const uint8_t* payload, size_t n
     return Status::bad_layout;
   if (head.numel != numel) return Status::bad_numel;
   if (head.nbytes != layout.nbytes) return Status::bad_nbytes;
-  if (head.checksum != checksum_of(payload, layout.nbytes)) return Status::bad_checksum;
-  if (head.flags == 0 && !records_in_range(params, payload, numel, layout)) return Status::bad_record;
+  if (head.checksum != checksum_of(shared, payload, layout.nbytes)) return Status::bad_checksum;
+  if (head.flags == 0 && !row.check(params, layout, payload, numel)) return Status::bad_record;
   *flags |= head.flags;
   return Status::ok;
 }

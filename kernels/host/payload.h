@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "codec.h"
+#include "kernels.h"
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "payloads are little endian and are read in place"
@@ -26,25 +26,23 @@ struct Header {
   uint8_t variant;
   uint8_t reserved[3];
   uint64_t checksum;
-  uint64_t seed;  // zero but for randk
+  uint64_t seed;  // zero where the codec has none
 };
 static_assert(sizeof(Header) == 64, "the header is 64 bytes without padding");
 
 constexpr uint32_t kMagic = 0x4C504348u;  // "HCPL"
 constexpr uint16_t kVersion = 1;
-constexpr uint32_t kInfKey = 0x7F800000u;
 constexpr uint32_t kMaxBlock = 4096;
 
-struct Layout {
-  size_t nblocks, records_offset, nbytes;
-};
-Layout layout_of(const CodecParams& params, size_t numel);
+// `nbytes` rounded up to a whole section.
+inline size_t align16(size_t nbytes) { return (nbytes + 15) / 16 * 16; }
 
-void write_header(const CodecParams& params, size_t numel, uint64_t digest, uint32_t flags, uint8_t* payload);
-void write_checksum(uint8_t* payload, size_t nbytes);
+void write_header(const CodecParams& params, const Layout& layout, size_t numel, uint64_t digest,
+                  uint32_t flags, uint64_t seed, uint8_t* payload);
+void write_checksum(const SharedKernels& shared, uint8_t* payload, size_t nbytes);
 
 // Everything that can be refused, before anything is used; *flags gets the payload's flags.
-Status check_payload(const CodecParams& params, const uint8_t* payload, size_t numel, uint64_t digest,
-                     uint32_t* flags);
+Status check_payload(const CodecRow& row, const SharedKernels& shared, const CodecParams& params,
+                     const uint8_t* payload, size_t numel, uint64_t digest, uint32_t* flags);
 
 }  // namespace hybridcomm::kernels

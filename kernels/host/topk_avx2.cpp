@@ -1,4 +1,4 @@
-// The AVX2 kernels: 8 elements at a time. Keys have no sign bit, so the signed comparisons of AVX2 order
+// The AVX2 kernels of block-wise top-k: 8 elements at a time. Keys have no sign bit, so the signed comparisons of AVX2 order
 // them.
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -120,31 +120,10 @@ struct Avx2 {
   }
 };
 
-bool finite(const EncodeArgs& a) {
-  __m256i top = _mm256_setzero_si256();
-  size_t i = 0;
-  for (; i + 8 <= a.numel; i += 8) {
-    __m256 acc = _mm256_loadu_ps(a.grad + i);
-    if (a.e_in != nullptr) {
-      acc = _mm256_add_ps(acc, a.decay == 1.0f ? Avx2::residual<false>(a.e_in + i, a.decay)
-                                               : Avx2::residual<true>(a.e_in + i, a.decay));
-    }
-    top = _mm256_max_epi32(top, Avx2::magnitude(acc));
-  }
-  alignas(32) uint32_t lanes[8];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), top);
-  uint32_t largest = 0;
-  for (uint32_t l = 0; l < 8; ++l) largest = lanes[l] > largest ? lanes[l] : largest;
-  for (; i < a.numel; ++i) {
-    const uint32_t key = bits_of(compensate(a.grad, a.e_in, a.decay, i)) & kMagnitude;
-    largest = key > largest ? key : largest;
-  }
-  return largest < kInfKey;
-}
-
 }  // namespace
 
-const Kernels kAvx2Kernels = {encode_region<Avx2>, decode_region<Avx2>, finite};
+extern const Kernels kTopkAvx2;
+const Kernels kTopkAvx2 = {encode_region<Avx2>, decode_region<Avx2>};
 
 }  // namespace hybridcomm::kernels
 #endif

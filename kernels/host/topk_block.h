@@ -2,12 +2,13 @@
 //
 // Phases of a block
 //   1  accumulate  acc = grad + e_in into a buffer that stays in L1; maxima of disjoint groups; which |acc|
-//   reach a
-//                  threshold guessed from the block before
-//   2  bracket     too few or too many reached it: the k-th largest group maximum is a lower bound that needs
-//   no guess 3  select      bisect the survivors' magnitudes, as integers, to the exact k-th; ties go to the
-//   lowest index 4  quantise    power-of-two scale, records, residual of the kept elements 5  write buffer to
-//   e_out
+//                  reach a threshold guessed from the block before
+//   2  bracket     too few or too many reached it: the k-th largest group maximum is a lower bound that
+//                  needs no guess
+//   3  select      bisect the survivors' magnitudes, as integers, to the exact k-th; ties go to the lowest
+//                  index
+//   4  quantise    power-of-two scale, records, residual of the kept elements
+//   5  write       buffer to e_out
 // The guess and the grouping change how fast the threshold is found, never which elements are kept.
 //
 // Included by one file per instruction set, each with its own vector operations V. Everything is in an
@@ -17,33 +18,16 @@
 
 #include <cstring>
 
+#include "bits.h"
 #include "kernels.h"
 #include "payload.h"
 
 namespace hybridcomm::kernels {
 namespace {
 
-constexpr uint32_t kMagnitude = 0x7FFFFFFFu;
 constexpr uint32_t kMaxGroups = 64;
 constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds |x| < 2^22 half to even
 constexpr uint32_t kMargin = 1u << 21;  // a quarter of an octave below the last block's k-th largest
-
-inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-
-inline float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-inline float compensate(const float* grad, const float* e_in, float decay, size_t i) {
-  if (e_in == nullptr) return grad[i];
-  return grad[i] + (decay == 1.0f ? e_in[i] : decay * e_in[i]);
-}
 
 struct Scratch {
   alignas(64) float acc[kMaxBlock];
@@ -150,6 +134,8 @@ template <class V>
 bool encode_region(const EncodeArgs& a) {
   Scratch s;
   const uint32_t block = a.params.block, k = a.params.k;
+  uint8_t* const scales = a.payload + a.layout.sections[0].offset;
+  uint8_t* const records = a.payload + a.layout.sections[1].offset;
   uint32_t guess = 1;
   for (size_t begin = 0, b = 0; begin < a.numel; begin += block, ++b) {
     const float* grad = a.grad + begin;
@@ -168,7 +154,7 @@ bool encode_region(const EncodeArgs& a) {
     if (largest >= kInfKey) return false;
     const uint32_t t = select<V>(s, block, k, guess, n, largest);
     guess = t > kMargin ? t - kMargin : 1;
-    quantise(s, a.params, largest, valid, a.scales + b, a.records + 2 * k * b);
+    quantise(s, a.params, largest, valid, scales + b, records + 2 * k * b);
     if (a.e_out == nullptr) continue;
     if (valid == block) {
       V::write(s.acc, a.e_out + begin, block, a.stream);
@@ -182,16 +168,15 @@ bool encode_region(const EncodeArgs& a) {
 
 template <class V>
 void decode_region(const DecodeArgs& a) {
-  const Layout layout = layout_of(a.params, a.numel);
   const uint32_t block = a.params.block, k = a.params.k, shift = 16 - a.params.value_bits;
-  for (size_t b = 0; b < layout.nblocks; ++b) {
+  const size_t scales = a.layout.sections[0].offset, records = a.layout.sections[1].offset;
+  for (size_t b = 0; b < a.layout.nblocks; ++b) {
     float* out = a.out + b * block;
     if (a.clear)
       std::memset(out, 0, (a.numel - b * block < block ? a.numel - b * block : block) * sizeof(float));
     for (size_t p = 0; p < a.count; ++p) {
-      const float scale = float_of(uint32_t{a.payloads[p][sizeof(Header) + b]} << 23);
-      V::add_records(a.payloads[p] + layout.records_offset + 2 * k * b, k, shift, block - 1, scale, a.weight,
-                     out);
+      const float scale = float_of(uint32_t{a.payloads[p][scales + b]} << 23);
+      V::add_records(a.payloads[p] + records + 2 * k * b, k, shift, block - 1, scale, a.weight, out);
     }
   }
 }

@@ -1,4 +1,4 @@
-// The portable kernels: plain C++, on every machine.
+// The portable kernels of block-wise top-k: plain C++, on every machine.
 #include "topk_block.h"
 
 namespace hybridcomm::kernels {
@@ -55,17 +55,9 @@ struct Scalar {
   }
 };
 
-bool finite(const EncodeArgs& a) {
-  uint32_t largest = 0;
-  for (size_t i = 0; i < a.numel; ++i) {
-    const uint32_t key = bits_of(compensate(a.grad, a.e_in, a.decay, i)) & kMagnitude;
-    largest = key > largest ? key : largest;
-  }
-  return largest < kInfKey;
-}
-
 }  // namespace
 
-const Kernels kScalarKernels = {encode_region<Scalar>, decode_region<Scalar>, finite};
+extern const Kernels kTopkScalar;
+const Kernels kTopkScalar = {encode_region<Scalar>, decode_region<Scalar>};
 
 }  // namespace hybridcomm::kernels

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridcomm.compress import Compress
+from hybridcomm.compress import ByLink
 from hybridcomm.context import Context
 from hybridcomm.plan import RESIDUALS, Plan
 from hybridcomm.residual import Residual
@@ -40,7 +40,7 @@ def by_engine(
     inputs: Arrays,
     *,
     op: str = "mean",
-    compress: Compress = CODEC,
+    compress: ByLink = CODEC,
     residuals: list[Residual] | None = None,
     exchange: str = "auto",
     jitter: int | None = None,

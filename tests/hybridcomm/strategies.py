@@ -77,5 +77,23 @@ def every_plan(topology: Topology, numel: int) -> list[Plan]:
         collective_plans.all_gather(topology, parts, chunk_elems=1024),
         collective_plans.reduce_scatter(topology, parts, op="mean", chunk_elems=1024),
         collective_plans.barrier(topology),
+        collective_plans.allreduce(topology, numel + 103, segments=[numel, 3, 100], chunk_elems=1024),
+        collective_plans.reduce(topology, numel, root=0, op="mean", chunk_elems=1024),
+        collective_plans.gather(topology, parts, root=world - 1, chunk_elems=1024),
+        collective_plans.scatter(topology, parts, root=0, chunk_elems=1024),
+        collective_plans.all_to_all(topology, uneven(world, numel), chunk_elems=1024),
+        collective_plans.monitored_barrier(topology),
     ]
+    for build in (collective_plans.all_gather, collective_plans.reduce_scatter):
+        sizes = uneven(max(world, 2), numel)[:2]
+        sizes = [row[:world] for row in sizes]
+        plans.append(build(topology, sum(map(sum, sizes)), segments=sizes, chunk_elems=1024))
     return plans
+
+
+def uneven(world: int, numel: int) -> list[list[int]]:
+    """``world`` times ``world`` sizes from 0 to ``numel``, about half of them zero."""
+    return [
+        [(7 * i + 3 * j + numel) % (numel + 1) if (i + j) % 2 else 0 for j in range(world)]
+        for i in range(world)
+    ]

@@ -14,8 +14,11 @@ from hybridcomm.context import Context
 from hybridcomm.cost import KernelCost
 from hybridcomm.errors import CompressorError
 from hybridcomm.probe import Figures
+from hybridcomm.reducer import Reducer
 from hybridcomm.topology import Link, Topology
 from tests.engine_ranks import each_rank, engine_contexts
+from tests.hybridcomm.exact_models import ExactNet
+from tests.ranks import run_ranks
 
 TOPK = compressors.resolve("topk:0.01")
 assert TOPK is not None
@@ -163,3 +166,21 @@ def test_texts_that_name_no_codec_are_refused() -> None:
         for text in ("auto:none", "auto:", "auto:wavelets"):
             with pytest.raises(CompressorError):
                 context.allreduce(np.ones(4, np.float32), compress=text)
+
+
+def test_a_reducer_decides_per_bucket_when_it_is_built() -> None:
+    def rank(context: Context) -> tuple[list[str], str]:
+        model = ExactNet()
+        reducer = Reducer(model, ctx=context, compress="auto:topk:0.1/b64")
+        model.loss(context.rank, 0).backward()
+        reducer.finalize()
+        reducer.commit()
+        active = [str(schedule) for schedule in reducer.schedules]
+        return active, reducer.table()
+
+    with engine_contexts(Topology.virtual(2, 1)) as contexts:
+        results = run_ranks(rank, contexts)
+    assert results[0] == results[1]
+    active, table = results[0]
+    assert set(active) <= {"none", "topk:0.1/b64/k6/v10"}
+    assert "inter_node  auto:topk:0.1/b64" in table

@@ -13,18 +13,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hybridcomm import collective_plans as plans
 from hybridcomm.bench import report
 from hybridcomm.bench.__main__ import main
 from hybridcomm.bench.cases import COLLECTIVES, Case, Collective, Run
 from hybridcomm.bench.inputs import DTYPES, OPS, array_of, exact, pattern
 from hybridcomm.bench.measure import Row, measure
 from hybridcomm.bench.options import parse, sizes
+from hybridcomm.compress import resolve
 from hybridcomm.context import Context
 from hybridcomm.errors import UnsupportedError
+from hybridcomm.kernels.spec import CODECS
 from hybridcomm.topology import Topology
 from tests.engine_ranks import each_rank, engine_contexts
 
 ROOT = Path(__file__).parents[2]
+_SETTINGS = {"powersgd": "powersgd:1"}
+"""Of codecs whose name alone is no text."""
 
 
 def _measured(topology: Topology, *cases: Case) -> list[list[Row]]:
@@ -50,10 +55,23 @@ def test_the_header_is_that_of_nccl_tests() -> None:
 
 @pytest.mark.parametrize(
     ("name", "factor"),  # nccl-tests' PERFORMANCE.md, for 4 ranks
-    [("allreduce", 1.5), ("broadcast", 1.0), ("all_gather", 0.75), ("reduce_scatter", 0.75)],
+    [
+        ("allreduce", 1.5),
+        ("broadcast", 1.0),
+        ("all_gather", 0.75),
+        ("reduce_scatter", 0.75),
+        ("reduce", 1.0),
+        ("gather", 0.75),
+        ("scatter", 0.75),
+        ("all_to_all", 0.75),
+    ],
 )
 def test_bus_factors_are_those_of_nccl_tests(name: str, factor: float) -> None:
     assert COLLECTIVES[name].bus_factor(4) == factor
+
+
+def test_every_collective_has_its_factor_checked() -> None:
+    assert len(COLLECTIVES) == 8
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -113,18 +131,50 @@ def test_an_element_that_was_never_written_is_wrong(monkeypatch: pytest.MonkeyPa
     assert _measured(Topology.virtual(1, 2), case)[0][0].wrong == 2 * 2 * 64
 
 
-def test_a_compressed_run_counts_its_bytes_and_claims_no_busbw() -> None:
+@pytest.mark.parametrize(
+    ("compress", "ratio", "error"),
+    [("topk:0.01", (50, 200), (0.1, 1)), ("int8", (3.9, 4), (1e-4, 0.1)), ("sign1", (28, 31), (0.1, 1))],
+)
+def test_a_compressed_run_counts_its_bytes_and_claims_no_busbw(
+    compress: str, ratio: tuple[float, float], error: tuple[float, float]
+) -> None:
     numel = 1 << 15
-    case = Case(collective="allreduce", numel=numel, dtype="float32", op="sum", compress="topk:0.01")
+    case = Case(collective="allreduce", numel=numel, dtype="float32", op="sum", compress=compress)
     row = _measured(Topology.virtual(2, 1), case)[0][0]
     assert row.busbw is None
     assert row.dense_nbytes == 2 * 4 * numel  # 2 (M - 1) / M * S from each of the two nodes
-    assert 50 < row.dense_nbytes / row.wire_nbytes < 200
+    assert ratio[0] < row.dense_nbytes / row.wire_nbytes < ratio[1]
     assert row.err is not None
-    assert 0.1 < row.err < 1  # top 1 % of a heavy tail: more than nothing, less than all
+    assert error[0] < row.err < error[1]  # more than nothing, less than all
     text = report.line(row).split()
     assert len(text) == 9
     assert float(text[6]) == pytest.approx(row.dense_nbytes / row.wire_nbytes, abs=0.06)
+
+
+@pytest.mark.parametrize("codec", sorted(CODECS))
+def test_every_codec_has_its_columns(codec: str, tmp_path: Path) -> None:
+    """Bytes are the plan's and their framing; the error is that of a lossy call, two-sided."""
+    numel, text = 1 << 14, _SETTINGS.get(codec, codec)
+    topology = Topology.virtual(2, 1)
+    case = Case(collective="allreduce", numel=numel, dtype="float32", op="mean", compress=text)
+    row = _measured(topology, case)[0][0]
+    compressor = resolve(text)
+    assert compressor is not None
+    plan = plans.allreduce(topology, numel, op="mean", compressor=compressor)
+    payloads = plan.wire_nbytes(compressor.nbytes)
+    assert payloads < row.wire_nbytes <= payloads + 64 * len(plan.steps)
+    assert row.dense_nbytes == 2 * 4 * numel
+    assert row.err is not None
+    assert 0 < row.err < (np.inf if compressor.contraction is None else 1)
+    names, cells = report.header(compressed=True).split("\n")[0].split()[1:], report.line(row).split()
+    assert len(names) == len(cells)
+    assert float(cells[names.index("ratio")]) == pytest.approx(row.dense_nbytes / row.wire_nbytes, abs=0.06)
+    assert float(cells[names.index("effbw")]) == pytest.approx(row.nbytes / row.seconds / 1e9, abs=6e-4)
+    report.write_json(tmp_path / "rows.json", [row], world_size=2)
+    (written,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert (written["compress"], written["wire_nbytes"], written["busbw"]) == (text, row.wire_nbytes, None)
+    report.write_plot(tmp_path / "rows.svg", [row])
+    assert "effbw" in (tmp_path / "rows.svg").read_text()
 
 
 def test_sizes_grow_by_the_factor_and_are_whole_parts() -> None:
@@ -199,11 +249,12 @@ def test_it_prints_what_it_probed(tmp_path: Path) -> None:
 
 
 def test_compress_auto_prints_what_is_active() -> None:
-    argv = [sys.executable, "-m", "hybridcomm.bench", "--nproc", "2", "--nodes", "2", "--compress", "auto"]
-    argv += ["-b", "4K", "-e", "4K", "-n", "2"]
+    argv = [sys.executable, "-m", "hybridcomm.bench", "--nproc", "2", "--nodes", "2"]
+    argv += ["--compress", "auto:int8,sign1", "-b", "4K", "-e", "4K", "-n", "2"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=100, check=False, env=_environment())
     assert done.returncode == 0, done.stderr
     assert "# inter_node  4096" in done.stdout
+    assert "int8/g128" in done.stdout
     assert done.stdout.splitlines()[-1].split()[0] == "4096"
 
 

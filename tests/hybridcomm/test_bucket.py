@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,30 +10,37 @@ from hypothesis import strategies as st
 from hybridcomm.bucket import Bucket, BucketState, ParameterSize, plan_buckets
 from hybridcomm.errors import HybridCommError, UnsupportedError
 
-SIZES = st.lists(st.tuples(st.integers(0, 500), st.sampled_from(["float32", "bfloat16"])), max_size=20)
+PADDING = {"none": 16, "topk:0.1/b64": 64, "topk:0.01": 1024}
+SIZES = st.lists(
+    st.tuples(st.integers(0, 500), st.sampled_from(["float32", "bfloat16"]), st.sampled_from(list(PADDING))),
+    max_size=20,
+)
 
 
-def named(sizes: list[tuple[int, str]]) -> list[ParameterSize]:
-    return [ParameterSize(f"p{i}", numel, dtype) for i, (numel, dtype) in enumerate(sizes)]
+def named(sizes: Sequence[tuple[Any, ...]]) -> list[ParameterSize]:
+    return [
+        ParameterSize(f"p{i}", *fields, *(PADDING[name] for name in fields[2:]))
+        for i, fields in enumerate(sizes)
+    ]
 
 
-@given(sizes=SIZES, cap=st.integers(1, 3000), pad=st.sampled_from([16, 64, 1024]))
-def test_every_parameter_once_back_to_front_padded_once(
-    sizes: list[tuple[int, str]], cap: int, pad: int
-) -> None:
+@given(sizes=SIZES, cap=st.integers(1, 3000))
+def test_every_parameter_once_back_to_front_padded_once(sizes: list[tuple[int, str, str]], cap: int) -> None:
     parameters = named(sizes)
-    layouts = plan_buckets(parameters, cap_nbytes=cap, pad_to=pad)
+    layouts = plan_buckets(parameters, cap_nbytes=cap)
     names = [name for layout in layouts for name in layout.names]
     assert sorted(names) == sorted(parameter.name for parameter in parameters)
     by_name = {parameter.name: parameter for parameter in parameters}
     for index, layout in enumerate(layouts):
         assert layout.index == index
+        pad = PADDING[layout.compress]
         assert layout.numel % pad == 0
         assert 0 <= layout.numel - layout.used < pad
         begin = 0
         for span in layout.spans:
             assert (span.begin, span.numel) == (begin, by_name[span.name].numel)
             assert by_name[span.name].dtype == layout.dtype
+            assert by_name[span.name].compress == layout.compress
             begin = span.end
         order = [int(name[1:]) for name in layout.names]
         assert order == sorted(order, reverse=True)
@@ -45,7 +55,8 @@ def test_layout_digests_differ() -> None:
     plans = [
         plan_buckets(named(base), cap_nbytes=1 << 20),
         plan_buckets(named(base[::-1]), cap_nbytes=1 << 20),
-        plan_buckets(named(base), cap_nbytes=1 << 20, pad_to=1024),
+        plan_buckets([p._replace(align=1024) for p in named(base)], cap_nbytes=1 << 20),
+        plan_buckets([p._replace(compress="topk:0.01") for p in named(base)], cap_nbytes=1 << 20),
         plan_buckets(named([(n, "bfloat16") for n, _ in base]), cap_nbytes=1 << 20),
         plan_buckets([ParameterSize("q" + p.name, *p[1:]) for p in named(base)], cap_nbytes=1 << 20),
     ]

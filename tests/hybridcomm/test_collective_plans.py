@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hybridcomm import collective_plans as build
 from hybridcomm.topology import Topology
 from tests.exact import MANTISSA_BITS, exact_ints, exact_sum
-from tests.hybridcomm.strategies import NAMED, SIZES, topk, topologies
+from tests.hybridcomm.strategies import NAMED, SIZES, topk, topologies, uneven
 from tests.interpreter import Interpreter
 from tests.numerics import sum_tolerance, topk_error_bound
 
@@ -100,6 +100,68 @@ def test_broadcast_all_gather_reduce_scatter(topology: Topology, part: int, data
     for rank in range(world):
         mine = slice(rank * part, (rank + 1) * part)
         assert every[rank][mine].tobytes() == want[mine].tobytes()
+
+
+@given(topology=topologies(), part=st.integers(0, 700), data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_reduce_gather_scatter(topology: Topology, part: int, data: st.DataObject) -> None:
+    world = topology.world_size
+    root = data.draw(st.integers(0, world - 1))
+    got = inputs(world, part)
+    Interpreter(build.reduce(topology, part, root=root, chunk_elems=64)).run(got)
+    assert got[root].tobytes() == exact_sum(numel=part, world=world).astype(np.float32).tobytes()
+
+    sent = inputs(world, part)
+    full = [np.full(world * part, np.nan, np.float32) for _ in range(world)]
+    for rank in range(world):
+        full[rank][rank * part : (rank + 1) * part] = sent[rank]
+    Interpreter(build.gather(topology, world * part, root=root, chunk_elems=64)).run(full)
+    assert full[root].tobytes() == b"".join(s.tobytes() for s in sent)
+
+    every = [np.full(world * part, np.nan, np.float32) for _ in range(world)]
+    every[root][:] = np.concatenate(sent)
+    Interpreter(build.scatter(topology, world * part, root=root, chunk_elems=64)).run(every)
+    for rank in range(world):
+        assert every[rank][rank * part : (rank + 1) * part].tobytes() == sent[rank].tobytes()
+
+
+@given(topology=topologies(), data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_all_to_all_of_any_sizes(topology: Topology, data: st.DataObject) -> None:
+    world = topology.world_size
+    rows = st.lists(st.sampled_from([0, 1, 17, 200]), min_size=world, max_size=world)
+    sizes = [data.draw(rows) for _ in range(world)]
+    plan = build.all_to_all(topology, sizes, chunk_elems=64)
+    buffers = [np.full(plan.numel, np.nan, np.float32) for _ in range(world)]
+    sent = inputs(world, plan.numel)
+    for part in plan.parts:
+        buffers[part.source][part.begin : part.end] = sent[part.source][part.begin : part.end]
+    Interpreter(plan).run(buffers)
+    for part in plan.parts:
+        want = sent[part.source][part.begin : part.end]
+        assert buffers[part.target][part.begin : part.end].tobytes() == want.tobytes()
+    assert sum(part.end - part.begin for part in plan.parts) == sum(map(sum, sizes))
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_each_byte_crosses_a_slow_link_once(name: str) -> None:
+    """Only what must: what the interpreter sent between nodes is what `Plan.parts` has on two nodes; reduce, one
+    sum per other node.
+    """
+    topology, numel = NAMED[name], 6000
+    world, node_of = topology.world_size, topology.node_of
+    for plan in (
+        build.gather(topology, world * numel, root=world - 1),
+        build.scatter(topology, world * numel, root=0),
+        build.all_to_all(topology, uneven(world, numel)),
+    ):
+        far = sum(p.end - p.begin for p in plan.parts if node_of(p.source) != node_of(p.target))
+        interpreter = Interpreter(plan)
+        interpreter.run([np.zeros(plan.numel, np.float32) for _ in range(world)])
+        assert sum(interpreter.wire_nbytes.values()) == plan.wire_nbytes() == 4 * far
+    for n in (6, numel):
+        plan = build.reduce(topology, n, root=world - 1)
+        assert plan.wire_nbytes() == 4 * n * (len(topology.nodes) - 1)
 
 
 @pytest.mark.parametrize("name", NAMED)

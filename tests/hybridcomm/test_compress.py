@@ -28,8 +28,12 @@ def test_what_compress_means() -> None:
         ("tpok", "did you mean 'topk'"),
         ("TopK:0.1", "did you mean 'topk'"),
         ("top-k", "did you mean 'topk'"),
-        ("powersgd", "known: topk"),
-        ("topk:", "give the ratio"),
+        ("xyz", "known: topk"),
+        ("int", "did you mean 'int"),
+        ("sign", "did you mean 'sign1'"),
+        ("fp8:e3m4", "fp8:e5m2"),
+        ("int8/g100", "power of two"),
+        ("topk:", "write topk"),
         ("topk:x", "topk:0.01"),
         ("topk:0", "ratio"),
         ("topk:-0.1", "ratio"),
@@ -53,6 +57,26 @@ def test_facts_are_those_of_the_payload() -> None:
     assert codec.ratio(0) == 1.0
     assert not codec.unbiased
     assert not codec.summable
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical", "ratio"),
+    [
+        ("fp16", "fp16", 2.0),
+        ("bf16", "bf16", 2.0),
+        ("fp8", "fp8:e4m3/g128", 32 / (8 + 8 / 128)),
+        ("int8", "int8/g128", 32 / (8 + 8 / 128)),
+        ("int4", "int4/g32", 32 / (4 + 8 / 32)),
+        ("sign1", "sign1/g256", 32 / (1 + 16 / 256)),
+    ],
+)
+def test_quantisers_state_size_and_text(text: str, canonical: str, ratio: float) -> None:
+    codec = get(text)
+    assert str(codec) == canonical
+    numel = 1 << 20
+    assert codec.nbytes(numel) == 64 + 4 * numel / ratio
+    assert (codec.contraction is None) == (text == "fp16")
+    assert not codec.unbiased
 
 
 def test_only_float32_sums_and_means_can_be_compressed() -> None:

@@ -171,7 +171,30 @@ def test_interference_of_threads_of_one_rank() -> None:
         assert each_rank(body, 4) == [None] * 4
 
 
-OPS = ("allreduce", "mean", "broadcast", "all_gather", "reduce_scatter", "barrier")
+OPS = (
+    "allreduce",
+    "mean",
+    "broadcast",
+    "all_gather",
+    "reduce_scatter",
+    "barrier",
+    "reduce",
+    "gather",
+    "scatter",
+    "all_to_all",
+    "uneven",
+    "coalesced",
+)
+
+
+class _Together:
+    """Several arrays that are compared as one."""
+
+    def __init__(self, arrays: list[np.ndarray[Any, Any]]) -> None:
+        self._arrays = arrays
+
+    def tobytes(self) -> bytes:
+        return b"".join(array.tobytes() for array in self._arrays)
 
 
 class Machine:
@@ -225,6 +248,51 @@ class Machine:
         work = self.ctx.reduce_scatter(out, whole, async_op=later)
         part = slice(self.ctx.rank * numel, (self.ctx.rank + 1) * numel)
         return work, out, total(self.world, numel * self.world, call)[part]
+
+    def _reduce(self, numel: int, call: int, root: int, later: bool) -> tuple[Any, Any, Any]:
+        array = value(self.ctx.rank, self.world, numel, call)
+        want = total(self.world, numel, call) if self.ctx.rank == root else array.copy()
+        return self.ctx.reduce(array, root, async_op=later), array, want
+
+    def _gather(self, numel: int, call: int, root: int, later: bool) -> tuple[Any, Any, Any]:
+        mine, out = value(self.ctx.rank, self.world, numel, call), np.zeros((self.world, numel), np.float32)
+        own = self.ctx.rank == root
+        work = self.ctx.gather(mine, list(out) if own else None, root, async_op=later)
+        want = np.stack([value(rank, self.world, numel, call) for rank in range(self.world)])
+        return work, out, want if own else np.zeros_like(want)
+
+    def _scatter(self, numel: int, call: int, root: int, later: bool) -> tuple[Any, Any, Any]:
+        given = [value(rank, self.world, numel, call) for rank in range(self.world)]
+        out = np.zeros(numel, np.float32)
+        work = self.ctx.scatter(out, given if self.ctx.rank == root else None, root, async_op=later)
+        return work, out, given[self.ctx.rank]
+
+    def _all_to_all(self, numel: int, call: int, _: int, later: bool) -> tuple[Any, Any, Any]:
+        mine = value(self.ctx.rank, self.world, numel * self.world, call)
+        out = np.zeros_like(mine)
+        part = slice(self.ctx.rank * numel, (self.ctx.rank + 1) * numel)
+        want = [value(rank, self.world, numel * self.world, call)[part] for rank in range(self.world)]
+        return self.ctx.all_to_all_single(out, mine, async_op=later), out, np.concatenate(want)
+
+    def _uneven(self, numel: int, call: int, root: int, later: bool) -> tuple[Any, Any, Any]:
+        """Rank i sends (i + j + root) % 3 times numel elements to rank j."""
+        sizes = [[(i + j + root) % 3 * numel for j in range(self.world)] for i in range(self.world)]
+        me, taken = self.ctx.rank, [row[self.ctx.rank] for row in sizes]
+        mine, out = value(me, self.world, sum(sizes[me]), call), np.zeros(sum(taken), np.float32)
+        work = self.ctx.all_to_all_single(out, mine, taken, sizes[me], async_op=later)
+        want = []
+        for rank, row in enumerate(sizes):
+            begin = sum(row[:me])
+            want.append(value(rank, self.world, sum(row), call)[begin : begin + row[me]])
+        return work, out, np.concatenate(want)
+
+    def _coalesced(self, numel: int, call: int, _: int, later: bool) -> tuple[Any, Any, Any]:
+        arrays = [value(self.ctx.rank, self.world, n, call) for n in (numel, 3, 5)]
+        with self.ctx.coalescing(async_op=later) as batch:
+            for array in arrays:
+                self.ctx.allreduce(array)
+        want = np.concatenate([total(self.world, n, call) for n in (numel, 3, 5)])
+        return batch.work, _Together(arrays), want
 
     def _barrier(self, _: int, __: int, ___: int, later: bool) -> tuple[Any, Any, Any]:
         return self.ctx.barrier(async_op=later), np.zeros(1), np.zeros(1)

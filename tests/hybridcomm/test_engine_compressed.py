@@ -16,6 +16,7 @@ from tests.hybridcomm.strategies import NAMED
 from tests.interpreter import Interpreter
 
 SPLIT = [name for name in NAMED if len(NAMED[name].nodes) > 1]
+CODECS = (CODEC, "fp16", "bf16", "fp8/g64", "fp8:e5m2", "int8/g64", "int4", "sign1/g64")
 
 
 @pytest.fixture(params=SPLIT, scope="module")
@@ -27,10 +28,20 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[list[Context]]:
 @pytest.mark.parametrize("op", ["sum", "mean"])
 @pytest.mark.parametrize("numel", [1, 63, 64, 65, 1009, 20_011])
 def test_engine_gives_the_interpreters_bytes(ranks: list[Context], op: str, numel: int) -> None:
+    same_bytes(ranks, op, numel, CODEC)
+
+
+@pytest.mark.parametrize("codec", CODECS[1:])
+@pytest.mark.parametrize("numel", [1, 65, 4099])
+def test_every_codec_gives_the_interpreters_bytes(ranks: list[Context], codec: str, numel: int) -> None:
+    same_bytes(ranks, "mean", numel, codec)
+
+
+def same_bytes(ranks: list[Context], op: str, numel: int, codec: str) -> None:
     inputs = gradients(len(ranks), numel, seed=numel)
-    plan = ranks[0].plan_allreduce(numel, op=op, compress=CODEC)
+    plan = ranks[0].plan_allreduce(numel, op=op, compress=codec)
     want = Oracle().run(plan, inputs, with_residual=False)
-    got = by_engine(ranks, inputs, op=op)
+    got = by_engine(ranks, inputs, op=op, compress=codec)
     for rank, (a, b) in enumerate(zip(got, want, strict=True)):
         assert a.tobytes() == b.tobytes(), rank
 
@@ -44,14 +55,15 @@ def test_dense_engine_gives_the_interpreters_bytes(ranks: list[Context], op: str
     assert [a.tobytes() for a in got] == [b.tobytes() for b in want]
 
 
-def test_error_feedback_over_steps_equals_the_interpreter(ranks: list[Context]) -> None:
+@pytest.mark.parametrize("codec", CODECS)
+def test_error_feedback_over_steps_equals_the_interpreter(ranks: list[Context], codec: str) -> None:
     numel, oracle = 5003, Oracle()
     residuals = [Residual() for _ in ranks]
-    plan = ranks[0].plan_allreduce(numel, op="mean", compress=CODEC)
-    for step in range(5):
+    plan = ranks[0].plan_allreduce(numel, op="mean", compress=codec)
+    for step in range(5 if codec == CODEC else 3):
         inputs = gradients(len(ranks), numel, seed=100 + step)
         want = oracle.run(plan, inputs)
-        got = by_engine(ranks, inputs, residuals=residuals)
+        got = by_engine(ranks, inputs, compress=codec, residuals=residuals)
         assert [a.tobytes() for a in got] == [b.tobytes() for b in want], step
         for residual in residuals:
             residual.commit()
@@ -60,15 +72,16 @@ def test_error_feedback_over_steps_equals_the_interpreter(ranks: list[Context]) 
         assert residual_of(residual).tobytes() == oracle.residuals[rank].tobytes()
 
 
-def test_residual_law_with_commit_and_rollback(ranks: list[Context]) -> None:
-    """Gradients = world size * applied mean updates + residuals, exactly: all values are small integers."""
+@pytest.mark.parametrize("codec", CODECS)
+def test_residual_law_with_commit_and_rollback(ranks: list[Context], codec: str) -> None:
+    """Gradients = world size * applied mean updates + residuals, exactly: all values are integers."""
     world, numel = len(ranks), 2048
     residuals = [Residual() for _ in ranks]
     seen, applied = np.zeros(numel), np.zeros(numel)
     for step in range(8):
         dice = np.random.default_rng(step)
-        inputs = [dice.integers(-3, 4, numel).astype(np.float32) for _ in range(world)]
-        update = by_engine(ranks, inputs, op="sum", residuals=residuals)[0]
+        inputs = [dice.integers(-5000, 5001, numel).astype(np.float32) for _ in range(world)]
+        update = by_engine(ranks, inputs, op="sum", compress=codec, residuals=residuals)[0]
         if step % 3 == 2:  # a skipped step: as if it had never been
             for residual in residuals:
                 residual.rollback()

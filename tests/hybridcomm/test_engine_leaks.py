@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,20 +13,10 @@ from hybridcomm.context import Context
 from hybridcomm.errors import BootstrapError, HybridCommError
 from hybridcomm.store import DirectoryStore
 from hybridcomm.topology import Topology
+from tests.census import census
 from tests.engine_ranks import connect_each, each_rank, engine_contexts
 
 TOPOLOGY = Topology.from_sizes([2, 1])
-
-
-def census() -> tuple[int, int, int]:
-    """Open descriptors, threads, mappings of engine segments."""
-    gc.collect()
-    maps = Path("/proc/self/maps").read_text()
-    return (
-        len(os.listdir("/proc/self/fd")),
-        len(os.listdir("/proc/self/task")),
-        maps.count("memfd:hybridcomm"),
-    )
 
 
 def use(contexts: list[Any], *, fail: bool = False) -> None:

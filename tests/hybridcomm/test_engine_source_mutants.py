@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
-import pybind11
 import pytest
 
-from tests.hybridcomm.test_sanitizers import ROOT, needs_time
+from tests import native
+from tests.hybridcomm.test_sanitizers import needs_time
 
 MUTANTS: dict[str, tuple[str, dict[str, str]]] = {
     "a reference is complete before it was read": (
@@ -47,33 +45,20 @@ MUTANTS: dict[str, tuple[str, dict[str, str]]] = {
 }
 
 
-def build(cmake: str, folder: Path) -> None:
-    command = [cmake, "--build", str(folder), "--target", "hybridcomm_engine_test", "-j2"]
-    made = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
-    assert made.returncode == 0, made.stdout + made.stderr
-
-
 def passes(folder: Path) -> bool:
-    program = str(folder / "hybridcomm_engine_test")
     try:
-        done = subprocess.run([program], check=False, capture_output=True, timeout=150)
+        code, _ = native.run_program(folder / "hybridcomm_engine_test", limit=150)
     except subprocess.TimeoutExpired:
         return False
-    return done.returncode == 0
+    return code == 0
 
 
 @needs_time
 @pytest.mark.timeout(1800)
 def test_planted_bugs_are_noticed(tmp_path: Path) -> None:
-    source, folder = tmp_path / "source", tmp_path / "build"
-    for name in ("hybridcomm/csrc", "kernels/host", "tests/csrc"):
-        shutil.copytree(ROOT / name, source / name)
-    shutil.copy(ROOT / "CMakeLists.txt", source)
-    cmake = shutil.which("cmake") or "cmake"
-    configure = [cmake, f"-S{source}", f"-B{folder}", f"-DPython_EXECUTABLE={sys.executable}"]
-    configure.append(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
-    subprocess.run(configure, check=True, capture_output=True, timeout=300)
-    build(cmake, folder)
+    source, folder = native.copy_sources(tmp_path / "source"), tmp_path / "build"
+    native.configure(folder, source=source)
+    native.build(folder, "hybridcomm_engine_test")
     assert passes(folder)
     survivors = []
     for what, (name, changes) in MUTANTS.items():
@@ -83,7 +68,7 @@ def test_planted_bugs_are_noticed(tmp_path: Path) -> None:
             assert changed.count(before) == 1, f"{what}: {name} has changed"
             changed = changed.replace(before, after)
         path.write_text(changed)
-        build(cmake, folder)
+        native.build(folder, "hybridcomm_engine_test")
         if passes(folder):
             survivors.append(what)
         path.write_text(text)

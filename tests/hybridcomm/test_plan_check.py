@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from hybridcomm import collective_plans as build
 from hybridcomm.errors import PlanError
-from hybridcomm.plan import Plan, Region, Step
+from hybridcomm.plan import ALL, Plan, Region, Step
 from hybridcomm.plan_streams import check_progress
 from hybridcomm.topology import Topology
-from tests.hybridcomm.strategies import NAMED, SIZES, every_plan, topk, topologies
+from tests.hybridcomm.strategies import NAMED, SIZES, every_plan, topk, topologies, uneven
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -78,6 +78,12 @@ def others() -> list[Plan]:
         build.broadcast(topology, 9000, root=4, chunk_elems=1024),
         build.all_gather(topology, 9000, chunk_elems=1024),
         build.reduce_scatter(topology, 9000, op="mean", chunk_elems=1024),
+        build.reduce(topology, 9000, root=1, op="mean", chunk_elems=1024),
+        build.reduce(topology, 9000, root=4, chunk_elems=1024),
+        build.gather(topology, 9000, root=1, chunk_elems=1024),
+        build.scatter(topology, 9000, root=4, chunk_elems=1024),
+        build.all_to_all(topology, uneven(5, 2000), chunk_elems=1024),
+        build.monitored_barrier(topology),
     ]
 
 
@@ -154,6 +160,58 @@ def test_each_missing_wait_is_caught_and_no_harmless_one_flagged(make: Callable[
                 mutant.check()
         else:
             mutant.check()
+
+
+def test_each_missing_wait_of_the_other_collectives_is_caught() -> None:
+    for plan in others()[2:]:  # those before have a wait of a reader for a reader, which only orders them
+        for place, before in needed_waits(plan):
+            after = tuple(b for b in plan.steps[place].after if b != before)
+            with pytest.raises(PlanError, match="misses it"):
+                changed(plan, place, after=after).check()
+
+
+def test_messages_from_or_to_the_wrong_rank_are_caught() -> None:
+    """Pairs inside a node and between nodes, each turned around, bent to another rank, or widened by one."""
+    for plan in others()[3:]:
+        for op in ("gather", "exchange_gather"):
+            pairs = [step for step in plan.steps if step.op == op and len(step.group) == 2]
+            for step in pairs[:1]:
+                turned = next(rank for rank in step.group if rank != step.root)
+                with pytest.raises(PlanError, match=r"nothing was written|ends with ranks|misses it"):
+                    changed(plan, step.id, root=turned).check()
+                bent = tuple(rank if rank == step.root else (rank + 1) % 5 for rank in step.group)
+                for group in (bent, step.group[::-1], step.group[:1], (*step.group, step.group[-1])):
+                    with pytest.raises(PlanError):
+                        changed(plan, step.id, group=group).check()
+
+
+def test_reducing_on_the_wrong_node_or_in_pairs_is_caught() -> None:
+    plan = build.reduce(NAMED["3+2"], 9000, root=1, chunk_elems=1024)
+    place = find(plan, "exchange_reduce")
+    other = next(rank for rank in plan.steps[place].group if rank != plan.steps[place].root)
+    with pytest.raises(PlanError, match=r"ends with ranks|counts rank|misses it"):
+        changed(plan, place, root=other).check()
+    with pytest.raises(PlanError, match="all ranks of one node"):
+        changed(plan, find(plan, "reduce"), group=(0, 1), root=1).check()
+
+
+def test_parts_that_do_not_tile_or_are_not_the_collectives_are_caught() -> None:
+    plan = build.gather(NAMED["2x2"], 4000, root=1, chunk_elems=1024)
+    first, second, *rest = plan.parts
+    for parts, text in (
+        ((second, *rest), "must tile"),
+        ((first, first, *rest), "must tile"),
+        ((first, second), "end at 2000 of 4000"),
+        ((), "end at 0"),
+        ((first._replace(target=2), second, *rest), "no part of gather"),
+        ((first._replace(source=ALL), second, *rest), "no part of gather"),
+        ((first._replace(source=7), second, *rest), "no part of gather"),
+        ((first._replace(source=2), second, *rest), r"ends with ranks|nothing was written"),
+    ):
+        with pytest.raises(PlanError, match=text):
+            dataclasses.replace(plan, parts=parts).check()
+    with pytest.raises(PlanError, match="no part of scatter"):
+        dataclasses.replace(plan, collective="scatter").check()
 
 
 def test_wrong_owner_is_caught() -> None:

@@ -60,6 +60,13 @@ def test_law_over_skips_accumulation_and_infinities(
         assert (sum(kept) > 0) == (name != "1x4"), "without residuals the law would hold for doing nothing"
 
 
+@pytest.mark.parametrize("compress", ["bf16", "fp8:e5m2/g16", "int8/g16", "int4/g16", "sign1/g16"])
+def test_law_of_the_quantisers(make_contexts: MakeContexts, compress: str) -> None:
+    books = books_of(make_contexts(NAMED["2+1+1"]), MIXED, compress=compress)
+    assert [book.applied for book in books] == [5] * 4
+    assert holds(books)
+
+
 def scaler() -> torch.amp.GradScaler:
     return torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2, backoff_factor=0.25)
 
@@ -137,7 +144,11 @@ class ForgetsLastBucket(Reducer):
             return super()._launch(layout)
         flat = self._flats[layout.index]
         return self.ctx.allreduce(
-            flat, op="mean", compress=self.compress, async_op=True, residual_key=layout.key
+            flat,
+            op="mean",
+            compress=self.schedules[layout.index].at(0),
+            async_op=True,
+            residual_key=layout.key,
         )
 
 

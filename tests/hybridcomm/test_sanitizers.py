@@ -1,18 +1,18 @@
-"""The engine without Python under sanitizers: builds tests/csrc/engine_test.cpp and runs it."""
+"""Engine and kernels under sanitizers: as C++ programs without Python, and the module itself under pytest."""
 
 from __future__ import annotations
 
 import os
-import platform
-import shutil
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-import pybind11
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import native
+from tests.native import ROOT
+from tests.repository.layout import make_layout
 
 needs_time = pytest.mark.skipif(
     not os.environ.get("HYBRIDCOMM_SANITIZERS"),
@@ -21,34 +21,68 @@ needs_time = pytest.mark.skipif(
 
 
 @needs_time
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", ["address,undefined", "thread"])
-def test_engine_is_clean(tmp_path: Path, kind: str) -> None:
-    cmake = shutil.which("cmake") or "cmake"
-    build = tmp_path / "build"
-    configure = [
-        cmake,
-        f"-S{ROOT}",
-        f"-B{build}",
-        "-DCMAKE_BUILD_TYPE=RelWithDebInfo",
-        f"-DHYBRIDCOMM_SANITIZE={kind}",
-        f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-    ]
-    subprocess.run(configure, check=True, capture_output=True, timeout=300)
-    make = [cmake, "--build", str(build), "--target", "hybridcomm_engine_test", "-j2"]
-    made = subprocess.run(make, check=False, capture_output=True, text=True, timeout=600)
-    assert made.returncode == 0, made.stdout + made.stderr
-    env = {**os.environ, "TSAN_OPTIONS": f"halt_on_error=1 suppressions={ROOT / 'tests/csrc/tsan.supp'}"}
-    # Older thread sanitizers know no layout with much address randomisation.
-    shell = ["setarch", platform.machine(), "-R"] if kind == "thread" and shutil.which("setarch") else []
-    done = subprocess.run(
-        [*shell, str(build / "hybridcomm_engine_test")],
-        env=env,
-        check=False,
+def test_engine_and_kernels_are_clean(tmp_path: Path, kind: str) -> None:
+    native.configure(tmp_path, sanitize=kind)
+    native.build(tmp_path, "hybridcomm_engine_test", "hybridcomm_kernels_test")
+    for name in ("engine", "kernels"):
+        code, printed = native.run_program(tmp_path / f"hybridcomm_{name}_test", limit=400)
+        assert code == 0, printed
+        assert re.search(r"\b0 failures", printed)
+
+
+def library(name: str) -> str:
+    """The path of a compiler's run-time library."""
+    found = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    return found.stdout.strip()
+
+
+def sanitized_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """pytest on the package with the modules of a sanitized build, which shadow the installed ones."""
+    # libstdc++ goes along: the sanitizer looks for its functions when it starts.
+    preload = f"{library('libasan.so')} {library('libstdc++.so.6')}"
+    # Python itself frees little at its end, and torch maps gigabytes.
+    options = "detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=32:exitcode=99"
+    start = (
+        "import sys, pytest\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'ScikitBuild' not in type(f).__name__]\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "from hybridcomm import _C\n"
+        "assert _C.__file__.startswith(sys.argv[1]), _C.__file__\n"
+        "sys.exit(pytest.main(sys.argv[2:]))\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", start, str(folder), "-p", "no:cacheprovider", "-p", "no:xdist", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": options, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        check=False,
+        timeout=1100,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "0 failures" in done.stdout
+
+
+@needs_time
+@pytest.mark.timeout(1800)
+def test_the_python_module_is_clean(tmp_path: Path) -> None:
+    build, layout = tmp_path / "build", make_layout(tmp_path / "layout")
+    native.configure(build, sanitize="address,undefined")
+    native.build(build, "_C", "_host")
+    package = layout / "hybridcomm"
+    kernels = package / "kernels"
+    sources = kernels.resolve()
+    kernels.unlink()  # a folder of links instead of a link, so that the module can lie in it
+    kernels.mkdir()
+    for entry in sources.iterdir():
+        if entry.name not in ("host", "__pycache__"):
+            (kernels / entry.name).symlink_to(entry)
+    (kernels / "host").symlink_to(sources / "host")
+    for name, where in (("_C", package), ("_host", kernels)):
+        for module in build.glob(f"{name}.*.so"):
+            (where / module.name).symlink_to(module)
+    done = sanitized_pytest(
+        layout, "-q", "tests/hybridcomm/test_engine_dense.py", "tests/kernels/test_topk_host.py"
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert " passed" in done.stdout.splitlines()[-1]

@@ -100,7 +100,7 @@ for call, numel in enumerate((1, 17, 40_009, 1_000_003)):
     got = np.empty(numel, np.float32)
     ctx.reduce_scatter(got, out)
     assert (got == world * (rank + 1)).all()
-    ctx.broadcast(own, root=world - 1)
+    ctx.broadcast(own, src=world - 1)
     assert (own == world).all()
 hybridcomm.shutdown()
 print("done", flush=True)

@@ -6,16 +6,17 @@ import ctypes
 import mmap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
-from hybridcomm.kernels import TopKSpec, reference
+from hybridcomm.kernels import Spec, TopKSpec, reference
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
-Encoder = Callable[[TopKSpec, Floats, "Floats | None", "Floats | None", Bytes, int], int]
+Encoder = Callable[[Any, Floats, "Floats | None", "Floats | None", Bytes, int], int]
 
 DIGEST = 0xFEDCBA9876543210
 KINDS = (
@@ -75,12 +76,11 @@ def values(kind: str, numel: int, seed: int) -> tuple[Floats, Floats]:
     return np.where(np.isposinf(grad) & (kind == "heavy"), np.float32(3e38), grad).astype(np.float32), e_in
 
 
-def edge_sizes(spec: TopKSpec) -> tuple[int, ...]:
+def edge_sizes(spec: Spec) -> tuple[int, ...]:
     """Empty, one, around k, around one block, several blocks and a tail."""
-    block, k, _ = spec.layout
-    return tuple(
-        sorted({0, 1, k - 1, k, k + 1, block - 1, block, block + 1, 2 * block, 3 * block + block // 2 + 1})
-    )
+    *_, block, k = spec.params
+    sizes = {0, 1, k - 1, k, k + 1, block - 1, block, block + 1, 2 * block, 3 * block + block // 2 + 1}
+    return tuple(sorted(size for size in sizes if size >= 0))
 
 
 SPECS = tuple(
@@ -102,7 +102,7 @@ SPECS = tuple(
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    spec: TopKSpec
+    spec: Any
     kind: str
     numel: int
     seed: int
@@ -124,8 +124,14 @@ def specs() -> st.SearchStrategy[TopKSpec]:
 
 
 @st.composite
-def cases(draw: st.DrawFn, *, kinds: tuple[str, ...] = KINDS, blocks: int = 5) -> Case:
-    spec = draw(specs())
+def cases(
+    draw: st.DrawFn,
+    *,
+    kinds: tuple[str, ...] = KINDS,
+    blocks: int = 5,
+    of: st.SearchStrategy[Any] | None = None,
+) -> Case:
+    spec = draw(specs() if of is None else of)
     sizes = st.sampled_from(edge_sizes(spec)) | st.integers(0, blocks * spec.block)
     return Case(
         spec=spec,
@@ -136,7 +142,7 @@ def cases(draw: st.DrawFn, *, kinds: tuple[str, ...] = KINDS, blocks: int = 5) -
     )
 
 
-def corpus(*specs: TopKSpec) -> Iterator[Case]:
+def corpus(*specs: Spec) -> Iterator[Case]:
     """Every kind at every edge size of a few specs: what a planted bug is looked for in."""
     for spec in specs or SPECS[:1] + SPECS[2:3] + SPECS[6:7]:
         for kind in KINDS:

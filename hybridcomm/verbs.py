@@ -1,0 +1,230 @@
+"""The verbs of `hybridcomm`, in the shapes of ``torch.distributed``: names, order of arguments, meaning.
+
+``group`` is a context (default: that of `init`), and ranks are its ranks. ``async_op=True`` returns a `Work` at once;
+otherwise None is returned when the result is in place. Arrays are contiguous CPU tensors of torch or NumPy, of any
+shape: elements count, 0 of them included. An array with gaps raises `DataTypeError`, whether it is read or written:
+pass ``t.contiguous()``, and copy a result back. What is only read may be read-only, and stays as it is. Whatever a
+rank passes wrong raises before anything is sent; ranks that disagree get a `PlanMismatchError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from hybridcomm.arrays import Array
+from hybridcomm.default import context_of
+
+if TYPE_CHECKING:
+    from hybridcomm.coalesce import Coalescing
+    from hybridcomm.compress import ByLink
+    from hybridcomm.context import Context
+    from hybridcomm.reduction import Op
+    from hybridcomm.residual import Residual
+    from hybridcomm.work import Work
+
+__all__ = [
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_reduce",
+    "all_to_all",
+    "all_to_all_single",
+    "allreduce",
+    "barrier",
+    "broadcast",
+    "coalescing",
+    "empty",
+    "gather",
+    "monitored_barrier",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "scatter",
+]
+
+
+def allreduce(
+    t: Array,
+    op: Op = "sum",
+    group: Context | None = None,
+    async_op: bool = False,
+    *,
+    compress: ByLink = None,
+    residual: Residual | None = None,
+    exchange: str = "auto",
+) -> Work | None:
+    """Reduces ``t`` over all ranks, in place; with ``compress`` but no ``residual`` it is memoryless.
+
+    ``op``: "sum", "avg", "min", "max", "product", "band", "bor", "bxor", `premul_sum` or torch's ``ReduceOp``; which
+    dtypes each takes stands in docs/architecture.md (bfloat16 and float16 are accumulated in float32).
+    ``compress``: None (dense), "topk:0.01" (block-wise top 1 %, quantised), "fp16", "bf16", "fp8", "int8", "int4" or
+    "sign1" (one bit); float32 only. It acts between nodes; with one node there is nothing to compress. "auto": where
+    measured figures say it pays (`hybridcomm.auto`). A mapping such as ``{"inter_node": "topk:0.01", "intra_node":
+    "int8"}`` also compresses what the ranks of a node send to the owners of shards, for slow links inside a node.
+    ``residual``: keeps what compression left out and adds it to the next call (error feedback, Karimireddy et al.
+    2019); the law it keeps stands in ``residual.py``. ``exchange``: how payloads are exchanged between nodes.
+    "gather": all go to all owners of a shard. "two_stage": those of a slice go to its owner, which adds them and sends
+    on the sum, encoded anew; that is fewer bytes from three nodes on, and a second loss. "auto": by number of nodes,
+    payload size and measured links (`hybridcomm.policy.exchange`).
+
+    Every rank gets the same bits, whatever the timing. Raises `DataTypeError`, `UnsupportedError` and
+    `CompressorError` before anything is sent; `PlanMismatchError` when ranks call different things;
+    `PeerLostError` and `StallError` naming the ranks at fault.
+    """
+    return context_of(group).allreduce(
+        t, op=op, compress=compress, residual=residual, exchange=exchange, async_op=async_op
+    )
+
+
+all_reduce = allreduce
+
+
+def reduce(
+    t: Array, dst: int = 0, op: Op = "sum", group: Context | None = None, async_op: bool = False
+) -> Work | None:
+    """Reduces ``t`` over all ranks into rank ``dst``'s ``t``; the others' stay as they are."""
+    return context_of(group).reduce(t, dst, op=op, async_op=async_op)
+
+
+def broadcast(t: Array, src: int = 0, group: Context | None = None, async_op: bool = False) -> Work | None:
+    """Copies rank ``src``'s ``t`` into every rank's ``t``."""
+    return context_of(group).broadcast(t, src, async_op=async_op)
+
+
+def all_gather(
+    out: Sequence[Array] | Array, t: Array, group: Context | None = None, async_op: bool = False
+) -> Work | None:
+    """Copies every rank's ``t`` into ``out[rank]`` on all ranks.
+
+    ``out``: a list of one array per rank (sizes may differ by rank, and are the same on all ranks), or one array as
+    for `all_gather_into_tensor`.
+    """
+    return context_of(group).all_gather(out, t, async_op=async_op)
+
+
+def all_gather_into_tensor(
+    out: Array, t: Array, group: Context | None = None, async_op: bool = False
+) -> Work | None:
+    """Gathers every rank's ``t`` into ``out`` (world_size x t.numel() elements, by rank) on all ranks.
+
+    ``t`` may be this rank's part of ``out``: then nothing is copied before.
+    """
+    return context_of(group).all_gather_into_tensor(out, t, async_op=async_op)
+
+
+def reduce_scatter(
+    out: Array,
+    input_list: Sequence[Array] | Array,
+    op: Op = "sum",
+    group: Context | None = None,
+    async_op: bool = False,
+) -> Work | None:
+    """Reduces every rank's ``input_list[r]`` into rank r's ``out``.
+
+    ``input_list``: one array per rank (sizes may differ by rank, and are the same on all ranks), or one array as for
+    `reduce_scatter_tensor`.
+    """
+    return context_of(group).reduce_scatter(out, input_list, op=op, async_op=async_op)
+
+
+def reduce_scatter_tensor(
+    out: Array, t: Array, op: Op = "sum", group: Context | None = None, async_op: bool = False
+) -> Work | None:
+    """Reduces ``t`` (world_size x out.numel() elements) over all ranks; rank r gets part r in ``out``.
+
+    ``out`` may be this rank's part of ``t``: then nothing is copied before.
+    """
+    return context_of(group).reduce_scatter_tensor(out, t, op=op, async_op=async_op)
+
+
+def gather(
+    t: Array,
+    gather_list: Sequence[Array] | None = None,
+    dst: int = 0,
+    group: Context | None = None,
+    async_op: bool = False,
+) -> Work | None:
+    """Copies every rank's ``t`` into rank ``dst``'s ``gather_list[rank]``; the other ranks pass no list."""
+    return context_of(group).gather(t, gather_list, dst, async_op=async_op)
+
+
+def scatter(
+    t: Array,
+    scatter_list: Sequence[Array] | None = None,
+    src: int = 0,
+    group: Context | None = None,
+    async_op: bool = False,
+) -> Work | None:
+    """Copies rank ``src``'s ``scatter_list[rank]`` into every rank's ``t``; the other ranks pass no list."""
+    return context_of(group).scatter(t, scatter_list, src, async_op=async_op)
+
+
+def all_to_all_single(
+    out: Array,
+    t: Array,
+    output_split_sizes: Sequence[int] | None = None,
+    input_split_sizes: Sequence[int] | None = None,
+    group: Context | None = None,
+    async_op: bool = False,
+) -> Work | None:
+    """Rank r gets the r-th part of ``t``; what this rank gets lies in ``out`` by sender.
+
+    Split sizes count rows (the first dimension), may differ and be 0. None: equal parts; all ranks give some, or none
+    does. With them the ranks exchange their sizes first: the call waits for those before it, also with ``async_op``,
+    and all ranks see a disagreement alike (`PlanMismatchError`).
+    """
+    return context_of(group).all_to_all_single(
+        out, t, output_split_sizes, input_split_sizes, async_op=async_op
+    )
+
+
+def all_to_all(
+    out_list: Sequence[Array], in_list: Sequence[Array], group: Context | None = None, async_op: bool = False
+) -> Work | None:
+    """Copies ``in_list[r]`` to rank r, which gets it in its ``out_list`` at this rank's place.
+
+    Sizes may differ, and be 0; they are exchanged first, as in `all_to_all_single`.
+    """
+    return context_of(group).all_to_all(out_list, in_list, async_op=async_op)
+
+
+def barrier(group: Context | None = None, async_op: bool = False) -> Work | None:
+    """Returns on no rank before every rank has entered."""
+    return context_of(group).barrier(async_op=async_op)
+
+
+def monitored_barrier(
+    group: Context | None = None, timeout: float | None = None, wait_all_ranks: bool = False
+) -> None:
+    """A barrier whose `StallError` names ranks that did not come, on every rank that did (``error.missing``).
+
+    Every rank reports to rank 0. ``timeout``: s in which nobody new comes (default: the context's; a second at least);
+    ``wait_all_ranks``: name all that are missing, not just the first. The context is of no use after that.
+    """
+    context_of(group).monitored_barrier(timeout, wait_all_ranks)
+
+
+def coalescing(group: Context | None = None, async_op: bool = False) -> Coalescing:
+    """A block whose all-reduces (or all_gathers, or reduce_scatters) run as one at its end.
+
+        with hybridcomm.coalescing(async_op=True) as work:
+            for t in tensors:
+                hybridcomm.all_reduce(t)
+        work.wait()
+
+    One block takes one collective, dtype and op, and all ranks make the same calls in it. Tensors of up to 64 KiB
+    share a message; larger ones stay where they lie. Results are there when the block ends, or, with ``async_op``,
+    when its one `Work` (``work.work``) is done. Raises `UnsupportedError` for a call that cannot be a part of it.
+    """
+    return context_of(group).coalescing(async_op=async_op)
+
+
+def empty(*size: int | Sequence[int], dtype: Any = None, group: Context | None = None) -> Array:
+    """An uninitialised tensor in memory shared by the node's ranks, for the fastest collectives.
+
+    ``size`` as in ``torch.empty``. ``dtype``: of torch or NumPy, and so is the result; a name or None (float32)
+    gives a torch tensor if torch was imported, else a NumPy array. Give each rank its own; collectives on it, and
+    on contiguous parts of it, copy nothing. The memory is whole pages, allocated now, and returned when the last
+    view dies. On a node of one rank it is ordinary memory. Raises `SharedMemoryError` when there is no room.
+    """
+    return context_of(group).empty(*size, dtype=dtype)

@@ -42,6 +42,8 @@ MAX_PENDING = 8
 MAX_DELAY_S = 0.01
 LEAST_LEAK = sys.getsizeof(Work.__new__(Work)) + sys.getsizeof({})
 """Bytes: the handle of an operation, the smallest thing that it could leave behind."""
+SETTLING = 1 << 20
+"""Bytes by which the allocator's pages move without any leak: the fewer operations, the coarser the judgement."""
 
 Leak = Callable[[Pending], None]
 """Called after each operation of rank 0: tests keep things alive there that should not be."""
@@ -65,14 +67,21 @@ class Report:
     seed: int
     kinds: Counter[str]
     memory: Trend
+    judged: int
+    """Operations that ``memory`` was measured over: caches fill in those before."""
     left: tuple[int, int, int]
     """Descriptors, threads, mapped segments that there are more than after the first era."""
+
+    @property
+    def bound(self) -> float:
+        """Bytes per operation; growth that is surely more is a leak."""
+        return LEAST_LEAK + SETTLING / self.judged
 
     @property
     def problems(self) -> list[str]:
         names = ("descriptors", "threads", "segments")
         found = [f"{count:+} {name}" for count, name in zip(self.left, names, strict=True) if count]
-        if self.memory.slope - self.memory.margin > LEAST_LEAK:
+        if self.memory.slope - self.memory.margin > self.bound:
             found.append(f"memory grows by {self.memory.slope:.0f} bytes per operation")
         return found
 
@@ -80,7 +89,7 @@ class Report:
         growth = f"{self.memory.slope:+.0f} +- {self.memory.margin:.0f} bytes of memory per operation"
         return (
             f"soak: {self.operations} operations in {self.eras} eras, seed {self.seed}, all exact; {growth} "
-            f"(bound: {LEAST_LEAK} + margin); {', '.join(self.problems) or 'nothing is left behind'}"
+            f"(bound: {self.bound:.0f} + margin); {', '.join(self.problems) or 'nothing is left behind'}"
         )
 
 
@@ -176,13 +185,15 @@ def soak(
             before = census()  # what is loaded and started once is there now
         samples.append((float(numbers.stop), float(resident_nbytes())))
         progress(f"{numbers.stop} operations, {samples[-1][1] / 2**20:.1f} MiB")
+    settled = samples[len(samples) // 2 :]
     left = tuple(now - then for now, then in zip(census(), before, strict=True))
     return Report(
         operations=operations,
         eras=len(begins),
         seed=seed,
         kinds=counts,
-        memory=trend(samples[len(samples) // 2 :]),  # caches fill at first
+        memory=trend(settled),
+        judged=int(settled[-1][0] - settled[0][0]),
         left=(left[0], left[1], left[2]),
     )
 

@@ -300,7 +300,8 @@ def contradiction(topology: Topology, orders: list[list[tuple[int, ...]]], numel
 
         def body(rank: int) -> None:
             works = []
-            contexts[rank].barrier()
+            contexts[rank].barrier()  # connects
+            everybody.wait(20)  # nobody is in it any more: a peer's failure would end it
             try:
                 for ranks in orders[rank]:
                     t = np.ones(numel + 8 * len(ranks) + sum(ranks), np.float32)

@@ -4,6 +4,7 @@ An all-reduce goes through these stages, chunk by chunk; a stage with no peer va
 
     small        reduce_all, on a single node
     dense        reduce -> exchange_reduce (one slice per node) -> exchange_gather -> gather
+                 reduce -> exchange_reduce_all -> gather, of two nodes or small tensors
     compressed   reduce -> compress -> exchange_payload -> decompress -> gather
 
 With a codec that selects over a whole region only reduce and gather go chunk by chunk; the steps between them are
@@ -113,14 +114,20 @@ def allreduce(
         whole = chunks_of(0, [Region(0, numel)], size, topology.owners(0))
         pipeline([lambda chunk: writer.reduce_all(chunk, divisor)], [whole])
     else:
-        _route(
-            writer, [chunks_of(s, r, size, topology.owners(s)) for s, r in enumerate(shards)], divisor, codec
-        )
+        chunks = [chunks_of(s, r, size, topology.owners(s)) for s, r in enumerate(shards)]
+        at_once = policy.exchange_at_once(nodes, numel * policy.itemsize(dtype))
+        _route(writer, chunks, divisor, codec, at_once)
     text = "none" if codec is None else str(codec)
     return finished("allreduce", writer, numel=numel, dtype=dtype, size=size, op=op, compressor=text)
 
 
-def _route(writer: Writer, shards: Sequence[Sequence[Chunk]], divisor: int, codec: BlockCodec | None) -> None:
+def _route(
+    writer: Writer,
+    shards: Sequence[Sequence[Chunk]],
+    divisor: int,
+    codec: BlockCodec | None,
+    at_once: bool,
+) -> None:
     """Steps 3 to 7 of the chunks of all shards."""
     nodes, stages = len(writer.nodes), list[Stage]()
     if writer.topology.K > 1:
@@ -131,6 +138,8 @@ def _route(writer: Writer, shards: Sequence[Sequence[Chunk]], divisor: int, code
         stages = []
     elif codec is not None:
         stages += [writer.compress, writer.exchange_payload, lambda chunk: writer.decompress(chunk, divisor)]
+    elif nodes > 1 and at_once:
+        stages.append(lambda chunk: writer.exchange_reduce_all(chunk, divisor))
     elif nodes > 1:
         stages += [lambda chunk: writer.exchange_reduce(chunk, divisor), writer.exchange_gather]
     if writer.topology.K > 1:

@@ -176,14 +176,21 @@ class _Model:
                 before = [*after, *self._after(step, rank)]
                 self.done[step.id, rank] = [self._send(step, step.root, rank, nbytes, before)]
 
+    def _exchange_reduce_all(self, step: Step) -> None:
+        self._swap(step, step.region.numel * self.itemsize)
+
     def _exchange_payload(self, step: Step) -> None:
-        nbytes = self.payload_nbytes(step.region.numel)
-        arrived = {rank: self._after(step, rank) for rank in step.group}
-        for source in step.group:
-            after = self._after(step, source)
-            for target in step.group:
-                if source != target:
-                    arrived[target] = [*arrived[target], self._send(step, source, target, nbytes, after)]
+        self._swap(step, self.payload_nbytes(step.region.numel))
+
+    def _swap(self, step: Step, nbytes: int) -> None:
+        """Everybody sends ``nbytes`` to everybody, first to the next, so that no way in is crowded."""
+        group = step.group
+        arrived = {rank: self._after(step, rank) for rank in group}
+        for hop in range(1, len(group)):
+            for place, source in enumerate(group):
+                target = group[(place + hop) % len(group)]
+                sent = self._send(step, source, target, nbytes, self._after(step, source))
+                arrived[target] = [*arrived[target], sent]
         for rank, tasks in arrived.items():
             self.done[step.id, rank] = tasks
 

@@ -7,6 +7,7 @@ A step names a collective act of a group; lowering writes down this rank's part 
     compress          encode
     exchange_payload  send to and receive from every other owner
     exchange_reduce   root: receive from all, then sum   others: send to root
+    exchange_reduce_all  send to and receive from every other owner, then sum
     exchange_gather   root: send to all                  others: receive in place
     decompress        decode
     gather            owner: publish                     others: get
@@ -151,7 +152,8 @@ class _Lowering:
         steps = plan.for_rank(rank)
         self.delivered = delivered(steps, rank)
         inter = max(
-            (s.region.numel * (len(s.group) - 1) for s in steps if s.op == "exchange_reduce"), default=0
+            (s.region.numel * (len(s.group) - 1) for s in steps if s.op.startswith("exchange_reduce")),
+            default=0,
         )
         self.receive_ring = _Ring(0, inter * self.itemsize)
         held = max(RING, most_held(steps))
@@ -281,23 +283,36 @@ class _Lowering:
             )
             self.done_by[step.id] = [op]
             return
+        self._receive_and_sum(step, region["nbytes"], self._after(step))
+
+    def _exchange_reduce_all(self, step: Step) -> None:
+        region, after = self._region_bytes(step.region), self._after(step)
+        sends = [
+            self._add(_C.Kind.send, ("send", rank), step, after=after, peer=rank, **region)
+            for rank in step.group
+            if rank != self.rank
+        ]
+        self._receive_and_sum(step, region["nbytes"], [*after, *sends])  # what goes out is not the sum
+
+    def _receive_and_sum(self, step: Step, nbytes: int, after: list[int]) -> None:
+        """The others' regions, into scratch; then the sum of all, in group order, in place."""
         slot = self.receive_ring.take()
         receives, sources, offset = [], [], slot.offset
         for rank in step.group:
             if rank == self.rank:
                 sources.append(_C.OWN_REGION)
                 continue
-            message: _Bytes = {"offset": offset, "nbytes": region["nbytes"], "in_scratch": True}
+            message: _Bytes = {"offset": offset, "nbytes": nbytes, "in_scratch": True}
             receives.append(
                 self._add(_C.Kind.receive, ("receive", rank), step, after=slot.before, peer=rank, **message)
             )
             sources.append(offset)
-            offset += region["nbytes"]
+            offset += nbytes
         op = self._add(
             _C.Kind.sum,
             "exchange",
             step,
-            after=[*self._after(step), *receives],
+            after=[*after, *receives],
             sources=sources,
             divisor=step.divisor,
         )

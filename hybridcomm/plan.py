@@ -35,6 +35,7 @@ OPS = {
     "compress": "compress",  # step 4: root encodes its region (+ residual) into the payload of (shard, chunk)
     "exchange_payload": "exchange",  # step 5: every owner in group gets all owners' payloads
     "exchange_reduce": "exchange",  # step 5, dense, first half: like reduce, between nodes
+    "exchange_reduce_all": "exchange",  # step 5, dense, in one: every rank of group sums all of theirs itself
     "exchange_gather": "exchange",  # step 5, dense, second half: root's region is copied to the group
     "decompress": "decompress",  # step 6: root clears its region and adds the payloads in node order
     "gather": "gather",  # step 7, shared memory: root's region is copied to the group, ranks of its node
@@ -182,6 +183,8 @@ class Plan:
             peers = len(step.group) - 1
             if step.op in ("exchange_reduce", "exchange_gather"):
                 total += peers * step.region.numel * size
+            elif step.op == "exchange_reduce_all":
+                total += len(step.group) * peers * step.region.numel * size
             elif step.op == "exchange_payload":
                 if payload_nbytes is None:
                     raise PlanError(f"compressor {self.compressor}: give payload_nbytes to size its payloads")
@@ -264,7 +267,7 @@ class Plan:
 def _writes(step: Step, rank: int) -> bool:
     if step.op in ("gather", "exchange_gather"):
         return rank != step.root
-    return (rank == step.root and step.op != "compress") or step.op == "reduce_all"
+    return (rank == step.root and step.op != "compress") or step.op in ("reduce_all", "exchange_reduce_all")
 
 
 def _parse_part(text: str) -> Part:

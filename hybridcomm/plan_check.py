@@ -18,7 +18,7 @@ from hybridcomm.plan_streams import check_progress
 __all__ = ["check_plan"]
 
 _IN_NODE = ("reduce", "gather", "reduce_all")
-_ROOTLESS = ("exchange_payload", "reduce_all")
+_ROOTLESS = ("exchange_payload", "reduce_all", "exchange_reduce_all")
 _ALONE = ("compress", "decompress")
 _PAIRWISE = ("reduce", "gather", "scatter", "all_to_all", "monitored_barrier")
 """Collectives that also copy from one rank to another."""
@@ -182,7 +182,7 @@ class _Symbols:
             for atom in self.atoms.of(step):
                 values = [self.held[rank][atom] for rank in step.group]
                 self.held[step.root][atom] = self._add(step, values, step.divisor)
-        elif step.op == "reduce_all":
+        elif step.op in ("reduce_all", "exchange_reduce_all"):
             for atom in self.atoms.of(step):
                 total = self._add(step, [self.held[rank][atom] for rank in step.group], step.divisor)
                 for rank in step.group:
@@ -262,7 +262,7 @@ def _accesses(step: Step, rank: int) -> Iterator[tuple[str, bool]]:
         yield "buffer", rank == step.root
     elif step.op in ("gather", "exchange_gather"):
         yield "buffer", rank != step.root
-    elif step.op == "reduce_all":
+    elif step.op in ("reduce_all", "exchange_reduce_all"):
         yield "buffer", True
     elif step.op == "compress":
         yield "buffer", False

@@ -109,6 +109,11 @@ class Writer:
             for owner in chunk.owners
         )
 
+    def exchange_reduce_all(self, chunk: Chunk, divisor: int) -> None:
+        chunk.ready = (
+            self.add("exchange_reduce_all", chunk, chunk.owners, -1, chunk.ready, divisor=divisor),
+        )
+
     def exchange_reduce(self, chunk: Chunk, divisor: int) -> None:
         after, group = chunk.ready, chunk.owners
         chunk.ready = tuple(

@@ -17,6 +17,7 @@ __all__ = [
     "ONE_SHOT_READ_NBYTES",
     "bucket_nbytes",
     "chunk_elems",
+    "exchange_at_once",
     "itemsize",
     "one_shot_nbytes",
 ]
@@ -93,6 +94,14 @@ def one_shot_nbytes(ranks: int) -> int:
     Every rank reads all others' inputs, so the more there are the sooner that costs more than it saves.
     """
     return ONE_SHOT_READ_NBYTES // max(ranks - 1, 1)
+
+
+def exchange_at_once(nodes: int, nbytes: int) -> bool:
+    """Whether the owners of a shard each get all others' sums and add them, instead of a slice each and then its total.
+
+    Of two nodes that sends just as much in half as many hops; of more it sends more, which pays for short tensors.
+    """
+    return nodes == 2 or nbytes <= ONE_SHOT_READ_NBYTES // max(nodes - 1, 1)
 
 
 def bucket_nbytes(total_nbytes: int) -> int:

@@ -95,6 +95,11 @@ class Interpreter:
         for rank in step.group:
             buffers[rank][part] = total
 
+    def _exchange_reduce_all(self, step: Step, buffers: Buffers, residuals: object) -> None:
+        for rank in step.group:
+            self.wire_nbytes[rank] += (len(step.group) - 1) * step.region.numel * buffers[rank].itemsize
+        self._reduce_all(step, buffers, residuals)
+
     def _exchange_reduce(self, step: Step, buffers: Buffers, residuals: object) -> None:
         for rank in step.group:
             if rank != step.root:

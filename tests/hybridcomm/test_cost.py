@@ -53,9 +53,16 @@ def test_a_broadcast_to_three_nodes_shares_the_way_out() -> None:
     assert plan.cost(topology) == pytest.approx(ALPHA + 3 * BETA * 4096)
 
 
-def test_a_dense_exchange_of_one_chunk_sends_half_there_and_half_back() -> None:
+def test_a_dense_exchange_of_two_nodes_is_one_swap() -> None:
     plan, topology = _allreduce([1, 1], 1024, chunk_elems=1024)
-    assert plan.cost(topology) == pytest.approx(2 * (ALPHA + BETA * 2048))
+    assert plan.cost(topology) == pytest.approx(ALPHA + BETA * 4096)
+
+
+def test_a_dense_exchange_of_more_nodes_sends_slices_there_and_back_or_all_of_a_short_one() -> None:
+    plan, topology = _allreduce([1, 1, 1], 1 << 14, chunk_elems=1 << 14)
+    assert 4 / 3 * BETA * (4 << 14) < plan.cost(topology) - 2 * ALPHA < 2 * BETA * (4 << 14)
+    plan, topology = _allreduce([1, 1, 1], 1024, chunk_elems=1024)
+    assert plan.cost(topology) == pytest.approx(ALPHA + 2 * BETA * 4096)
 
 
 def test_inside_a_node_each_byte_makes_a_hop_to_its_owner_and_one_back() -> None:
@@ -98,9 +105,11 @@ def _nic_bound(plan: Plan, beta: float) -> float:
     out, into = [0] * nodes, [0] * nodes
     for step in plan.steps:
         where = [plan.topology.node_of(rank) for rank in step.group]
-        if step.op == "exchange_payload":
+        if step.op in ("exchange_payload", "exchange_reduce_all"):
+            numel = step.region.numel
+            each = TOPK.nbytes(numel) if step.op == "exchange_payload" else 4 * numel
             for node in where:
-                out[node] += (nodes - 1) * TOPK.nbytes(step.region.numel)
+                out[node] += (nodes - 1) * each
         elif step.stream == "exchange":
             root = plan.topology.node_of(step.root)
             for node in where:

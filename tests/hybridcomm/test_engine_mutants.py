@@ -77,6 +77,13 @@ DENSE: dict[str, Patch] = {
     "the last chunk forgotten": mutate_plan(skip_last_chunk),
     "put into another rank's lane": mutate_op("put", lambda o: o.update(peer=0)),
 }
+SWAPPED = (
+    "sum before the data has come",
+    "sum forgets its own region",
+    "mean divides twice",
+    "send before the sum",
+)
+"""Also on two nodes, whose exchange is another one."""
 
 COMPRESSED: dict[str, Patch] = {
     "all chunks share one residual": mutate_op("encode", lambda o: o.update(residual=0)),
@@ -132,11 +139,14 @@ def compressed_check(contexts: list[Context]) -> bool:
     return good
 
 
-@pytest.mark.parametrize("what", [None, *DENSE])
-def test_dense_mutants_are_caught(monkeypatch: pytest.MonkeyPatch, what: str | None) -> None:
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [*(("2+1+1", what) for what in (None, *DENSE)), *(("2x2", what) for what in (None, *SWAPPED))],
+)
+def test_dense_mutants_are_caught(monkeypatch: pytest.MonkeyPatch, name: str, what: str | None) -> None:
     if what is not None:
         DENSE[what](monkeypatch)
-    with engine_contexts(NAMED["2x2"], timeout=1.0, chunk_nbytes=16384) as contexts:
+    with engine_contexts(NAMED[name], timeout=1.0, chunk_nbytes=16384) as contexts:
         assert dense_check(contexts) is (what is None)
 
 

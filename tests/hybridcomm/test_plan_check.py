@@ -53,6 +53,11 @@ def changed(plan: Plan, place: int, **fields: object) -> Plan:
 
 
 def dense() -> Plan:
+    return build.allreduce(Topology.from_sizes([2, 2, 1]), 9000, op="mean", chunk_elems=1024)
+
+
+def swapped() -> Plan:
+    """Of two nodes: their owners send each other all they have."""
     return build.allreduce(NAMED["3+2"], 9000, op="mean", chunk_elems=1024)
 
 
@@ -83,7 +88,7 @@ def find(plan: Plan, op: str, nth: int = 0) -> int:
     return [step.id for step in plan.steps if step.op == op][nth]
 
 
-@pytest.mark.parametrize("make", [dense, compressed, whole])
+@pytest.mark.parametrize("make", [dense, swapped, compressed, whole])
 def test_each_dropped_step_is_caught(make: Callable[[], Plan]) -> None:
     plan = make()
     for victim in plan.steps:
@@ -98,7 +103,7 @@ def test_each_dropped_step_of_the_other_collectives_is_caught() -> None:
                 renumbered(plan, [step for step in plan.steps if step is not victim]).check()
 
 
-@pytest.mark.parametrize("make", [dense, compressed, whole])
+@pytest.mark.parametrize("make", [dense, swapped, compressed, whole])
 def test_each_doubled_step_is_caught(make: Callable[[], Plan]) -> None:
     """A step that runs twice counts ranks twice, averages twice, or is an unordered second write."""
     plan = make()
@@ -159,7 +164,7 @@ def needed_waits(plan: Plan) -> list[tuple[int, int]]:
     return out
 
 
-@pytest.mark.parametrize("make", [dense, compressed, whole])
+@pytest.mark.parametrize("make", [dense, swapped, compressed, whole])
 def test_each_missing_wait_is_caught_and_no_harmless_one_flagged(make: Callable[[], Plan]) -> None:
     plan = make()
     needed = set(needed_waits(plan))
@@ -243,6 +248,12 @@ def test_wrong_owner_is_caught() -> None:
 
 
 def test_swapped_peers_and_sends_are_caught() -> None:
+    whole = swapped()
+    place = find(whole, "exchange_reduce_all")
+    step = whole.steps[place]
+    for fields in ({"group": step.group[::-1]}, {"group": step.group[:1]}, {"root": step.group[0]}):
+        with pytest.raises(PlanError):
+            changed(whole, place, **fields).check()
     plan = dense()
     place = find(plan, "exchange_reduce")
     step = plan.steps[place]
@@ -304,7 +315,7 @@ def programs(plan: Plan) -> dict[int, list[Step]]:
 
 
 def test_ranks_with_other_exchange_orders_deadlock() -> None:
-    for plan in (dense(), compressed()):
+    for plan in (dense(), swapped(), compressed()):
         mixed = programs(plan)
         order = [i for i, step in enumerate(mixed[0]) if step.stream == "exchange"]
         first, second = order[0], order[-1]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -23,37 +22,12 @@ from train.data import Dataset, Split
 from train.errors import TrainError
 from train.evaluate import Metrics, evaluate_model
 from train.optim import learning_rate
+from train.outcome import Outcome
 from train.report import Reporter
 
-__all__ = ["Outcome", "StepTimes", "Trainer"]
+__all__ = ["Trainer"]
 
 _MAX_SKIPPED_IN_A_ROW = 20
-
-
-@dataclass(kw_only=True)
-class StepTimes:
-    """Seconds summed over steps, of one rank; backward without the exposed communication at its end."""
-
-    forward: float = 0.0
-    backward: float = 0.0
-    exposed: float = 0.0
-    optimizer: float = 0.0
-    other: float = 0.0
-    total: float = 0.0
-
-
-@dataclass(kw_only=True)
-class Outcome:
-    """What a run did; times are of this rank, counts are global."""
-
-    steps: int = 0
-    skipped: int = 0
-    samples: int = 0
-    loss: float = float("nan")
-    validation: Metrics | None = None
-    best_epoch: int = 0
-    test: Metrics | None = None
-    times: StepTimes = field(default_factory=StepTimes)
 
 
 class Trainer:

@@ -20,7 +20,7 @@ from train.errors import ConfigError
 
 if TYPE_CHECKING:
     from train.evaluate import Metrics
-    from train.loop import Outcome
+    from train.outcome import Outcome
 
 __all__ = ["Reporter", "final_table", "refuse_used", "summary"]
 

@@ -1,6 +1,7 @@
 """Builders of the collectives that copy and combine nothing; each byte crosses a slow link once per node that wants it.
 
-broadcast, all_gather      exchange_gather to one leader per node -> gather inside the nodes
+all_gather                 exchange_gather to one leader per node -> gather inside the nodes
+broadcast                  the same; if it is long, chunk by chunk to one leader of several, which sends it on
 gather, scatter,           from rank to rank: gather between two ranks of a node,
 all_to_all                 exchange_gather between ranks of two nodes
 monitored_barrier          every rank to rank 0, then rank 0 to every rank
@@ -46,12 +47,18 @@ def broadcast(
     chunk_elems: int | None = None,
     chunk_nbytes: int = policy.MAX_CHUNK_NBYTES,
 ) -> Plan:
-    """Copies ``root``'s ``numel`` elements to all ranks: to one leader per node, then inside the nodes."""
-    size = chunk_size(chunk_elems, chunk_nbytes, numel=numel, dtype=dtype, shards=1)
+    """Copies ``root``'s ``numel`` elements to all ranks: to one leader per node, then inside the nodes.
+
+    Sent to every node, they would take root's way out that many times. So where they are long, each chunk goes to one
+    of the other leaders, in turn, which sends it on: all ways out are used, and root's once.
+    """
     leaders, home = topology.leaders(root), topology.node_of(root)
-    chunks = [chunks_of(0, Region(0, numel), size, leaders)]
+    others = len(topology.nodes) - 1
+    relayed = others > 1 and policy.is_relayed(numel * policy.itemsize(dtype))
+    size = chunk_size(chunk_elems, chunk_nbytes, numel=numel, dtype=dtype, shards=others if relayed else 1)
+    chunks = chunks_of(0, Region(0, numel), size, leaders)
     parts = [Part(0, numel, root, ALL)] if numel else []
-    writer = _copy_out(topology, chunks, [home])
+    writer = _relay(topology, chunks, home) if relayed else _copy_out(topology, [chunks], [home])
     return finished("broadcast", writer, numel=numel, dtype=dtype, size=size, root=root, parts=parts)
 
 
@@ -158,6 +165,33 @@ def _copy_out(topology: Topology, chunks: list[list[Chunk]], homes: Sequence[int
     if topology.K > 1:
         stages.append(writer.gather)
     pipeline(stages, chunks)
+    return writer
+
+
+def _relay(topology: Topology, chunks: list[Chunk], home: int) -> Writer:
+    """Each chunk from the leader of node ``home`` to another, in turn, and from that to those that are left."""
+    writer = Writer(topology, 0)
+    away = [node for node in range(len(topology.nodes)) if node != home]
+
+    def relay_of(chunk: Chunk) -> int:
+        return chunk.owners[away[chunk.index % len(away)]]
+
+    def send(chunk: Chunk) -> None:
+        writer.pass_on(chunk, chunk.owners[home], relay_of(chunk))
+
+    def send_on(chunk: Chunk) -> None:
+        group = tuple(chunk.owners[node] for node in away)
+        chunk.ready += (writer.add("exchange_gather", chunk, group, relay_of(chunk), chunk.ready),)
+
+    def gather(chunk: Chunk) -> None:
+        sent, sent_on = chunk.ready
+        for node, ranks in enumerate(topology.nodes):
+            if len(ranks) > 1:
+                root = chunk.owners[node]
+                after = () if node == home else (sent,) if root == relay_of(chunk) else (sent_on,)
+                writer.add("gather", chunk, ranks, root, after)
+
+    pipeline([send, send_on, gather] if topology.K > 1 else [send, send_on], [chunks])
     return writer
 
 

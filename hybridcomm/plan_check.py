@@ -88,7 +88,7 @@ def _check_group(plan: Plan, step: Step) -> None:
             raise _fail(step, "runs on its root alone")
     elif step.op in _IN_NODE:
         _check_in_node(plan, step)
-    elif plan.collective in _PAIRWISE and step.op == "exchange_gather":
+    elif plan.collective in (*_PAIRWISE, "broadcast") and step.op == "exchange_gather":
         if nodes != sorted(set(nodes)) or len(nodes) < 2:
             raise _fail(step, "group must hold ranks of two or more nodes, in node order")
     elif nodes != list(range(len(topology.nodes))) or len(nodes) < 2:

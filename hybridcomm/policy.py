@@ -18,6 +18,7 @@ __all__ = [
     "bucket_nbytes",
     "chunk_elems",
     "exchange_at_once",
+    "is_relayed",
     "itemsize",
     "one_shot_nbytes",
 ]
@@ -102,6 +103,11 @@ def exchange_at_once(nodes: int, nbytes: int) -> bool:
     Of two nodes that sends just as much in half as many hops; of more it sends more, which pays for short tensors.
     """
     return nodes == 2 or nbytes <= ONE_SHOT_READ_NBYTES // max(nodes - 1, 1)
+
+
+def is_relayed(nbytes: int) -> bool:
+    """Whether a broadcast to several nodes is worth a hop more: one chunk is not."""
+    return nbytes > MIN_CHUNK_NBYTES
 
 
 def bucket_nbytes(total_nbytes: int) -> int:

@@ -219,12 +219,12 @@ def test_bytes_between_nodes_are_what_theory_says() -> None:
 
 def test_interpreter_notices_a_wrong_plan() -> None:
     """Negative control of this whole file: one swapped root changes the result."""
-    plan = build.allreduce(NAMED["2x2"], 4096, chunk_elems=1024)
+    plan = build.allreduce(NAMED["2+1+1"], 8192, chunk_elems=1024)
     place = next(step.id for step in plan.steps if step.op == "exchange_gather")
     step = plan.steps[place]
     wrong = dataclasses.replace(step, root=next(r for r in step.group if r != step.root))
     mutant = dataclasses.replace(plan, steps=(*plan.steps[:place], wrong, *plan.steps[place + 1 :]))
-    buffers = inputs(4, 4096)
+    buffers = inputs(4, 8192)
     Interpreter(mutant).run(buffers)
-    want = exact_sum(numel=4096, world=4).astype(np.float32)
+    want = exact_sum(numel=8192, world=4).astype(np.float32)
     assert any(got.tobytes() != want.tobytes() for got in buffers)

@@ -53,6 +53,14 @@ def test_a_broadcast_to_three_nodes_shares_the_way_out() -> None:
     assert plan.cost(topology) == pytest.approx(ALPHA + 3 * BETA * 4096)
 
 
+def test_a_long_broadcast_takes_the_way_out_of_its_root_once() -> None:
+    topology = _measured(Topology.virtual(4, 2))
+    numel = 1 << 20
+    plan = collective_plans.broadcast(topology, numel, root=2)
+    assert plan.wire_nbytes() == 3 * 4 * numel
+    assert 1 < plan.cost(topology) / (BETA * 4 * numel) < 1.3
+
+
 def test_a_dense_exchange_of_two_nodes_is_one_swap() -> None:
     plan, topology = _allreduce([1, 1], 1024, chunk_elems=1024)
     assert plan.cost(topology) == pytest.approx(ALPHA + BETA * 4096)

@@ -178,6 +178,8 @@ Executor::Started Executor::start(uint32_t index) {
       return post(Lane::reduce, index, op, {op.peer});
     case Kind::reduce:
       return all_or_nothing(start_reduce(op));
+    case Kind::decode_add:
+      return all_or_nothing(start_decode_add(op));
     case Kind::encode:
       start_encode(op);
       return Started::complete;

@@ -17,10 +17,10 @@ uint64_t mix(uint64_t x) {  // splitmix64's
 
 }  // namespace
 
-// What seeded codecs draw from: another for every call and step, each of which one rank encodes in, and the same in
-// every run. One rank may encode a region twice, for both stages of an exchange.
+// What seeded codecs draw from: another for every call of a group (whose digest is in the tag's) and every step, in
+// which one rank encodes, and the same in every run, whatever other groups do. One rank may encode a region twice.
 uint64_t Executor::seed_of(const Op& op) const {
-  return mix(mix(program_->tag.digest + counters_.calls.load(std::memory_order_relaxed)) + op.step);
+  return mix(mix(program_->tag.digest + calls_.at(program_->group)) + op.step);
 }
 
 void Executor::start_encode(const Op& op) {

@@ -27,6 +27,7 @@ class Kind:
     get: Kind
     share: Kind
     collect: Kind
+    decode_add: Kind
     __members__: dict[str, Kind]
     @property
     def name(self) -> str: ...
@@ -47,7 +48,7 @@ class Program:
         collective: int,
         dtype: int,
         op: int,
-        codec: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0),
+        codecs: Sequence[tuple[int, int, int, int, int]] = (),
         group: int = 0,
         members: str = "",
     ) -> None: ...
@@ -70,6 +71,8 @@ class Program:
         deliver: bool = False,
         after: Sequence[int] = ...,
         sources: Sequence[int] = ...,
+        codec: int = 0,
+        momentum: bool = False,
     ) -> int: ...
 
 def set_custom(program: Program, codec: object) -> None: ...

@@ -8,7 +8,9 @@
    second per link class); all ranks get rank 0's figures.
 2. A decision is a pure function of those figures and of the call's size, dtype and op, so it is the same on all
    ranks: the predicted time of each compressed plan against that of the dense one (`hybridcomm.cost`).
-3. "Do not compress" is an answer, with its reason; `Policy.table` prints requested -> active.
+3. How payloads are exchanged is decided likewise, unless the call says it: in two stages where that is predicted
+   to take less than `policy.EXCHANGE_GAIN` of a gather.
+4. "Do not compress" is an answer, with its reason; `Policy.table` prints requested -> active.
 """
 
 from __future__ import annotations
@@ -42,17 +44,25 @@ _LARGEST = (
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What a call does and why. ``active``: a compressor's text, or "none". ``seconds``: predicted, by text."""
+    """What a call does and why. ``active``: a compressor's text, or "none". ``seconds``: predicted, by text.
+
+    ``exchange``: "gather" or "two_stage" of the active compressor's payloads, or "none".
+    """
 
     numel: int
     dtype: str
     active: str
     reason: str
     seconds: Mapping[str, float] = field(default_factory=dict)
+    exchange: str = "none"
+
+    @property
+    def what(self) -> str:
+        """``active`` as tables have it, with the exchange where it is the less common one."""
+        return _name(self.active) + (" in two stages" if self.exchange == "two_stage" else "")
 
     def __str__(self) -> str:
-        what = "dense" if self.active == "none" else self.active
-        return f"{self.numel} {self.dtype}: {what}, {self.reason}"
+        return f"{self.numel} {self.dtype}: {self.what}, {self.reason}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,23 +76,29 @@ class Policy:
     requested: str = AUTO
     candidates: tuple[Compressor, ...] = ()
     chunk_nbytes: int = policy.MAX_CHUNK_NBYTES
-    _decided: dict[tuple[int, str, str], Decision] = field(default_factory=dict, compare=False, repr=False)
+    _decided: dict[tuple[int, str, str, str], Decision] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
-    def decide(self, numel: int, *, dtype: str = "float32", op: str = "sum") -> Decision:
-        """What an all-reduce of ``numel`` elements does."""
-        key = (numel, dtype, op)
+    def decide(
+        self, numel: int, *, dtype: str = "float32", op: str = "sum", exchange: str = "auto"
+    ) -> Decision:
+        """What an all-reduce of ``numel`` elements does; ``exchange`` as the call has it."""
+        key = (numel, dtype, op, exchange)
         if key not in self._decided:
             if len(self._decided) >= _REMEMBERED:
                 self._decided.clear()
-            self._decided[key] = self._decide(numel, dtype, op)
+            self._decided[key] = self._decide(*key)
         return self._decided[key]
 
-    def _decide(self, numel: int, dtype: str, op: str) -> Decision:
+    def _decide(self, numel: int, dtype: str, op: str, exchange: str) -> Decision:
         why_not = self._cannot_act(numel, dtype, op)
         if why_not:
             return Decision(numel=numel, dtype=dtype, active="none", reason=why_not)
         seconds = {"none": self._predict(numel, None)}
-        seconds.update({str(codec): self._predict(numel, codec) for codec in self.candidates})
+        exchanges = {}
+        for codec in self.candidates:
+            exchanges[str(codec)], seconds[str(codec)] = self._exchange(numel, codec, exchange)
         best = min((text for text in seconds if text != "none"), key=lambda text: seconds[text])
         faster = seconds["none"] / seconds[best] if seconds[best] else float("inf")
         if seconds[best] < GAIN * seconds["none"]:
@@ -92,7 +108,14 @@ class Policy:
                 "none",
                 f"compressed it would be {faster:.3g} times as fast, below {1 / GAIN:.3g}",
             )
-        return Decision(numel=numel, dtype=dtype, active=active, reason=reason, seconds=seconds)
+        return Decision(
+            numel=numel,
+            dtype=dtype,
+            active=active,
+            reason=reason,
+            seconds=seconds,
+            exchange=exchanges.get(active, "none"),
+        )
 
     def compressor(self, decision: Decision) -> Compressor | None:
         """The candidate that was decided on; None: dense."""
@@ -107,7 +130,7 @@ class Policy:
         for nbytes in sizes:
             found = self.decide(nbytes // 4)
             times = (f"{found.seconds[text] * 1e3:.3f}" if found.seconds else "-" for text in texts)
-            row = ["inter_node", str(nbytes), self.requested, _name(found.active), *times, found.reason]
+            row = ["inter_node", str(nbytes), self.requested, found.what, *times, found.reason]
             rows.append(row)
         widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
         lines = (
@@ -125,9 +148,22 @@ class Policy:
             return f"op {op} cannot be compressed, only sum and mean"
         return "" if numel else "no elements"
 
-    def _predict(self, numel: int, codec: Compressor | None) -> float:
+    def _exchange(self, numel: int, codec: Compressor, asked: str) -> tuple[str, float]:
+        """How ``codec``'s payloads are exchanged, and the predicted s of that."""
+        if asked != "auto":
+            return asked, self._predict(numel, codec, asked)
+        seconds = self._predict(numel, codec, "gather")
+        if len(self.figures.topology.nodes) > policy.GATHERING_NODES:
+            stages = self._predict(numel, codec, "two_stage")
+            if stages < policy.EXCHANGE_GAIN * seconds:
+                return "two_stage", stages
+        return "gather", seconds
+
+    def _predict(self, numel: int, codec: Compressor | None, exchange: str = "auto") -> float:
         topology, most = self.figures.topology, min(numel, _LARGEST)
-        plan = collective_plans.allreduce(topology, most, compressor=codec, chunk_nbytes=self.chunk_nbytes)
+        plan = collective_plans.allreduce(
+            topology, most, compressor=codec, exchange=exchange, chunk_nbytes=self.chunk_nbytes
+        )
         return plan.cost(topology, kernels=self.figures.kernels) * (numel / most)
 
 
@@ -163,10 +199,18 @@ def policy_of(context: Collectives, requested: str = AUTO) -> Policy:
 
 
 def resolve(
-    context: Collectives, compress: Compress, *, numel: int, dtype: str, op: str
-) -> Compressor | None:
-    """`compress.resolve`, and for "auto" the compressor that the context's policy decides on (None: dense)."""
+    context: Collectives,
+    compress: Compress,
+    *,
+    numel: int,
+    dtype: str,
+    op: str,
+    exchange: str = "auto",
+) -> tuple[Compressor | None, str]:
+    """(compressor, exchange) of a call: what it says, and for "auto" what the context's policy decides on."""
     if not is_auto(compress):
-        return compressors.resolve(compress)
+        return compressors.resolve(compress), exchange
     chosen = policy_of(context, str(compress))
-    return chosen.compressor(chosen.decide(numel, dtype=dtype, op=op))
+    decision = chosen.decide(numel, dtype=dtype, op=op, exchange=exchange)
+    compressor = chosen.compressor(decision)
+    return compressor, "auto" if compressor is None else decision.exchange

@@ -1,20 +1,13 @@
 """Builders: the plan of each collective, a pure function of (topology, size, dtype, compressor, policy).
 
-An all-reduce goes through these stages, chunk by chunk; a stage with no peer vanishes:
-
-    small        reduce_all, on a single node
-    dense        reduce -> exchange_reduce (one slice per node) -> exchange_gather -> gather
-                 reduce -> exchange_reduce_all -> gather, of two nodes or small tensors
-    compressed   reduce -> compress -> exchange_payload -> decompress -> gather
-
-With a codec that selects over a whole region only reduce and gather go chunk by chunk; the steps between them are
-one a shard, and wait for all of its chunks.
+An all-reduce goes through the stages of its `Route`, chunk by chunk; a small one on a single node takes one step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import lcm
 from typing import Protocol
 
 from hybridcomm import policy, reduction
@@ -29,17 +22,16 @@ from hybridcomm.copy_plans import (
     scatter,
 )
 from hybridcomm.errors import UnsupportedError
-from hybridcomm.plan import ALL, Part, Plan, Region
+from hybridcomm.plan import ALL, Part, Plan, Region, Step
+from hybridcomm.plan_pipeline import Stage, on_all_nodes, pipeline
+from hybridcomm.plan_routes import Route
 from hybridcomm.plan_stages import (
     Chunk,
-    Stage,
     Writer,
     chunk_size,
     chunks_of,
-    pipeline,
     regions_of,
     shard_regions,
-    whole_shards,
 )
 from hybridcomm.topology import Topology
 
@@ -58,13 +50,15 @@ __all__ = [
 
 
 class BlockCodec(Protocol):
-    """What a plan needs to know of a compressor; ``str()`` is its canonical text."""
+    """What a plan needs to know of a compressor: block and payload sizes and, as ``str()``, its canonical text."""
 
     @property
     def block(self) -> int: ...
 
     @property
     def whole_region(self) -> bool: ...
+
+    def nbytes(self, numel: int) -> int: ...
 
 
 def allreduce(
@@ -74,6 +68,8 @@ def allreduce(
     dtype: str = "float32",
     op: str = "sum",
     compressor: BlockCodec | None = None,
+    intra: BlockCodec | None = None,
+    exchange: str = "auto",
     chunk_elems: int | None = None,
     chunk_nbytes: int = policy.MAX_CHUNK_NBYTES,
     bucket: int = 0,
@@ -84,16 +80,19 @@ def allreduce(
     ``segments``: the sizes of several tensors that they consist of; no step reaches over an edge.
 
     With one node nothing crosses a slow link: the plan is dense whatever ``compressor`` is
-    (``plan.compressor`` tells). ``chunk_nbytes`` bounds the chunks that policy chooses (without
-    ``chunk_elems``). Raises :class:`UnsupportedError` for an op or dtype that cannot act.
+    (``plan.compressor`` tells). ``intra`` compresses what the ranks of a node send to its owners, likewise
+    (``plan.intra_compressor``); what owners hand back is dense. ``exchange``: how payloads are exchanged,
+    "gather", "two_stage" or "auto" (`policy.exchange`, by ``topology``'s links where they were measured).
+    ``chunk_nbytes`` bounds the chunks that policy chooses (without ``chunk_elems``). Raises
+    :class:`UnsupportedError` for an op, a dtype or an exchange that cannot act.
     """
     _check_request(op, dtype, numel, compressor)
+    _check_request(op, dtype, numel, intra)
     nodes, world = len(topology.nodes), topology.world_size
-    codec = compressor if nodes > 1 else None
-    align = codec.block if codec is not None else policy.DENSE_ALIGN
+    codec, intra = compressor if nodes > 1 else None, intra if topology.K > 1 else None
+    way = _exchange(topology, numel, compressor, exchange)
+    align = lcm(*(c.block for c in (codec, intra) if c is not None)) if codec or intra else policy.DENSE_ALIGN
     shards = _shards([numel] if segments is None else segments, topology.K, align)
-    if codec is not None and codec.whole_region and any(len(regions) > 1 for regions in shards):
-        raise UnsupportedError(f"compress={codec} of several tensors in one: its shards must be whole")
     size = chunk_size(
         chunk_elems,
         chunk_nbytes,
@@ -101,50 +100,26 @@ def allreduce(
         dtype=dtype,
         shards=len(shards),
         align=align,
-        compressed=codec is not None and not codec.whole_region,
+        compressed=any(c is not None and not c.whole_region for c in (codec, intra)),
         overlap=nodes > 1,
     )
-    writer = Writer(topology, bucket)
-    divisor = world if op == "mean" else 1
-    one_shot = nodes == 1 < world and chunk_elems is None and segments is None
-    one_shot = one_shot and numel * policy.itemsize(dtype) <= min(policy.one_shot_nbytes(world), chunk_nbytes)
-
+    whole = (codec is not None and codec.whole_region, intra is not None and intra.whole_region)
+    for each in (codec, intra):
+        if each is not None and each.whole_region and any(len(regions) > 1 for regions in shards):
+            raise UnsupportedError(f"compress={each} of several tensors in one: its shards must be whole")
+    one_shot = intra is None and chunk_elems is None and segments is None
+    one_shot = one_shot and _one_shot(topology, numel, dtype, chunk_nbytes)
     if one_shot:
-        size = max(size, numel)
-        whole = chunks_of(0, [Region(0, numel)], size, topology.owners(0))
-        pipeline([lambda chunk: writer.reduce_all(chunk, divisor)], [whole])
-    else:
-        chunks = [chunks_of(s, r, size, topology.owners(s)) for s, r in enumerate(shards)]
-        at_once = policy.exchange_at_once(nodes, numel * policy.itemsize(dtype))
-        _route(writer, chunks, divisor, codec, at_once)
-    text = "none" if codec is None else str(codec)
-    return finished("allreduce", writer, numel=numel, dtype=dtype, size=size, op=op, compressor=text)
-
-
-def _route(
-    writer: Writer,
-    shards: Sequence[Sequence[Chunk]],
-    divisor: int,
-    codec: BlockCodec | None,
-    at_once: bool,
-) -> None:
-    """Steps 3 to 7 of the chunks of all shards."""
-    nodes, stages = len(writer.nodes), list[Stage]()
-    if writer.topology.K > 1:
-        stages.append(lambda chunk: writer.reduce(chunk, divisor if nodes == 1 else 1))
-    if codec is not None and codec.whole_region:
-        pipeline(stages, shards)
-        whole_shards(writer, shards, divisor)
-        stages = []
-    elif codec is not None:
-        stages += [writer.compress, writer.exchange_payload, lambda chunk: writer.decompress(chunk, divisor)]
-    elif nodes > 1 and at_once:
-        stages.append(lambda chunk: writer.exchange_reduce_all(chunk, divisor))
-    elif nodes > 1:
-        stages += [lambda chunk: writer.exchange_reduce(chunk, divisor), writer.exchange_gather]
-    if writer.topology.K > 1:
-        stages.append(writer.gather)
-    pipeline(stages, shards)
+        shards, size = [[Region(0, numel)]], max(size, numel)
+    writer, divisor = Writer(topology, bucket), world if op == "mean" else 1
+    if way == "none" and policy.exchange_at_once(nodes, numel * policy.itemsize(dtype)):
+        way = "at_once"
+    route = Route(divisor=divisor, one_shot=one_shot, intra=intra is not None, exchange=way, whole=whole)
+    route.write(writer, shards, size=size, align=align)
+    _check_slot(intra, writer.steps, chunk_nbytes)
+    text, intra_text = ("none" if each is None else str(each) for each in (codec, intra))
+    plan = finished("allreduce", writer, numel=numel, dtype=dtype, size=size, op=op, compressor=text)
+    return replace(plan, intra_compressor=intra_text)
 
 
 def _shards(sizes: Sequence[int], count: int, align: int) -> list[list[Region]]:
@@ -194,12 +169,13 @@ def reduce(
     def hand_over(chunk: Chunk) -> None:
         """Also behind the reduce inside root's node, which read root's region."""
         if chunk.owners[home] != root:
-            chunk.ready = tuple(sorted({chunk.reduced[home], chunk.ready[-1]}))
+            chunk.ready = tuple(sorted({*chunk.reduced[home], chunk.ready[-1]}))
             writer.pass_on(chunk, chunk.owners[home], root)
 
     stages: list[Stage] = []
     if topology.K > 1:
-        stages.append(lambda chunk: writer.reduce(chunk, divisor if len(topology.nodes) == 1 else 1))
+        last = divisor if len(topology.nodes) == 1 else 1
+        stages.append(on_all_nodes(lambda chunk, node: writer.reduce_on(chunk, node, last)))
     if len(topology.nodes) > 1:
         stages.append(exchange)
     if topology.K > 1:
@@ -237,7 +213,8 @@ def reduce_scatter(
 
     stages: list[Stage] = []
     if topology.K > 1:
-        stages.append(lambda chunk: writer.reduce(chunk, divisor if nodes == 1 else 1))
+        last = divisor if nodes == 1 else 1
+        stages.append(on_all_nodes(lambda chunk, node: writer.reduce_on(chunk, node, last)))
     if nodes > 1:
         stages.append(exchange)
     pipeline(stages, [chunks_of(r, part, size, topology.leaders(r)) for r, part in enumerate(parts)])
@@ -256,3 +233,42 @@ def _check_request(op: str, dtype: str, numel: int, compressor: BlockCodec | Non
         raise UnsupportedError(f"compress={compressor} with op={op!r}: only sums and means can be compressed")
     if compressor is not None and dtype != "float32":
         raise UnsupportedError(f"compress={compressor} of {dtype}: only float32 can be compressed")
+
+
+def _check_slot(intra: BlockCodec | None, steps: Sequence[Step], slot_nbytes: int) -> None:
+    if intra is None:
+        return
+    largest = max((step.region.numel for step in steps if step.op == "compress_intra"), default=0)
+    if intra.nbytes(largest) > slot_nbytes:
+        raise UnsupportedError(
+            f"intra_node={intra}: the payload of {largest} elements has {intra.nbytes(largest)} bytes, a slot of the "
+            f"shared memory {slot_nbytes}; raise chunk_nbytes= of init(), or leave the node dense"
+        )
+
+
+def _one_shot(topology: Topology, numel: int, dtype: str, chunk_nbytes: int) -> bool:
+    limit = min(policy.one_shot_nbytes(topology.world_size), chunk_nbytes)
+    alone = len(topology.nodes) == 1 < topology.world_size
+    return alone and numel * policy.itemsize(dtype) <= limit
+
+
+def _exchange(topology: Topology, numel: int, compressor: BlockCodec | None, asked: str) -> str:
+    """ "gather" or "two_stage" for what was ``asked``; "none" where no payload is exchanged."""
+    if asked not in policy.EXCHANGES:
+        raise UnsupportedError(f"exchange={asked!r}: choose one of {', '.join(policy.EXCHANGES)}")
+    if compressor is None:
+        if asked != "auto":
+            raise UnsupportedError(f"exchange={asked!r} needs compress=: a dense exchange has no payloads")
+        return "none"
+    if len(topology.nodes) == 1:
+        return "none"
+    if asked != "auto":
+        return asked
+    link = topology.inter_node
+    return policy.exchange(
+        nodes=len(topology.nodes),
+        payload_nbytes=compressor.nbytes(numel),
+        shard_numel=-(-numel // topology.K),
+        alpha=link.alpha,
+        beta=link.beta,
+    )

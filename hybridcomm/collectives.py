@@ -27,10 +27,12 @@ from hybridcomm.reduction import Op
 
 if TYPE_CHECKING:
     from hybridcomm.bucket import Span
-    from hybridcomm.compress import Compress
+    from hybridcomm.compress import ByLink, Compressor
     from hybridcomm.plan import Plan
     from hybridcomm.residual import Residual
     from hybridcomm.work import Work
+
+    _Active = tuple[Compressor | None, Compressor | None]
 
 __all__ = ["Collectives", "Op"]
 
@@ -45,8 +47,9 @@ class Collectives(Reductions, Copies):
         t: Array,
         *,
         op: Op = "sum",
-        compress: Compress = None,
+        compress: ByLink = None,
         residual: Residual | None = None,
+        exchange: str = "auto",
         async_op: bool = False,
         residual_key: str = _UNNAMED,
         spans: Sequence[Span] | None = None,
@@ -58,6 +61,7 @@ class Collectives(Reductions, Copies):
         up tensors of one shape get an error.
         """
         plain = compress is None and residual is None and residual_key is _UNNAMED and not async_op
+        plain = plain and exchange == "auto"
         if plain and self._prepared.run(t, op):
             return None
         if self._batch is not None:
@@ -65,31 +69,25 @@ class Collectives(Reductions, Copies):
             return None
         target = view(t)
         name, factor = self._operation(op, target.dtype)
-        compressor = auto.resolve(self, compress, numel=target.numel, dtype=target.dtype, op=name)
-        if compressor is None and auto.is_auto(compress):
+        active, exchange = self._active(compress, target.numel, target.dtype, name, exchange)
+        compressing = [codec for codec in active if codec is not None]
+        if not compressing and auto.is_auto(compressors.by_link(compress).inter_node):
             residual = None  # the policy's answer for this size is dense, now and later
-        if compressor is None and residual is not None:
+        if not compressing and residual is not None:
             raise UnsupportedError("residual= needs compress=: a dense all-reduce leaves nothing behind")
-        if compressor is not None:
-            compressors.check_compressible(compressor, dtype=target.dtype, op=name)
+        for codec in compressing:
+            compressors.check_compressible(codec, dtype=target.dtype, op=name)
             if residual is not None:
-                compressors.check_feedback(compressor, residual)
+                compressors.check_feedback(codec, residual)
         plan, program = self._program(
-            ("allreduce", target.numel, target.dtype, name, str(compressor), compressor),
-            lambda: collective_plans.allreduce(
-                self.topology,
-                target.numel,
-                dtype=target.dtype,
-                op=name,
-                compressor=compressor,
-                chunk_nbytes=self.chunk_nbytes,
-            ),
-            compressor,
+            ("allreduce", target.numel, target.dtype, name, *map(str, active), active, exchange),
+            lambda: self._plan_allreduce(target.numel, target.dtype, name, active, exchange),
+            *active,
         )
         scale(target.dtype, target.address, target.numel, factor)
         staged = None
-        if residual is not None and compressor is not None:
-            regions = plan.residual_regions(self.rank)
+        if residual is not None:
+            regions = plan.residuals(self.rank)
             staged = residual.prepare(residual_key, numel=target.numel, regions=regions, spans=spans)
         # A lazily conjugated view looks plain to the short way.
         if plain and factor is None and not target.dtype.startswith("complex"):
@@ -103,13 +101,39 @@ class Collectives(Reductions, Copies):
     all_reduce = allreduce
 
     def plan_allreduce(
-        self, numel: int, *, dtype: str = "float32", op: Op = "sum", compress: Compress = None
+        self,
+        numel: int,
+        *,
+        dtype: str = "float32",
+        op: Op = "sum",
+        compress: ByLink = None,
+        exchange: str = "auto",
     ) -> Plan:
         """The plan that `allreduce` would run for such a tensor: print it, check it, compare digests."""
         name, _ = self._operation(op, dtype)
-        compressor = auto.resolve(self, compress, numel=numel, dtype=dtype, op=name)
+        active, exchange = self._active(compress, numel, dtype, name, exchange)
+        return self._plan_allreduce(numel, dtype, name, active, exchange)
+
+    def _active(
+        self, compress: ByLink, numel: int, dtype: str, op: str, exchange: str
+    ) -> tuple[_Active, str]:
+        """(compressors between nodes and inside a node, exchange) of a call."""
+        links = compressors.by_link(compress)
+        codec, exchange = auto.resolve(
+            self, links.inter_node, numel=numel, dtype=dtype, op=op, exchange=exchange
+        )
+        return (codec, links.intra_node), exchange
+
+    def _plan_allreduce(self, numel: int, dtype: str, op: str, active: _Active, exchange: str) -> Plan:
         return collective_plans.allreduce(
-            self.topology, numel, dtype=dtype, op=name, compressor=compressor, chunk_nbytes=self.chunk_nbytes
+            self.topology,
+            numel,
+            dtype=dtype,
+            op=op,
+            compressor=active[0],
+            intra=active[1],
+            exchange=exchange,
+            chunk_nbytes=self.chunk_nbytes,
         )
 
     def barrier(self, *, async_op: bool = False) -> Work | None:

@@ -104,14 +104,14 @@ class CollectivesBase:
         return name, factor
 
     def _program(
-        self, key: tuple[Any, ...], build: Callable[[], Plan], compressor: Compressor | None = None
+        self, key: tuple[Any, ...], build: Callable[[], Plan], *active: Compressor | None
     ) -> tuple[Plan, _C.Program]:
         if self._batch is not None:
             self._batch.refuse(str(key[0]))
         found = self._programs.get(key)
         if found is None:
             plan = build()
-            found = self._programs[key] = (plan, lower(plan, self.rank, compressor, self.members))
+            found = self._programs[key] = (plan, lower(plan, self.rank, *active, members=self.members))
             if len(self._programs) > _CACHED_PLANS:
                 self._programs.popitem(last=False)
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,20 @@ if TYPE_CHECKING:
     from hybridcomm.kernels.spec import Spec
     from hybridcomm.residual import Residual
 
-__all__ = ["Compress", "Compressor", "check_compressible", "check_feedback", "resolve"]
+__all__ = [
+    "LINKS",
+    "ByLink",
+    "Compress",
+    "Compressor",
+    "LinkCompressors",
+    "by_link",
+    "check_compressible",
+    "check_feedback",
+    "resolve",
+]
+
+LINKS = ("inter_node", "intra_node")
+"""Link classes that ``compress=`` may name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +121,41 @@ def resolve(compress: Compress) -> Compressor | None:
         return Compressor(spec=parse(compress))
     except SpecError as error:
         raise CompressorError(f"compress={compress!r}: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkCompressors:
+    """What is compressed on which link class; ``inter_node`` as the caller passed it, "auto" included."""
+
+    inter_node: Compress = None
+    intra_node: Compressor | None = None
+
+
+ByLink = Compress | Mapping[str, Compress] | LinkCompressors
+"""What ``compress=`` takes where link classes may be told apart; a mapping has keys of `LINKS`."""
+
+
+def by_link(compress: ByLink) -> LinkCompressors:
+    """``compress=`` by link class: what is no mapping means ``inter_node``.
+
+    Raises `CompressorError` for an unknown link class, for a mapping without any, for "auto" in a mapping (its
+    predictions know nothing of compression inside a node), and for a custom compressor inside a node.
+    """
+    if isinstance(compress, LinkCompressors):
+        return compress
+    if not isinstance(compress, Mapping):
+        return LinkCompressors(inter_node=compress)
+    if not compress or not set(compress) <= set(LINKS):
+        raise CompressorError(f"compress={dict(compress)!r}: a mapping has the keys {' and '.join(LINKS)}")
+    for text in compress.values():
+        if isinstance(text, str) and text.partition(":")[0] == "auto":
+            raise CompressorError(
+                f"compress={dict(compress)!r}: name compressors; 'auto' is asked for on its own"
+            )
+    inter, intra = (resolve(compress.get(link)) for link in LINKS)
+    if intra is not None and intra.spec.codec == Codec.CUSTOM:
+        raise CompressorError(f"intra_node={intra}: custom compressors act between nodes only")
+    return LinkCompressors(inter_node=inter, intra_node=intra)
 
 
 def check_compressible(compressor: Compressor, *, dtype: str, op: str) -> None:

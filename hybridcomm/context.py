@@ -78,7 +78,7 @@ class Context(Grouping):
     def counters(self) -> dict[str, int]:
         """Bytes since the start: ``wire_tx_bytes`` and ``wire_rx_bytes`` to and from other nodes (message
         headers included, TCP/IP headers not), ``shm_bytes`` written to shared memory; and ``calls``, the
-        collectives begun.
+        collectives of all ranks begun.
         """
         return dict(self._engine.counters())
 

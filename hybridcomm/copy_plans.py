@@ -14,14 +14,13 @@ from collections.abc import Sequence
 from hybridcomm import policy
 from hybridcomm.errors import UnsupportedError
 from hybridcomm.plan import ALL, Part, Plan, Region
+from hybridcomm.plan_pipeline import Stage, pipeline
 from hybridcomm.plan_stages import (
     Chunk,
-    Stage,
     Writer,
     chunk_size,
     chunks_of,
     equal_parts,
-    pipeline,
     regions_of,
 )
 from hybridcomm.topology import Topology

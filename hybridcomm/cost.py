@@ -6,7 +6,7 @@ A step costs, in the model of Hockney (alpha + beta * nbytes) and with the strea
                                       where it is read; each rank has one processor, which does all of this
     exchange_*                        alpha + beta * nbytes, alone on the sender's way out and the receiver's
                                       way in; a node has one of each, shared by its ranks
-    compress, decompress              the measured cost of the kernel per element, on the rank's processor
+    compress, recompress, decompress  the measured cost of the kernel per element, on the rank's processor
 
 Left out: sums after an exchange, and the bounds of lanes and rings; both are small beside what is measured.
 """
@@ -57,7 +57,7 @@ def plan_cost(plan: Plan, topology: Topology, kernels: Mapping[str, KernelCost] 
     ``kernels``: cost by canonical text of the compressor; compressed plans need theirs. Raises `PlanError`
     where a figure that the plan needs was not measured. A pure function: equal arguments, equal answer.
     """
-    call = 0.0 if plan.compressor == "none" else _kernel_of(plan, kernels).call
+    call = 0.0 if plan.compressor == "none" else _kernel_of(plan.compressor, kernels).call
     return plan_schedule(plan, topology, kernels).makespan + call
 
 
@@ -67,17 +67,20 @@ def plan_schedule(
     """The simulated schedule behind `plan_cost`."""
     if topology.nodes != plan.topology.nodes:
         raise PlanError(f"a plan for {plan.topology} has no cost on {topology}: the ranks stand elsewhere")
-    kernel = None if plan.compressor == "none" else _kernel_of(plan, kernels)
-    model = _Model(plan=plan, topology=topology, kernel=kernel)
+    kernel, intra = (
+        None if text == "none" else _kernel_of(text, kernels)
+        for text in (plan.compressor, plan.intra_compressor)
+    )
+    model = _Model(plan=plan, topology=topology, kernel=kernel, intra=intra)
     for step in plan.steps:
         model.add(step)
     return model.tasks.schedule()
 
 
-def _kernel_of(plan: Plan, kernels: Mapping[str, KernelCost] | None) -> KernelCost:
-    kernel = (kernels or {}).get(plan.compressor)
+def _kernel_of(text: str, kernels: Mapping[str, KernelCost] | None) -> KernelCost:
+    kernel = (kernels or {}).get(text)
     if kernel is None:
-        raise PlanError(f"no kernel cost for {plan.compressor}: measure it with hybridcomm.probe")
+        raise PlanError(f"no kernel cost for {text}: measure it with hybridcomm.probe")
     return kernel
 
 
@@ -87,17 +90,29 @@ def _known(link: Link, name: str) -> tuple[float, float]:
     return link.alpha, link.beta
 
 
+def _ways(group: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(source, target), from everybody to everybody, first to the next, so that no way in is crowded."""
+    return [
+        (source, group[(place + hop) % len(group)])
+        for hop in range(1, len(group))
+        for place, source in enumerate(group)
+    ]
+
+
 @dataclass(kw_only=True)
 class _Model:
     plan: Plan
     topology: Topology
     kernel: KernelCost | None
+    intra: KernelCost | None = None
     tasks: Tasks = field(default_factory=Tasks)
     done: dict[tuple[int, int], list[int]] = field(default_factory=dict)  # (step, rank) -> tasks
 
     def __post_init__(self) -> None:
-        codec = compressors.resolve(self.plan.compressor)
-        self.payload_nbytes: Callable[[int], int] = codec.nbytes if codec is not None else int
+        codecs = map(compressors.resolve, (self.plan.compressor, self.plan.intra_compressor))
+        sizes = [codec.nbytes if codec is not None else int for codec in codecs]
+        self.payload_nbytes: Callable[[int], int] = sizes[0]
+        self.offer_nbytes: Callable[[int], int] = sizes[1]
         self.itemsize = policy.itemsize(self.plan.dtype)
 
     def add(self, step: Step) -> None:
@@ -120,9 +135,23 @@ class _Model:
 
     def _hop(self, step: Step) -> tuple[float, float]:
         alpha, beta = _known(self.topology.intra_node, "intra_node")
-        return alpha, beta * step.region.numel * self.itemsize / 2
+        nbytes = step.region.numel * self.itemsize
+        return alpha, beta * (
+            self.offer_nbytes(step.region.numel) if step.op == "reduce_payload" else nbytes
+        ) / 2
 
-    def _reduce(self, step: Step) -> None:
+    def _compress_intra(self, step: Step) -> None:
+        assert self.intra is not None  # noqa: S101 (plan_schedule has looked)
+        seconds = self.intra.encode * step.region.numel
+        task = self._on_rank(step.root, seconds, "compress_intra", self._after(step, step.root))
+        self.done[step.id, step.root] = [task]
+
+    def _reduce_payload(self, step: Step) -> None:
+        """As a reduce, of less, and decoded."""
+        assert self.intra is not None  # noqa: S101 (plan_schedule has looked)
+        self._reduce(step, self.intra.decode * step.region.numel)
+
+    def _reduce(self, step: Step, extra: float = 0.0) -> None:
         alpha, half = self._hop(step)
         others = [rank for rank in step.group if rank != step.root]
         puts = []
@@ -130,7 +159,9 @@ class _Model:
             puts.append(self._on_rank(rank, half, ("put", step.root), self._after(step, rank), alpha))
             self.done[step.id, rank] = puts[-1:]
         after = [*self._after(step, step.root), *puts]
-        self.done[step.id, step.root] = [self._on_rank(step.root, half * len(others), "reduce", after)]
+        self.done[step.id, step.root] = [
+            self._on_rank(step.root, (half + extra) * len(others), "reduce", after)
+        ]
 
     def _reduce_all(self, step: Step) -> None:
         alpha, half = self._hop(step)
@@ -177,20 +208,22 @@ class _Model:
                 self.done[step.id, rank] = [self._send(step, step.root, rank, nbytes, before)]
 
     def _exchange_reduce_all(self, step: Step) -> None:
-        self._swap(step, step.region.numel * self.itemsize)
+        self._send_all(step, _ways(step.group), step.region.numel * self.itemsize)
 
     def _exchange_payload(self, step: Step) -> None:
-        self._swap(step, self.payload_nbytes(step.region.numel))
+        ways = [(source, target) for source, target in _ways(step.group) if step.root in (-1, target)]
+        self._send_all(step, ways, self.payload_nbytes(step.region.numel))
 
-    def _swap(self, step: Step, nbytes: int) -> None:
-        """Everybody sends ``nbytes`` to everybody, first to the next, so that no way in is crowded."""
-        group = step.group
-        arrived = {rank: self._after(step, rank) for rank in group}
-        for hop in range(1, len(group)):
-            for place, source in enumerate(group):
-                target = group[(place + hop) % len(group)]
-                sent = self._send(step, source, target, nbytes, self._after(step, source))
-                arrived[target] = [*arrived[target], sent]
+    def _exchange_recompressed(self, step: Step) -> None:
+        ways = [(source, target) for source, target in _ways(step.group) if source == step.root]
+        self._send_all(step, ways, self.payload_nbytes(step.region.numel))
+
+    def _send_all(self, step: Step, ways: list[tuple[int, int]], nbytes: int) -> None:
+        """``nbytes`` go each of ``ways``; their senders wait for nothing."""
+        arrived = {rank: self._after(step, rank) for rank in step.group}
+        for source, target in ways:
+            sent = self._send(step, source, target, nbytes, self._after(step, source))
+            arrived[target] = [*arrived[target], sent]
         for rank, tasks in arrived.items():
             self.done[step.id, rank] = tasks
 
@@ -202,8 +235,17 @@ class _Model:
         task = self._on_rank(step.root, seconds, "compress", self._after(step, step.root))
         self.done[step.id, step.root] = [task]
 
+    def _recompress(self, step: Step) -> None:
+        assert self.kernel is not None  # noqa: S101 (plan_schedule has looked)
+        kernel = self.kernel.sum_of(len(self.topology.nodes)) + self.kernel.encode
+        task = self._on_rank(
+            step.root, kernel * step.region.numel, "recompress", self._after(step, step.root)
+        )
+        self.done[step.id, step.root] = [task]
+
     def _decompress(self, step: Step) -> None:
         assert self.kernel is not None  # noqa: S101 (plan_schedule has looked)
-        seconds = self.kernel.sum_of(len(self.topology.nodes)) * step.region.numel
+        payloads = 1 if self.plan.exchange == "two_stage" else len(self.topology.nodes)
+        seconds = self.kernel.sum_of(payloads) * step.region.numel
         task = self._on_rank(step.root, seconds, "decompress", self._after(step, step.root))
         self.done[step.id, step.root] = [task]

@@ -4,27 +4,33 @@ A step names a collective act of a group; lowering writes down this rank's part 
 
     reduce            owner: reduce                      others: put
     reduce_all        all: share, then collect
+    compress_intra    encode
+    reduce_payload    owner: decode_add                  others: put
     compress          encode
-    exchange_payload  send to and receive from every other owner
+    exchange_payload  send to the root (-1: to every other owner), which receives from all
+    recompress        decode, then encode
+    exchange_recompressed  root: send to all             others: receive
     exchange_reduce   root: receive from all, then sum   others: send to root
     exchange_reduce_all  send to and receive from every other owner, then sum
     exchange_gather   root: send to all                  others: receive in place
     decompress        decode
     gather            owner: publish                     others: get
 
-Operations of one stream are issued in plan order. Receive buffers live in a ring of engine scratch: a message
-may arrive while the one before it is still being summed, but not more than ``RING`` of them.
+Operations of one stream are issued in plan order. Receive buffers live in rings of engine scratch
+(`hybridcomm.lower_scratch`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from hybridcomm import _C, policy, reduction
 from hybridcomm.custom import CustomSpec
 from hybridcomm.errors import PlanError
 from hybridcomm.lower_node import delivered, hand_out_first
+from hybridcomm.lower_payload import PayloadLowering
+from hybridcomm.lower_scratch import Message, Ring
 
 if TYPE_CHECKING:
     from hybridcomm.compress import Compressor
@@ -80,11 +86,15 @@ CODECS = (
     "custom",
 )
 
-RING = 16  # messages on the way per purpose; at 256 KiB each, 4 MiB cover 10 Gbit/s at 3 ms
-_ALIGN = 64  # bytes: every scratch buffer begins on its own cache line
 
-
-def lower(plan: Plan, rank: int, compressor: Compressor | None, members: Members | None = None) -> _C.Program:
+def lower(
+    plan: Plan,
+    rank: int,
+    compressor: Compressor | None = None,
+    intra: Compressor | None = None,
+    *,
+    members: Members | None = None,
+) -> _C.Program:
     """The program that makes ``rank`` do its part of ``plan``; a pure function of its arguments.
 
     ``members`` says which of the job's ranks the plan's are; default: the same.
@@ -93,61 +103,22 @@ def lower(plan: Plan, rank: int, compressor: Compressor | None, members: Members
     """
     if plan.op != "none":
         reduction.check(plan.op, plan.dtype)
-    return _Lowering(plan, rank, compressor, members).program
+    return _Lowering(plan, rank, (compressor, intra), members).program
 
 
-class _Bytes(TypedDict):
-    """Where a message's data lies: bytes into the tensor, or into scratch."""
-
-    offset: int
-    nbytes: int
-    in_scratch: bool
-
-
-def most_held(steps: Iterable[Step]) -> int:
-    """Payload sets between their compress and their decompress at most: a slot is taken over only after both."""
-    held = most = 0
-    for step in steps:
-        held += (step.op == "compress") - (step.op == "decompress")
-        most = max(most, held)
-    return most
-
-
-class _Slot:
-    """A piece of scratch: the operations that use it now, and those of its last use, which must be over."""
-
-    def __init__(self, offset: int) -> None:
-        self.offset = offset
-        self.before: list[int] = []
-        self.users: list[int] = []
-
-
-class _Ring:
-    def __init__(self, begin: int, nbytes: int, slots: int = RING) -> None:
-        self.stride = -(-nbytes // _ALIGN) * _ALIGN
-        self._slots = [_Slot(begin + i * self.stride) for i in range(slots)]
-        self._turn = 0
-
-    @property
-    def end(self) -> int:
-        return self._slots[-1].offset + self.stride
-
-    def take(self) -> _Slot:
-        slot = self._slots[self._turn % len(self._slots)]
-        self._turn += 1
-        slot.before, slot.users = slot.users, []
-        return slot
-
-
-class _Lowering:
-    def __init__(self, plan: Plan, rank: int, compressor: Compressor | None, members: Members | None) -> None:
-        self.plan, self.rank, self.compressor, self.members = plan, rank, compressor, members
+class _Lowering(PayloadLowering):
+    def __init__(
+        self,
+        plan: Plan,
+        rank: int,
+        compressors: tuple[Compressor | None, Compressor | None],
+        members: Members | None,
+    ) -> None:
+        self.plan, self.rank, self.compressors, self.members = plan, rank, compressors, members
         self.node = plan.topology.nodes[plan.topology.node_of(rank)]
         self.itemsize = policy.itemsize(plan.dtype)
         self.streams: dict[Hashable, int] = {}
         self.done_by: dict[int, list[int]] = {}  # step -> operations that complete it here
-        self.payloads: dict[tuple[int, int], _Slot] = {}  # (shard, chunk) -> where its payloads lie
-        self.residual_offset = _offsets(plan.residual_regions(rank))
         self.program = self._new_program()
         steps = plan.for_rank(rank)
         self.delivered = delivered(steps, rank)
@@ -155,17 +126,18 @@ class _Lowering:
             (s.region.numel * (len(s.group) - 1) for s in steps if s.op.startswith("exchange_reduce")),
             default=0,
         )
-        self.receive_ring = _Ring(0, inter * self.itemsize)
-        held = max(RING, most_held(steps))
-        self.payload_ring = _Ring(self.receive_ring.end, self._payload_set_nbytes(steps), held)
-        self.program.scratch_nbytes = self.payload_ring.end
+        self.receive_ring = Ring(0, inter * self.itemsize)
+        self.program.scratch_nbytes = self._prepare_payloads(steps, self.receive_ring.end)
         for step in hand_out_first(steps, rank):
             getattr(self, f"_{step.op}")(step)
 
     def _new_program(self) -> _C.Program:
-        plan, codec = self.plan, {}
-        if self.compressor is not None and plan.compressor != "none":
-            codec = {"codec": self.compressor.spec.params}
+        plan = self.plan
+        active = (plan.compressor, plan.intra_compressor)
+        codecs = [
+            (0, 0, 0, 0, 0) if codec is None or text == "none" else codec.spec.params
+            for codec, text in zip(self.compressors, active, strict=True)
+        ]
         program = _C.Program(
             digest=plan.digest if self.members is None else self.members.digest_of(plan),
             numel=plan.numel,
@@ -174,10 +146,11 @@ class _Lowering:
             op=OPS.index(plan.op),
             group=0 if self.members is None else self.members.digest,
             members="" if self.members is None else self.members.label,
-            **codec,
+            codecs=codecs,
         )
-        if codec and self.compressor is not None and isinstance(self.compressor.spec, CustomSpec):
-            _C.set_custom(program, self.compressor.spec)
+        codec = self.compressors[0]
+        if codec is not None and plan.compressor != "none" and isinstance(codec.spec, CustomSpec):
+            _C.set_custom(program, codec.spec)
         return program
 
     def _add(
@@ -195,6 +168,8 @@ class _Lowering:
         divisor: int = 1,
         deliver: bool = False,
         sources: Iterable[int] = (),
+        codec: int = 0,
+        momentum: bool = False,
     ) -> int:
         return self.program.add(
             kind,
@@ -211,6 +186,8 @@ class _Lowering:
             divisor=divisor,
             deliver=deliver,
             sources=list(sources),
+            codec=codec,
+            momentum=momentum,
         )
 
     def _after(self, step: Step) -> list[int]:
@@ -271,7 +248,7 @@ class _Lowering:
 
     # -- between nodes, dense ------------------------------------------------------------------------------
 
-    def _region_bytes(self, region: Region) -> _Bytes:
+    def _region_bytes(self, region: Region) -> Message:
         begin, count = region.begin * self.itemsize, region.numel * self.itemsize
         return {"offset": begin, "nbytes": count, "in_scratch": False}
 
@@ -302,7 +279,7 @@ class _Lowering:
             if rank == self.rank:
                 sources.append(_C.OWN_REGION)
                 continue
-            message: _Bytes = {"offset": offset, "nbytes": nbytes, "in_scratch": True}
+            message: Message = {"offset": offset, "nbytes": nbytes, "in_scratch": True}
             receives.append(
                 self._add(_C.Kind.receive, ("receive", rank), step, after=slot.before, peer=rank, **message)
             )
@@ -331,81 +308,3 @@ class _Lowering:
             root = step.root
             op = self._add(_C.Kind.receive, ("receive", root), step, after=after, peer=root, **region)
             self.done_by[step.id] = [op]
-
-    # -- between nodes, compressed -------------------------------------------------------------------------
-
-    def _payload_nbytes(self, region: Region) -> int:
-        if self.compressor is None:
-            raise PlanError(f"a plan compressed by {self.plan.compressor} needs its compressor to be lowered")
-        return self.compressor.nbytes(region.numel)
-
-    def _payload_set_nbytes(self, steps: Iterable[Step]) -> int:
-        """The payloads of one chunk, one per node."""
-        sizes = (self._payload_nbytes(s.region) * len(s.group) for s in steps if s.op == "exchange_payload")
-        return max(sizes, default=0)
-
-    def _payload_offset(self, step: Step, node: int) -> int:
-        return self.payloads[step.shard, step.chunk].offset + node * self._payload_nbytes(step.region)
-
-    def _compress(self, step: Step) -> None:
-        slot = self.payload_ring.take()
-        self.payloads[step.shard, step.chunk] = slot
-        node = self.plan.topology.node_of(self.rank)
-        op = self._add(
-            _C.Kind.encode,
-            "compress",
-            step,
-            after=[*self._after(step), *slot.before],
-            offset=self._payload_offset(step, node),
-            nbytes=self._payload_nbytes(step.region),
-            residual=self.residual_offset[step.region],
-        )
-        slot.users.append(op)
-        self.done_by[step.id] = [op]
-
-    def _exchange_payload(self, step: Step) -> None:
-        slot = self.payloads[step.shard, step.chunk]
-        nbytes, done = self._payload_nbytes(step.region), []
-        for node, rank in enumerate(step.group):
-            if rank == self.rank:
-                continue
-            receive: _Bytes = {
-                "offset": self._payload_offset(step, node),
-                "nbytes": nbytes,
-                "in_scratch": True,
-            }
-            done.append(
-                self._add(_C.Kind.receive, ("receive", rank), step, after=slot.before, peer=rank, **receive)
-            )
-        own = self._payload_offset(step, step.group.index(self.rank))
-        for rank in step.group:
-            if rank != self.rank:
-                send: _Bytes = {"offset": own, "nbytes": nbytes, "in_scratch": True}
-                after = self._after(step)
-                slot.users.append(
-                    self._add(_C.Kind.send, ("send", rank), step, after=after, peer=rank, **send)
-                )
-        self.done_by[step.id] = [*self._after(step), *done]
-
-    def _decompress(self, step: Step) -> None:
-        slot = self.payloads.pop((step.shard, step.chunk))
-        nodes = range(len(self.plan.topology.nodes))
-        nbytes = self._payload_nbytes(step.region)
-        op = self._add(
-            _C.Kind.decode,
-            "decompress",
-            step,
-            after=self._after(step),
-            sources=[slot.offset + node * nbytes for node in nodes],
-            divisor=step.divisor,
-        )
-        slot.users.append(op)
-        self.done_by[step.id] = [op]
-
-
-def _offsets(regions: Iterable[Region]) -> dict[Region, int]:
-    offsets, total = {}, 0
-    for region in regions:
-        offsets[region] = total
-        total += region.numel
-    return offsets

@@ -21,7 +21,7 @@ from hybridcomm.topology import Topology
 if TYPE_CHECKING:
     from hybridcomm.cost import KernelCost
 
-__all__ = ["ALL", "OPS", "STREAMS", "WORDS", "Part", "Plan", "Region", "Step"]
+__all__ = ["ALL", "OPS", "RESIDUALS", "STREAMS", "WORDS", "Part", "Plan", "Region", "Step"]
 
 WORDS = ("ready", "bucket", "reduce", "compress", "exchange", "decompress", "gather")
 """The seven words of the route of a gradient."""
@@ -32,15 +32,22 @@ STREAMS = ("reduce", "compress", "exchange", "decompress", "gather")
 OPS = {
     "reduce": "reduce",  # step 3, shared memory: root's region becomes the sum over group, in group order
     "reduce_all": "reduce",  # steps 3 and 7 in one, small regions: every rank of group sums all of theirs itself
+    "compress_intra": "compress",  # before a compressed step 3: root encodes its region (+ residual) for the owner
+    "reduce_payload": "reduce",  # step 3, compressed, shared memory: root adds the others' payloads to its region
     "compress": "compress",  # step 4: root encodes its region (+ residual) into the payload of (shard, chunk)
-    "exchange_payload": "exchange",  # step 5: every owner in group gets all owners' payloads
+    "exchange_payload": "exchange",  # step 5: root (-1: every owner in group) gets all owners' payloads
+    "recompress": "compress",  # step 5 in two stages: root adds the payloads (+ residual) and encodes the sum anew
+    "exchange_recompressed": "exchange",  # step 5 in two stages, second half: root's second payload to the group
     "exchange_reduce": "exchange",  # step 5, dense, first half: like reduce, between nodes
     "exchange_reduce_all": "exchange",  # step 5, dense, in one: every rank of group sums all of theirs itself
     "exchange_gather": "exchange",  # step 5, dense, second half: root's region is copied to the group
-    "decompress": "decompress",  # step 6: root clears its region and adds the payloads in node order
+    "decompress": "decompress",  # step 6: root clears its region and adds the payloads that it has, in node order
     "gather": "gather",  # step 7, shared memory: root's region is copied to the group, ranks of its node
 }
 """Op of a step -> the stream it runs on."""
+
+RESIDUALS = ("compress", "recompress", "compress_intra")
+"""Ops that leave a residual behind: of (node, shard), of a slice, of a rank and what it does not own."""
 
 _MAGIC = "hybridcomm-plan/2"
 
@@ -125,9 +132,10 @@ _PART = re.compile(r"(\*|\d+)>(\*|\d+)\[(\d+):(\d+)\]")
 class Plan:
     """A collective as a value: what is done, by whom, on which elements, in which order.
 
-    ``numel`` elements of ``dtype``; ``op`` is "sum", "mean" or "none"; ``compressor`` the canonical text of
-    the compressor ("none": dense); ``chunk_elems`` the longest chunk; ``root`` the rank that all data comes
-    from or goes to, else -1. Steps stand in one global order that is itself a valid sequential execution.
+    ``numel`` elements of ``dtype``; ``op`` is "sum", "mean" or "none"; ``compressor`` the canonical text of the
+    compressor ("none": dense), ``intra_compressor`` that of the one inside nodes; ``chunk_elems`` the longest
+    chunk; ``root`` the rank that all data comes from or goes to, else -1. Steps stand in one global order that is
+    itself a valid sequential execution.
 
     ``parts`` tile the elements (empty: one part, from all to all). The buffer is flat in the plan's eyes alone: a
     rank needs memory for what its steps touch, wherever that lies.
@@ -143,6 +151,7 @@ class Plan:
     steps: tuple[Step, ...]
     root: int = -1
     parts: tuple[Part, ...] = ()
+    intra_compressor: str = "none"
 
     def for_rank(self, rank: int) -> tuple[Step, ...]:
         """The steps that ``rank`` takes part in, in plan order."""
@@ -157,9 +166,24 @@ class Plan:
                 out[rank].append(step)
         return tuple(map(tuple, out))
 
-    def residual_regions(self, rank: int) -> tuple[Region, ...]:
-        """The regions, ascending, whose residual lives on ``rank``: those that it compresses."""
-        return tuple(sorted(step.region for step in self.for_rank(rank) if step.op == "compress"))
+    def residual_regions(self, rank: int, op: str = "compress") -> tuple[Region, ...]:
+        """The regions, ascending, whose residual lives on ``rank``: those that it compresses.
+
+        ``op``: one of `RESIDUALS`.
+        """
+        return tuple(sorted(step.region for step in self.for_rank(rank) if step.op == op))
+
+    def residuals(self, rank: int) -> dict[str, tuple[Region, ...]]:
+        """All of `residual_regions`, by op."""
+        return {op: self.residual_regions(rank, op) for op in RESIDUALS}
+
+    @cached_property
+    def exchange(self) -> str:
+        """How payloads are exchanged: "gather", "two_stage", or "none" in a plan that has no payloads."""
+        ops = {step.op for step in self.steps}
+        if "exchange_payload" not in ops:
+            return "none"
+        return "two_stage" if "recompress" in ops else "gather"
 
     def written_regions(self, rank: int) -> tuple[Region, ...]:
         """The regions, ascending and merged, that steps write on ``rank``: results, and partial ones."""
@@ -185,10 +209,11 @@ class Plan:
                 total += peers * step.region.numel * size
             elif step.op == "exchange_reduce_all":
                 total += len(step.group) * peers * step.region.numel * size
-            elif step.op == "exchange_payload":
+            elif step.op in ("exchange_payload", "exchange_recompressed"):
                 if payload_nbytes is None:
                     raise PlanError(f"compressor {self.compressor}: give payload_nbytes to size its payloads")
-                total += len(step.group) * peers * payload_nbytes(step.region.numel)
+                receivers = len(step.group) if step.root == -1 else 1
+                total += receivers * peers * payload_nbytes(step.region.numel)
         return total
 
     def cost(self, topology: Topology, *, kernels: Mapping[str, KernelCost] | None = None) -> float:
@@ -205,10 +230,12 @@ class Plan:
         """The canonical text form; ``Plan.parse`` reads it back."""
         count = Counter(step.stream for step in self.steps)
         route = " ".join(f"{word}={count[word]}" for word in STREAMS)
+        if self.exchange == "two_stage":
+            route += " exchanged in two stages"
         head = (
             f"{_MAGIC} collective={self.collective} numel={self.numel} dtype={self.dtype} op={self.op} "
             f"compressor={self.compressor} chunk_elems={self.chunk_elems} root={self.root} "
-            f"parts={','.join(map(str, self.parts)) or '-'}\n"
+            f"parts={','.join(map(str, self.parts)) or '-'} intra_compressor={self.intra_compressor}\n"
             f"topology {self.topology}\nroute ready -> bucket -> {route}\n"
         )
         return head + "".join([f"{step}\n" for step in self.steps])
@@ -246,6 +273,7 @@ class Plan:
                 steps=steps,
                 root=int(head["root"]),
                 parts=tuple(map(_parse_part, head["parts"].split(","))) if head["parts"] != "-" else (),
+                intra_compressor=head["intra_compressor"],
             )
         except ValueError as error:
             raise PlanError(f"lines 1-2: {error}") from error
@@ -267,7 +295,9 @@ class Plan:
 def _writes(step: Step, rank: int) -> bool:
     if step.op in ("gather", "exchange_gather"):
         return rank != step.root
-    return (rank == step.root and step.op != "compress") or step.op in ("reduce_all", "exchange_reduce_all")
+    if step.op in ("compress", "compress_intra", "exchange_payload", "exchange_recompressed"):
+        return False
+    return rank == step.root or step.op in ("reduce_all", "exchange_reduce_all")
 
 
 def _parse_part(text: str) -> Part:

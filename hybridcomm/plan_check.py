@@ -17,9 +17,11 @@ from hybridcomm.plan_streams import check_progress
 
 __all__ = ["check_plan"]
 
-_IN_NODE = ("reduce", "gather", "reduce_all")
-_ROOTLESS = ("exchange_payload", "reduce_all", "exchange_reduce_all")
-_ALONE = ("compress", "decompress")
+_IN_NODE = ("reduce", "gather", "reduce_all", "reduce_payload")
+_ROOTLESS = ("reduce_all", "exchange_reduce_all")
+_ANYBODY = ("reduce_all", "compress_intra")  # not the owners of a shard alone
+_EITHER = ("exchange_payload",)  # with a root, or without
+_ALONE = ("compress_intra", "compress", "recompress", "decompress")
 _PAIRWISE = ("reduce", "gather", "scatter", "all_to_all", "monitored_barrier")
 """Collectives that also copy from one rank to another."""
 
@@ -41,7 +43,7 @@ def check_plan(plan: Plan, *, slots: int = 4) -> None:
     for place, step in enumerate(plan.steps):
         _check_step(plan, step, place)
     _check_parts(plan)
-    _check_whole_shards(plan)
+    _check_whole_regions(plan)
     atoms = _Atoms(plan)
     _check_coverage(plan, atoms)
     _check_dependencies(plan, atoms)
@@ -64,7 +66,7 @@ def _check_step(plan: Plan, step: Step, place: int) -> None:
         raise _fail(step, f"region is empty or not within the {plan.numel} elements")
     if any(not 0 <= rank < plan.topology.world_size for rank in step.group):
         raise _fail(step, f"group names a rank outside 0..{plan.topology.world_size - 1}")
-    if (step.op in _ROOTLESS) != (step.root == -1):
+    if step.op not in _EITHER and (step.op in _ROOTLESS) != (step.root == -1):
         raise _fail(step, "needs a root" if step.root == -1 else "takes no root")
     if step.root != -1 and step.root not in step.group:
         raise _fail(step, f"root {step.root} is not in the group")
@@ -93,7 +95,7 @@ def _check_group(plan: Plan, step: Step) -> None:
             raise _fail(step, "group must hold ranks of two or more nodes, in node order")
     elif nodes != list(range(len(topology.nodes))) or len(nodes) < 2:
         raise _fail(step, "group must hold one rank per node, in node order, of two or more nodes")
-    if plan.collective in ("allreduce", "barrier") and step.op != "reduce_all":
+    if plan.collective in ("allreduce", "barrier") and step.op not in _ANYBODY:
         owners = topology.owners(step.shard)
         wrong = [r for r in (step.group if step.stream == "exchange" else (step.root,)) if r not in owners]
         if wrong:
@@ -127,16 +129,27 @@ def _check_parts(plan: Plan) -> None:
         raise PlanError(f"the parts of {plan.collective} end at {at} of {plan.numel} elements")
 
 
-def _check_whole_shards(plan: Plan) -> None:
-    """A codec that selects over a whole region must get each shard in one piece."""
+def _check_whole_regions(plan: Plan) -> None:
+    """A codec that selects over a whole region must get each shard, or in two stages each slice, in one piece."""
+    slices = sorted((s.region.begin, s.root) for s in plan.steps if s.op == "exchange_payload")
+    begins = [begin for begin, _ in slices]
+    first: dict[tuple[str, int, int, int], Step] = {}
+    for step in _of_whole_regions(plan):
+        at = bisect_right(begins, step.region.begin)
+        place = (step.op, step.root, step.shard, slices[at - 1][1] if at else -1)
+        if first.setdefault(place, step) is not step:
+            what = "a slice of shard" if plan.exchange == "two_stage" else "shard"
+            raise _fail(step, f"cuts {what} {step.shard}, which its compressor needs whole")
+
+
+def _of_whole_regions(plan: Plan) -> list[Step]:
+    """The steps that encode with a codec that selects over a whole region."""
     from hybridcomm.kernels.spec import CODECS, name_of, parse
 
-    if name_of(plan.compressor) not in CODECS or not parse(plan.compressor).whole_region:
-        return
-    first: dict[tuple[int, int], Step] = {}
-    for step in plan.steps:
-        if step.op == "compress" and first.setdefault((step.root, step.shard), step) is not step:
-            raise _fail(step, f"cuts shard {step.shard}, which {plan.compressor} needs whole")
+    codecs = dict.fromkeys(("compress", "recompress"), plan.compressor)
+    codecs["compress_intra"] = plan.intra_compressor
+    whole = [op for op, text in codecs.items() if name_of(text) in CODECS and parse(text).whole_region]
+    return [step for step in plan.steps if step.op in whole]
 
 
 # -- 2. coverage -------------------------------------------------------------------------------------------
@@ -197,15 +210,31 @@ class _Symbols:
     def _run_payload(self, step: Step) -> None:
         for atom in self.atoms.of(step):
             key = (step.shard, step.chunk, atom)
-            if step.op == "compress":
+            if step.op in ("compress", "compress_intra"):
                 self.payloads[step.root][key] = [self._defined(step, self.held[step.root][atom])]
             elif step.op == "exchange_payload":
                 own = [self.payloads[rank].get(key, []) for rank in step.group]
                 if any(len(values) != 1 for values in own):
                     raise _fail(step, "an owner has no fresh payload of this shard and chunk to send")
                 every = [values[0] for values in own]
-                for rank in step.group:
+                for rank in step.group if step.root == -1 else (step.root,):
                     self.payloads[rank][key] = every
+            elif step.op == "reduce_payload":
+                others = [self.payloads[rank].pop(key, []) for rank in step.group if rank != step.root]
+                if any(len(values) != 1 for values in others):
+                    raise _fail(step, "a rank of the node has no fresh payload of this shard and chunk")
+                values = [self.held[step.root][atom], *(value for (value,) in others)]
+                self.held[step.root][atom] = self._add(step, values, step.divisor)
+            elif step.op == "recompress":
+                total = self._add(step, self.payloads[step.root].get(key, []), step.divisor)
+                self.payloads[step.root][key] = [total]
+                self.held[step.root][atom] = (0, 1)  # the sum was only passing through: nobody else has it
+            elif step.op == "exchange_recompressed":
+                second = self.payloads[step.root].get(key, [])
+                if len(second) != 1:
+                    raise _fail(step, "its root has no second payload of this shard and chunk to send")
+                for rank in step.group:
+                    self.payloads[rank][key] = second
             else:
                 values = self.payloads[step.root].get(key, [])
                 self.held[step.root][atom] = self._add(step, values, step.divisor)
@@ -264,11 +293,18 @@ def _accesses(step: Step, rank: int) -> Iterator[tuple[str, bool]]:
         yield "buffer", rank != step.root
     elif step.op in ("reduce_all", "exchange_reduce_all"):
         yield "buffer", True
-    elif step.op == "compress":
+    elif step.op == "reduce_payload":
+        yield ("buffer", True) if rank == step.root else ("payload", False)
+    elif step.op in ("compress", "compress_intra"):
         yield "buffer", False
         yield "payload", True
     elif step.op == "exchange_payload":
+        yield "payload", step.root in (-1, rank)
+    elif step.op == "exchange_recompressed":
+        yield "payload", rank != step.root
+    elif step.op == "recompress":
         yield "payload", True
+        yield "buffer", True
     else:
         yield "payload", False
         yield "buffer", True

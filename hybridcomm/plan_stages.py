@@ -1,13 +1,8 @@
-"""Stages that plans are built from: each takes one chunk one step along the route.
-
-Stages are software-pipelined: in slot t, chunk t is in the first stage, chunk t - 1 in the second, and so on,
-with the shards side by side. Within a slot the younger chunk goes first, so that a rank hands its data out
-before it waits.
-"""
+"""Stages that plans are built from: each takes one chunk one step along the route."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 from hybridcomm import policy
@@ -17,28 +12,41 @@ from hybridcomm.topology import Topology
 
 __all__ = [
     "Chunk",
-    "Stage",
     "Writer",
     "chunk_size",
     "chunks_of",
     "equal_parts",
-    "pipeline",
     "regions_of",
     "shard_regions",
-    "whole_shards",
 ]
 
 
 class Chunk:
     """One chunk on its way through the stages: its region, owners, the ids of the steps written so far."""
 
-    __slots__ = ("before", "decoded", "index", "owners", "ready", "reduced", "region", "shard", "slices")
+    __slots__ = (
+        "decoded",
+        "encoded",
+        "home",
+        "index",
+        "offered",
+        "owners",
+        "ready",
+        "reduced",
+        "region",
+        "shard",
+        "slices",
+    )
 
-    def __init__(self, shard: int, index: int, region: Region, owners: tuple[int, ...]) -> None:
+    def __init__(
+        self, shard: int, index: int, region: Region, owners: tuple[int, ...], home: int = -1
+    ) -> None:
         self.shard, self.index, self.region, self.owners = shard, index, region, owners
+        self.home = home  # the node whose owner adds this chunk's payloads (-1: every owner does)
         self.slices = _slices(region, len(owners), shard + index) if len(owners) > 1 else []
-        self.reduced: list[int] = [-1] * len(owners)  # per node: the id of its reduce, -1 where there is none
-        self.before: list[tuple[int, ...]] = []  # of a whole shard, per node: the ids of its chunks' reduces
+        self.reduced: list[tuple[int, ...]] = [()] * len(owners)  # per node: the ids of its reduces
+        self.offered: list[tuple[int, ...]] = [()] * len(owners)  # per node: the ids of its compress_intra
+        self.encoded: tuple[int, ...] = ()  # the ids of its compresses
         self.decoded: tuple[int, ...] = ()  # per node: the id of its decompress, if there is one
         self.ready: tuple[int, ...] = ()  # what the next stage waits for
 
@@ -78,30 +86,44 @@ class Writer:
 
     # -- stages: each takes a chunk one step along the route -----------------------------------------------
 
-    def reduce(self, chunk: Chunk, divisor: int = 1) -> None:
-        for node, ranks in enumerate(self.nodes):
-            if len(ranks) > 1:
-                chunk.reduced[node] = self.add("reduce", chunk, ranks, chunk.owners[node], divisor=divisor)
-        chunk.ready = tuple(step for step in chunk.reduced if step >= 0)
+    def reduce_on(self, chunk: Chunk, node: int, divisor: int = 1) -> None:
+        ranks = self.nodes[node]
+        if len(ranks) > 1:
+            chunk.reduced[node] = (self.add("reduce", chunk, ranks, chunk.owners[node], divisor=divisor),)
+            chunk.ready += chunk.reduced[node]
+
+    def compress_intra_on(self, chunk: Chunk, node: int) -> None:
+        for rank in self.nodes[node]:
+            if rank != chunk.owners[node]:
+                chunk.offered[node] += (self.add("compress_intra", chunk, (rank,), rank),)
+
+    def reduce_payload_on(self, chunk: Chunk, node: int, divisor: int = 1) -> None:
+        ranks, root = self.nodes[node], chunk.owners[node]
+        if len(ranks) > 1:
+            after = chunk.offered[node]
+            chunk.reduced[node] = (self.add("reduce_payload", chunk, ranks, root, after, divisor=divisor),)
+            chunk.ready += chunk.reduced[node]
 
     def reduce_all(self, chunk: Chunk, divisor: int) -> None:
         """On a single node."""
         chunk.ready = (self.add("reduce_all", chunk, self.nodes[0], -1, divisor=divisor),)
 
-    def compress(self, chunk: Chunk) -> None:
-        chunk.ready = tuple(
-            self.add(
-                "compress",
-                chunk,
-                (owner,),
-                owner,
-                chunk.before[node] if chunk.before else _known(chunk.reduced[node]),
-            )
-            for node, owner in enumerate(chunk.owners)
-        )
+    def compress_on(self, chunk: Chunk, node: int) -> None:
+        owner = chunk.owners[node]
+        chunk.encoded += (self.add("compress", chunk, (owner,), owner, chunk.reduced[node]),)
 
     def exchange_payload(self, chunk: Chunk) -> None:
-        chunk.ready = (self.add("exchange_payload", chunk, chunk.owners, -1, chunk.ready),)
+        root = -1 if chunk.home < 0 else chunk.owners[chunk.home]
+        chunk.ready = (self.add("exchange_payload", chunk, chunk.owners, root, chunk.encoded),)
+
+    def recompress(self, chunk: Chunk) -> None:
+        """The divisor comes last, so that the second residual is in units of the unscaled sum, as the first."""
+        root = chunk.owners[chunk.home]
+        chunk.ready += (self.add("recompress", chunk, (root,), root, chunk.ready),)
+
+    def exchange_recompressed(self, chunk: Chunk) -> None:
+        root = chunk.owners[chunk.home]
+        chunk.ready = (self.add("exchange_recompressed", chunk, chunk.owners, root, chunk.ready),)
 
     def decompress(self, chunk: Chunk, divisor: int) -> None:
         chunk.decoded = tuple(
@@ -133,7 +155,7 @@ class Writer:
             if len(ranks) == 1:
                 continue
             own = chunk.decoded[node : node + 1] or chunk.ready
-            after = tuple(sorted({*own, *_known(chunk.reduced[node])}))
+            after = tuple(sorted({*own, *chunk.reduced[node]}))
             self.add("gather", chunk, ranks, chunk.owners[node], after)
 
     def pass_on(self, chunk: Chunk, source: int, target: int) -> None:
@@ -142,40 +164,6 @@ class Writer:
         op = "gather" if home == away else "exchange_gather"
         low, high = sorted((source, target), key=lambda rank: (self.topology.node_of(rank), rank))
         chunk.ready = (self.add(op, chunk, (low, high), source, chunk.ready),)
-
-
-def _known(step: int) -> tuple[int, ...]:
-    return () if step < 0 else (step,)
-
-
-Stage = Callable[[Chunk], None]
-
-
-def pipeline(stages: Sequence[Stage], shards: Sequence[Sequence[Chunk]]) -> None:
-    longest = max(map(len, shards), default=0)
-    for slot in range(longest + len(stages) - 1):
-        for age, stage in enumerate(stages):
-            for chunks in shards:
-                if 0 <= slot - age < len(chunks):
-                    stage(chunks[slot - age])
-
-
-def whole_shards(writer: Writer, shards: Sequence[Sequence[Chunk]], divisor: int) -> None:
-    """Steps 4 to 6 once a shard: they wait for all of its chunks, and all of its chunks then wait for them."""
-    whole = []
-    for chunks in shards:
-        first = chunks[0]
-        shard = Chunk(first.shard, 0, Region(first.region.begin, chunks[-1].region.end), first.owners)
-        shard.before = [
-            tuple(s for c in chunks for s in _known(c.reduced[n])) for n in range(len(first.owners))
-        ]
-        whole.append([shard])
-    pipeline(
-        [writer.compress, writer.exchange_payload, lambda shard: writer.decompress(shard, divisor)], whole
-    )
-    for chunks, (shard,) in zip(shards, whole, strict=True):
-        for chunk in chunks:
-            chunk.decoded = shard.decoded
 
 
 def shard_regions(numel: int, shards: int, align: int) -> list[Region]:

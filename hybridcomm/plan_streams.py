@@ -77,7 +77,7 @@ class _Machine:
             return False
         if step.stream == "exchange" or step.op == "reduce_all":
             return self._meet(step)
-        if step.op == "reduce":
+        if step.op in ("reduce", "reduce_payload"):
             moved = self._collect(step) if rank == step.root else self._put("reduce", rank, step.root, step)
         elif step.op == "gather":
             moved = self._publish(step) if rank == step.root else self._take("gather", step.root, rank, step)

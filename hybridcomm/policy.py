@@ -11,12 +11,16 @@ from hybridcomm.errors import DataTypeError
 __all__ = [
     "DENSE_ALIGN",
     "DENSE_CHUNK_NBYTES",
+    "EXCHANGES",
+    "EXCHANGE_GAIN",
+    "GATHERING_NODES",
     "ITEMSIZE",
     "MAX_CHUNK_NBYTES",
     "MIN_CHUNK_NBYTES",
     "ONE_SHOT_READ_NBYTES",
     "bucket_nbytes",
     "chunk_elems",
+    "exchange",
     "exchange_at_once",
     "is_relayed",
     "itemsize",
@@ -54,6 +58,18 @@ MIN_CHUNK_NBYTES = 64 * 1024
 
 ONE_SHOT_READ_NBYTES = 32 * 1024
 """What a rank may read from the others of its node so that it sums all itself."""
+
+EXCHANGES = ("auto", "gather", "two_stage")
+"""How payloads may be asked to be exchanged."""
+
+EXCHANGE_GAIN = 0.5
+"""A two-stage exchange has to take less than this part of a gather's time: it loses information twice."""
+
+GATHERING_NODES = 4
+"""Up to so many nodes two stages send half of a gather's bytes or more: 2 (M - 1) / M against M - 1 payloads."""
+
+_ASSUMED_ALPHA, _ASSUMED_BETA = 100e-6, 8e-9  # s, s/byte: Ethernet of 1 Gbit/s
+_ASSUMED_KERNELS = 1e-9  # s per element of a shard: two passes of a codec over it
 
 _CHUNKS_WANTED = 4  # enough that the in-node and the inter-node stage overlap
 
@@ -108,6 +124,29 @@ def exchange_at_once(nodes: int, nbytes: int) -> bool:
 def is_relayed(nbytes: int) -> bool:
     """Whether a broadcast to several nodes is worth a hop more: one chunk is not."""
     return nbytes > MIN_CHUNK_NBYTES
+
+
+def exchange(
+    *,
+    nodes: int,
+    payload_nbytes: int,
+    shard_numel: int,
+    alpha: float | None = None,
+    beta: float | None = None,
+) -> str:
+    """ "gather" or "two_stage": how ``nodes`` nodes exchange payloads of ``payload_nbytes`` per node.
+
+    With M nodes a gather takes ``alpha + (M - 1) * payload * beta`` on a node's link, two stages take
+    ``2 * alpha + 2 * (M - 1) / M * payload * beta``; either beside the kernels' time for ``shard_numel`` elements.
+    ``alpha`` (s) and ``beta`` (s/byte) are those of the links between nodes; where they were not measured, those of
+    Ethernet of 1 Gbit/s.
+    """
+    if alpha is None or beta is None:
+        alpha, beta = _ASSUMED_ALPHA, _ASSUMED_BETA
+    kernels, wire = shard_numel * _ASSUMED_KERNELS, payload_nbytes * beta
+    gather = kernels + alpha + (nodes - 1) * wire
+    two_stage = kernels + 2 * alpha + 2 * (nodes - 1) / nodes * wire
+    return "two_stage" if two_stage < EXCHANGE_GAIN * gather else "gather"
 
 
 def bucket_nbytes(total_nbytes: int) -> int:

@@ -10,7 +10,7 @@ index order on all ranks, whatever order the hooks fire in: a full bucket waits 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,13 @@ import torch
 from hybridcomm import reducer_report as report
 from hybridcomm import reducer_setup as setup
 from hybridcomm.bucket import Bucket, BucketLayout, BucketState
-from hybridcomm.compression_policy import Choice, CompressionPolicy
+from hybridcomm.compress import LinkCompressors
+from hybridcomm.compression_policy import CompressionPolicy
 from hybridcomm.errors import DataTypeError, HybridCommError, ResidualError, UnsupportedError
 from hybridcomm.reducer_report import ReducerStats
 from hybridcomm.reducer_setup import ContextLike, WorkLike
 from hybridcomm.residual import Residual
+from hybridcomm.residual_layout import RegionsByOp
 from hybridcomm.step_guard import StepGuard
 
 if TYPE_CHECKING:
@@ -41,8 +43,9 @@ class Reducer:
 
     ``compress``: as in `allreduce`, for all parameters but norms, biases and other vectors, which stay dense; or a
     `Schedule`; or a `CompressionPolicy`, which decides by name, role and size. Parameters that are compressed alike
-    share buckets, which are then fp32. ``bucket_cap_mb``: MiB per
-    bucket, None lets policy choose. ``unused``: what to do with parameters that got no gradient, "error" or
+    share buckets, which are then fp32. A mapping by link class may hold either as ``inter_node``; its ``intra_node``
+    acts on buckets while they are compressed between nodes. ``exchange``: as in `allreduce`. ``bucket_cap_mb``: MiB
+    per bucket, None lets policy choose. ``unused``: what to do with parameters that got no gradient, "error" or
     "zero" (their share of the mean is zero). Raises typed errors naming rank and parameters.
     """
 
@@ -51,17 +54,19 @@ class Reducer:
         module: torch.nn.Module,
         *,
         ctx: ContextLike,
-        compress: Choice | CompressionPolicy = None,
+        compress: setup.ChoiceByLink = None,
         bucket_cap_mb: float | None = None,
         residual: Residual | None = None,
+        exchange: str = "auto",
         unused: str = "error",
         sync_parameters: bool = True,
     ) -> None:
         if unused not in ("error", "zero"):
             raise UnsupportedError(f"unused={unused!r}: use 'error' or 'zero'")
         self.ctx = ctx
-        self.policy = CompressionPolicy.of(compress)
-        self.requested = "policy" if compress is self.policy else str(compress or "none")
+        choice, self.intra = setup.by_link(compress)
+        self.policy = CompressionPolicy.of(choice)
+        self.requested = "policy" if choice is self.policy else str(choice or "none")
         self._unused = unused
         self._sync = True
         self._scaler: GradScaler | None = None
@@ -72,10 +77,14 @@ class Reducer:
         compresses = any(layout.compress != "none" for layout in self.layouts)
         if residual is not None and not compresses:
             raise UnsupportedError("residual= has nothing to do without compress=")
+        setup.check_links(exchange, self.intra, compresses)
         self.residual = Residual() if residual is None else residual
         self.residual.rekey()
-        setup.check_agreement(ctx, self.layouts, f"{self.policy} {self.residual.settings}")
+        setup.check_agreement(
+            ctx, self.layouts, f"{self.policy} {self.intra} {exchange} {self.residual.settings}"
+        )
         self.schedules = setup.schedules_of(ctx, self.layouts, choices)
+        self.exchanges = setup.exchanges_of(ctx, self.layouts, choices, exchange)
         setup.check_feedback(self.residual, self.schedules)
         self._guard = StepGuard(self.residual, counts=compresses)
         if sync_parameters:
@@ -83,7 +92,7 @@ class Reducer:
         device = next(iter(self._parameters.values())).device
         self._buckets = [Bucket(layout) for layout in self.layouts]
         self._flats = [setup.flat_buffer(ctx, layout, device) for layout in self.layouts]
-        self._regions: dict[int, Sequence[tuple[int, int]]] = {}  # by bucket, where its residual lies
+        self._regions: dict[int, RegionsByOp] = {}  # by bucket, where its residual lies
         self._works: list[WorkLike] = []
         self._running = False
         self._place: dict[str, tuple[int, torch.Tensor]] = {}
@@ -208,8 +217,9 @@ class Reducer:
         return self.ctx.allreduce(
             flat,
             op="mean",
-            compress=codec,
+            compress=LinkCompressors(inter_node=codec, intra_node=self.intra),
             residual=self.residual,
+            exchange=self.exchanges[layout.index],
             async_op=True,
             residual_key=layout.key,
             spans=layout.spans,
@@ -218,7 +228,8 @@ class Reducer:
     def _deliver(self, layout: BucketLayout, flat: torch.Tensor) -> None:
         """A dense phase: what compressed steps left is part of what this rank puts in."""
         if layout.index not in self._regions:
-            self._regions[layout.index] = setup.regions_of(self.ctx, layout, self.schedules[layout.index])
+            codec, exchange = self.schedules[layout.index].codecs[0], self.exchanges[layout.index]
+            self._regions[layout.index] = setup.regions_of(self.ctx, layout, codec, self.intra, exchange)
         regions = self._regions[layout.index]
         self.residual.deliver(layout.key, flat.numpy(), regions=regions, spans=layout.spans)
 
@@ -333,7 +344,11 @@ class Reducer:
     def table(self) -> str:
         """Text: per link and per kind of bucket, what was requested, what is active now, and the ratio of bytes."""
         active = [schedule.at(self._guard.applied) for schedule in self.schedules]
-        return report.table(self.ctx.topology, self.layouts, self.requested, active)
+        links = [
+            None if codec is None else LinkCompressors(inter_node=codec, intra_node=self.intra)
+            for codec in active
+        ]
+        return report.table(self.ctx.topology, self.layouts, self.requested, links, self.exchanges)
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state: ``applied`` optimizer steps, which schedules go by, and the committed ``residual``."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hybridcomm import collective_plans as plans
 from hybridcomm.bucket import BucketLayout
-from hybridcomm.compress import Compressor
+from hybridcomm.compress import LinkCompressors, resolve
 from hybridcomm.topology import Topology
 
 __all__ = ["ReducerStats", "table"]
@@ -28,21 +28,31 @@ class ReducerStats:
 
 
 def table(
-    topology: Topology, layouts: Sequence[BucketLayout], requested: str, active: Sequence[Compressor | None]
+    topology: Topology,
+    layouts: Sequence[BucketLayout],
+    requested: str,
+    links: Sequence[LinkCompressors | None],
+    exchanges: Sequence[str],
 ) -> str:
     """Text: per link, and per kind of bucket, requested -> active and dense bytes per byte sent.
 
-    ``active``: by bucket; None: dense.
+    ``links``: what acts, by bucket; None: dense. ``exchanges``: as asked for, by bucket.
     """
-    dense, sent = zip(*(_wire(topology, *pair) for pair in zip(layouts, active, strict=True)), strict=True)
-    multi, alone = max(map(len, topology.nodes)) > 1, len(topology.nodes) == 1
+    active = [None if link is None else resolve(link.inter_node) for link in links]
+    dense, sent, ways = zip(
+        *(_wire(topology, *row) for row in zip(layouts, links, exchanges, strict=True)), strict=True
+    )
+    alone = len(topology.nodes) == 1
     names = dict.fromkeys(str(codec) for codec in active if codec is not None)
     some = " + dense" if names and None in active else ""
     across = "no peer (one node)" if alone else " + ".join(names) + some if names else "dense"
-    links = [
+    if "two_stage" in ways:
+        across += f", {ways.count('two_stage')} of {len(ways)} buckets in two stages"
+    asked_ways = ", ".join([requested, *sorted(set(exchanges) & {"gather", "two_stage"})])
+    by_link = [
         ("link", "requested", "active", "ratio"),
-        ("intra_node", "dense", "dense" if multi else "no peer", "1.0" if multi else "-"),
-        ("inter_node", requested, across, _ratio(sum(dense), sum(sent))),
+        ("intra_node", *_in_node(topology, layouts, links)),
+        ("inter_node", asked_ways, across, _ratio(sum(dense), sum(sent))),
     ]
     kinds: dict[tuple[str, str, str], list[int]] = {}
     for layout, codec in zip(layouts, active, strict=True):
@@ -57,16 +67,44 @@ def table(
     mib = sum(layout.nbytes for layout in layouts) / (1 << 20)
     sizes = " + ".join(str(len(node)) for node in topology.nodes)
     total = f"{len(layouts)} buckets, {mib:.1f} MiB, over nodes of {sizes} ranks"
-    return "\n".join([*_aligned(links), *_aligned(rows), total])
+    return "\n".join([*_aligned(by_link), *_aligned(rows), total])
 
 
-def _wire(topology: Topology, layout: BucketLayout, codec: Compressor | None) -> tuple[int, int]:
-    """Bytes between nodes: dense in the bucket's dtype, and as they are sent."""
+def _wire(
+    topology: Topology, layout: BucketLayout, links: LinkCompressors | None, exchange: str
+) -> tuple[int, int, str]:
+    """Bytes between nodes, dense in the bucket's dtype and as they are sent; how payloads are exchanged."""
     dense = plans.allreduce(topology, layout.numel, dtype=layout.dtype, op="mean").wire_nbytes()
+    codec = None if links is None else resolve(links.inter_node)
+    if links is None or codec is None:
+        return dense, dense, "none"
+    plan = plans.allreduce(
+        topology,
+        layout.numel,
+        op="mean",
+        compressor=codec,
+        intra=links.intra_node,
+        exchange=exchange,
+    )
+    return dense, plan.wire_nbytes(codec.nbytes), plan.exchange
+
+
+def _in_node(
+    topology: Topology, layouts: Sequence[BucketLayout], links: Sequence[LinkCompressors | None]
+) -> tuple[str, str, str]:
+    """Requested, active, ratio; bytes are those that go to owners, and back, which is dense."""
+    codec = next((link.intra_node for link in links if link is not None), None)
+    asked = "dense" if codec is None else str(codec)
+    if topology.K == 1:
+        return asked, "no peer", "-"
     if codec is None:
-        return dense, dense
-    plan = plans.allreduce(topology, layout.numel, op="mean", compressor=codec)
-    return dense, plan.wire_nbytes(codec.nbytes)
+        return asked, "dense", "1.0"
+    dense = sum(layout.nbytes for layout in layouts)
+    sent = sum(
+        layout.nbytes if link is None else codec.nbytes(layout.numel)
+        for layout, link in zip(layouts, links, strict=True)
+    )
+    return asked, f"{codec} to owners, dense back", _ratio(2 * dense, dense + sent)
 
 
 def _ratio(dense: int, sent: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
@@ -12,8 +12,8 @@ from hybridcomm import auto, policy
 from hybridcomm import collective_plans as plans
 from hybridcomm import compress as compressors
 from hybridcomm.bucket import BucketLayout, ParameterSize, Span, plan_buckets
-from hybridcomm.compress import Compress
-from hybridcomm.compression_policy import CompressionPolicy, ParameterFacts
+from hybridcomm.compress import ByLink, Compressor
+from hybridcomm.compression_policy import Choice, CompressionPolicy, ParameterFacts
 from hybridcomm.errors import DataTypeError, PlanMismatchError, UnsupportedError
 from hybridcomm.schedule import Schedule
 
@@ -23,11 +23,15 @@ if TYPE_CHECKING:
     from hybridcomm.topology import Topology
 
 __all__ = [
+    "ChoiceByLink",
     "ContextLike",
     "WorkLike",
+    "by_link",
     "check_agreement",
     "check_feedback",
+    "check_links",
     "choices_of",
+    "exchanges_of",
     "flat_buffer",
     "layouts_of",
     "regions_of",
@@ -35,6 +39,10 @@ __all__ = [
     "sync_parameters",
     "trainable",
 ]
+
+
+ChoiceByLink = Choice | CompressionPolicy | Mapping[str, Choice | CompressionPolicy]
+"""What a `Reducer` takes as ``compress=``."""
 
 
 class WorkLike(Protocol):
@@ -63,8 +71,9 @@ class ContextLike(Protocol):
         tensor: torch.Tensor,
         *,
         op: str = ...,
-        compress: Compress = ...,
+        compress: ByLink = ...,
         residual: Residual | None = ...,
+        exchange: str = ...,
         async_op: bool = ...,
         residual_key: str = ...,
         spans: Sequence[Span] | None = ...,
@@ -73,6 +82,31 @@ class ContextLike(Protocol):
     def broadcast(self, tensor: torch.Tensor, root: int) -> Any: ...
 
     def empty(self, *size: int, dtype: Any) -> Any: ...
+
+
+def by_link(compress: ChoiceByLink) -> tuple[Choice | CompressionPolicy, Compressor | None]:
+    """What ``compress=`` says of links between nodes, and of those inside; raises `CompressorError` as
+    `compress.by_link` does.
+    """
+    if not isinstance(compress, Mapping):
+        return compress, None
+    inter = compress.get("inter_node")
+    rest: dict[str, Any] = dict(compress)
+    if "inter_node" in rest and not auto.is_auto(inter):
+        rest["inter_node"] = None  # whatever it is: a policy's rules resolve it
+    return inter, compressors.by_link(rest).intra_node
+
+
+def check_links(exchange: str, intra: Compressor | None, compresses: bool) -> None:
+    """Raises `UnsupportedError` for an unknown exchange, and where nothing is compressed between nodes."""
+    if exchange not in policy.EXCHANGES:
+        raise UnsupportedError(f"exchange={exchange!r}: choose one of {', '.join(policy.EXCHANGES)}")
+    if exchange != "auto" and not compresses:
+        raise UnsupportedError(f"exchange={exchange!r} has nothing to do without compress= between nodes")
+    if intra is not None and not compresses:
+        raise UnsupportedError(
+            f"intra_node={intra} acts on buckets that are compressed between nodes, and none is: name inter_node too"
+        )
 
 
 def trainable(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -150,10 +184,24 @@ def schedules_of(
         choice = choices[layout.names[0]]
         if isinstance(choice, str):
             context: Any = ctx
-            choice = Schedule(
-                (0, auto.resolve(context, choice, numel=layout.numel, dtype="float32", op="mean"))
-            )
+            codec, _ = auto.resolve(context, choice, numel=layout.numel, dtype="float32", op="mean")
+            choice = Schedule((0, codec))
         found.append(choice)
+    return tuple(found)
+
+
+def exchanges_of(
+    ctx: ContextLike, layouts: Sequence[BucketLayout], choices: Mapping[str, str | Schedule], exchange: str
+) -> tuple[str, ...]:
+    """``exchange`` of each bucket's calls; where "auto" decides on the compressor, it also decides on this."""
+    found = []
+    for layout in layouts:
+        choice, way, context = choices[layout.names[0]], exchange, cast(Any, ctx)
+        if isinstance(choice, str):
+            _, way = auto.resolve(
+                context, choice, numel=layout.numel, dtype="float32", op="mean", exchange=exchange
+            )
+        found.append(way)
     return tuple(found)
 
 
@@ -169,10 +217,14 @@ def check_feedback(residual: Residual, schedules: Sequence[Schedule]) -> None:
         )
 
 
-def regions_of(ctx: ContextLike, layout: BucketLayout, schedule: Schedule) -> tuple[Region, ...]:
+def regions_of(
+    ctx: ContextLike, layout: BucketLayout, codec: Compressor, intra: Compressor | None, exchange: str
+) -> dict[str, tuple[Region, ...]]:
     """Where this rank holds the residual of a bucket: the same in every phase that compresses."""
-    plan = plans.allreduce(ctx.topology, layout.numel, op="mean", compressor=schedule.codecs[0])
-    return plan.residual_regions(ctx.rank)
+    plan = plans.allreduce(
+        ctx.topology, layout.numel, op="mean", compressor=codec, intra=intra, exchange=exchange
+    )
+    return plan.residuals(ctx.rank)
 
 
 def flat_buffer(ctx: ContextLike, layout: BucketLayout, device: torch.device) -> torch.Tensor:
@@ -196,8 +248,8 @@ def check_agreement(ctx: ContextLike, layouts: Sequence[BucketLayout], settings:
     ctx.allreduce(others, op="sum")
     if others.item():
         raise PlanMismatchError(
-            f"rank {ctx.rank}: {int(others.item())} ranks have other parameters, compress= or bucket_cap_mb= "
-            "than rank 0, or another Residual; build the same model with the same settings on every rank"
+            f"rank {ctx.rank}: {int(others.item())} ranks have other parameters, compress=, exchange= or "
+            "bucket_cap_mb= than rank 0, or another Residual; build the same model with the same settings on every rank"
         )
 
 

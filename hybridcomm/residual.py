@@ -1,12 +1,14 @@
 """Error feedback: what compression left out, kept until it is sent.
 
-A residual belongs to (node, shard) and is in units of the unscaled node sum. The law it keeps, over any
-number of steps:
+A residual belongs to (node, shard) and is in units of the unscaled node sum. A two-stage exchange has a second
+one: what was left out when the sum of a slice was encoded anew. It belongs to the slice and lives with its owner,
+in the same units: payloads are added as they are, and the mean is taken last. Compression inside a node has a
+third: of a rank and what it does not own, in units of its gradient. The law, over any number of steps:
 
-    sum over steps and ranks of gradients = W * sum of applied mean updates + sum over nodes of residuals
+    sum over steps and ranks of gradients = W * sum of applied mean updates + sum of all residuals
 
-Two buffers per entry, 2 * numel / L fp32 elements per rank: `commit` after the optimizer step was applied
-keeps the new one, `rollback` when it was skipped keeps the old one.
+Two buffers per entry, 2 * numel / L fp32 elements per rank (the second stage's: a node's part of that): `commit`
+after the optimizer step was applied keeps the new one, `rollback` when it was skipped keeps the old one.
 
 Two variants keep a law of their own:
 
@@ -18,53 +20,44 @@ Two variants keep a law of their own:
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hybridcomm.bucket import Span
 from hybridcomm.errors import ResidualError, UnsupportedError
+from hybridcomm.residual_layout import (
+    FIRST,
+    KEY,
+    SECOND,
+    FloatArray,
+    Held,
+    Layout,
+    RegionsByOp,
+    by_op,
+    copy_pieces,
+    describe,
+    follows,
+    joined,
+    misfit,
+    moved,
+)
 
 __all__ = ["NO_FEEDBACK", "Residual", "Staged"]
-
-FloatArray = NDArray[np.float32]
 
 NO_FEEDBACK = (1.0, 0.0, True, 0, 0)
 """`Staged.feedback` of a call without a residual."""
 
 _VELOCITY = ":velocity"  # behind the names of an entry, and of its spans, that holds velocities
 
-_KEY = re.compile(r"(.*)\[(\d+):(\d+)\]", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Which elements of which flat tensor an entry holds: regions are ascending, disjoint, not adjacent."""
-
-    numel: int
-    regions: tuple[tuple[int, int], ...]
-    spans: tuple[Span, ...]
-
-    def pieces(self) -> Iterator[tuple[str, int, int, int]]:
-        """(parameter, begin and end within the parameter, offset in the flat buffer) of all held elements."""
-        offset = 0
-        for begin, end in self.regions:
-            for span in self.spans:
-                low, high = max(begin, span.begin), min(end, span.end)
-                if low < high:
-                    yield span.name, low - span.begin, high - span.begin, offset + low - begin
-            offset += end - begin
-
 
 class _Entry:
-    def __init__(self, layout: _Layout) -> None:
-        size = sum(end - begin for begin, end in layout.regions)
+    def __init__(self, layout: Layout, committed: FloatArray | None = None) -> None:
         self.layout = layout
-        self.committed: FloatArray = np.zeros(size, np.float32)
-        self.spare: FloatArray = np.zeros(size, np.float32)
+        self.committed = np.zeros(layout.size(), np.float32) if committed is None else committed
+        self.spare: FloatArray = np.zeros(layout.size(), np.float32)
         self.staged = False
 
 
@@ -109,7 +102,7 @@ class Residual:
             raise UnsupportedError(f"momentum={momentum}: at least 0 (none), below 1")
         self.decay, self.momentum, self.masking = decay, momentum, masking
         self._entries: dict[str, _Entry] = {}
-        self._loaded: dict[str, list[tuple[int, FloatArray]]] = {}
+        self._loaded: dict[Held, list[tuple[int, FloatArray]]] = {}
         self._strict = False  # a state was loaded: what it does not hold is an error, not a zero
 
     @property
@@ -122,27 +115,34 @@ class Residual:
         name: str,
         *,
         numel: int,
-        regions: Sequence[tuple[int, int]],
+        regions: RegionsByOp,
         spans: Sequence[Span] | None = None,
     ) -> tuple[FloatArray, FloatArray]:
         """The buffers for one encode of tensor ``name``: ``(e_in, e_out)``, fp32, 1-D.
 
-        Both are the concatenation of ``regions`` (`Plan.residual_regions`) of a flat tensor of ``numel``
-        elements. ``spans`` say which parameter each element belongs to (default: all to ``name``). The first
-        stage since commit or rollback reads the committed buffer; later ones continue in place (e_in is
-        e_out).
+        Both are the concatenation of ``regions`` (`Plan.residuals`: by op; without ops: of "compress") of a flat
+        tensor of ``numel`` elements. ``spans`` say which parameter each element belongs to (default: all to
+        ``name``). The first stage since commit or rollback reads the committed buffer; later ones continue in
+        place (e_in is e_out).
+
+        A tensor whose exchange changes to two stages, or whose ranks begin to compress inside the node, begins
+        with zeros there; one whose exchange changes back gets the second residual added to the first.
 
         Raises `ResidualError` when ``name`` was used with another layout, or a loaded state does not fit it.
         """
-        layout = _Layout(numel, _joined(regions), tuple(spans or (Span(name, 0, numel),)))
+        whole = ((op, joined(parts)) for op, parts in by_op(regions).items())
+        kept = tuple((op, parts) for op, parts in whole if parts)
+        layout = Layout(numel, tuple(spans or (Span(name, 0, numel),)), kept)
         entry = self._entries.get(name)
         if entry is None:
             entry = self._entries[name] = self._new_entry(name, layout)
         elif entry.layout != layout:
-            raise ResidualError(
-                f"residual of {name!r} holds {_describe(entry.layout)}, now asked for {_describe(layout)}; "
-                "keep one Residual per tensor and topology, or start a new one"
-            )
+            if entry.staged or not follows(entry.layout, layout):
+                raise ResidualError(
+                    f"residual of {name!r} holds {describe(entry.layout)}, now asked for {describe(layout)}; "
+                    "keep one Residual per tensor and topology, or start a new one"
+                )
+            entry = self._entries[name] = _Entry(layout, moved(entry.committed, entry.layout, layout))
         before = entry.spare if entry.staged else entry.committed
         entry.staged = True
         return before, entry.spare
@@ -152,15 +152,18 @@ class Residual:
         name: str,
         *,
         numel: int,
-        regions: Sequence[tuple[int, int]],
+        regions: RegionsByOp,
         spans: Sequence[Span] | None = None,
     ) -> Staged:
-        """`stage`, and with momentum the velocity's buffers beside the residual's."""
+        """`stage`, and with momentum the velocity's buffers beside the residual's: of what "compress" sends, and only
+        that, which comes first in both.
+        """
         e_in, e_out = self.stage(name, numel=numel, regions=regions, spans=spans)
         velocity = None
         if self.momentum:
             own = [Span(span.name + _VELOCITY, *span[1:]) for span in spans or (Span(name, 0, numel),)]
-            velocity = self.stage(name + _VELOCITY, numel=numel, regions=regions, spans=own)
+            first = by_op(regions)[FIRST]
+            velocity = self.stage(name + _VELOCITY, numel=numel, regions=first, spans=own)
         return Staged(
             e_in=e_in,
             e_out=e_out,
@@ -175,7 +178,7 @@ class Residual:
         name: str,
         flat: FloatArray,
         *,
-        regions: Sequence[tuple[int, int]],
+        regions: RegionsByOp,
         spans: Sequence[Span] | None = None,
     ) -> None:
         """A dense step follows: adds to ``flat`` what compressed steps left here, and stages an empty residual.
@@ -192,7 +195,7 @@ class Residual:
             return  # no step was compressed yet
         e_in, e_out = self.stage(name, numel=flat.size, regions=regions, spans=spans)
         offset = 0
-        for begin, end in regions:
+        for begin, end in chain.from_iterable(by_op(regions).values()):
             left = e_in[offset : offset + end - begin]
             flat[begin:end] += left if self.decay == 1.0 else np.float32(self.decay) * left
             offset += end - begin
@@ -234,23 +237,25 @@ class Residual:
     @property
     def unclaimed(self) -> tuple[str, ...]:
         """Parameters that a loaded state holds and no stage has asked for yet."""
-        return tuple(self._loaded)
+        return tuple(dict.fromkeys(held.name for held in self._loaded))
 
     def state_dict(self) -> dict[str, FloatArray]:
         """This rank's committed residual: ``"parameter[begin:end]"`` -> fp32 1-D copy, and with momentum
         ``"parameter:velocity[begin:end]"``.
 
+        Keys end in " recompress" and " compress_intra" where these left it behind.
+
         Keyed by span of the parameter, so that it outlives another bucket size. What is staged is not saved:
         it belongs to a step that the saved parameters have not seen.
         """
         state = {
-            f"{name}[{begin}:{begin + len(values)}]": values.copy()
-            for name, pieces in self._loaded.items()
+            held.key(begin, begin + len(values)): values.copy()
+            for held, pieces in self._loaded.items()
             for begin, values in pieces
         }
         for entry in self._entries.values():
-            for name, begin, end, offset in entry.layout.pieces():
-                state[f"{name}[{begin}:{end}]"] = entry.committed[offset : offset + end - begin].copy()
+            for held, begin, end, offset in entry.layout.pieces():
+                state[held.key(begin, end)] = entry.committed[offset : offset + end - begin].copy()
         return state
 
     def load_state_dict(self, state: Mapping[str, FloatArray]) -> None:
@@ -259,15 +264,15 @@ class Residual:
         Raises `ResidualError`, at once or at the next `stage`, where this rank owns other elements than the
         state holds: another topology, or shards that fall elsewhere.
         """
-        loaded: dict[str, list[tuple[int, FloatArray]]] = {}
+        loaded: dict[Held, list[tuple[int, FloatArray]]] = {}
         for key, values in state.items():
-            match = _KEY.fullmatch(key)
+            match = KEY.fullmatch(key)
             array = np.asarray(values)
             if match is None or array.dtype != np.float32 or array.ndim != 1:
                 raise ResidualError(f"state entry {key!r}: expected 'parameter[begin:end]' -> 1-D float32")
             if int(match[3]) - int(match[2]) != array.size:
                 raise ResidualError(f"state entry {key!r} holds {array.size} elements; is the file damaged?")
-            loaded.setdefault(match[1], []).append((int(match[2]), array.copy()))
+            loaded.setdefault(Held(match[1], match[4] or FIRST), []).append((int(match[2]), array.copy()))
         layouts = {name: entry.layout for name, entry in self._entries.items()}
         old = self._entries, self._loaded, self._strict
         self._entries, self._loaded, self._strict = {}, loaded, True
@@ -278,54 +283,37 @@ class Residual:
             self._entries, self._loaded, self._strict = old
             raise
 
-    def _new_entry(self, name: str, layout: _Layout) -> _Entry:
-        entry = _Entry(layout)
+    def _new_entry(self, name: str, layout: Layout) -> _Entry:
         if not self._strict:
-            return entry
-        taken: dict[str, int] = {}
-        for span, begin, end, offset in layout.pieces():
-            got = _copy_pieces(self._loaded.get(span, ()), begin, end, entry.committed[offset:])
-            taken[span] = taken.get(span, 0) + got
+            return _Entry(layout)
+        saved = self._saved_layout(layout)
+        entry, taken = _Entry(saved), dict.fromkeys(saved.held(), 0)
+        for held, begin, end, offset in saved.pieces():
+            got = copy_pieces(self._loaded.get(held, ()), begin, end, entry.committed[offset:])
+            taken[held] += got
             if got != end - begin:
-                raise _misfit(name, span, f"holds {got} of the elements {begin}..{end} that this rank owns")
-        for span in {span.name for span in layout.spans}:
-            held = sum(len(values) for _, values in self._loaded.get(span, ()))
-            if held != taken.get(span, 0):
-                raise _misfit(name, span, f"holds {held} elements, this rank owns {taken.get(span, 0)}")
-        for span in {span.name for span in layout.spans}:
-            self._loaded.pop(span, None)
-        return entry
+                raise misfit(name, held, f"holds {got} of the elements {begin}..{end} that this rank owns")
+        for held, owned in taken.items():
+            found = sum(len(values) for _, values in self._loaded.get(held, ()))
+            if found != owned:
+                raise misfit(name, held, f"holds {found} elements, this rank owns {owned}")
+        for held in self._loaded.keys() - taken:
+            if held.name in {span.name for span in layout.spans}:
+                raise misfit(name, held, "has no place: this rank compresses nothing there")
+        for held in taken:
+            self._loaded.pop(held, None)
+        return entry if saved == layout else _Entry(layout, moved(entry.committed, saved, layout))
 
-
-def _joined(regions: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Adjacent regions joined, so that another chunk size is still the same layout."""
-    out: list[tuple[int, int]] = []
-    for begin, end in regions:
-        if out and out[-1][1] > begin:
-            raise ResidualError(f"regions must ascend and not overlap: {out[-1]} before {(begin, end)}")
-        if out and out[-1][1] == begin:
-            out[-1] = (out[-1][0], end)
-        elif end > begin:
-            out.append((begin, end))
-    return tuple(out)
-
-
-def _copy_pieces(pieces: Iterable[tuple[int, FloatArray]], begin: int, end: int, out: FloatArray) -> int:
-    got = 0
-    for start, values in pieces:
-        low, high = max(start, begin), min(start + len(values), end)
-        if low < high:
-            out[low - begin : high - begin] = values[low - start : high - start]
-            got += high - low
-    return got
-
-
-def _misfit(entry: str, parameter: str, what: str) -> ResidualError:
-    return ResidualError(
-        f"residual state of parameter {parameter!r} (bucket {entry!r}) {what}; it was saved by another "
-        "rank or under another topology: load it where it was saved, or start a new Residual and lose it"
-    )
-
-
-def _describe(layout: _Layout) -> str:
-    return f"{sum(e - b for b, e in layout.regions)} of {layout.numel} elements in {len(layout.spans)} spans"
+    def _saved_layout(self, layout: Layout) -> Layout:
+        """``layout`` as the loaded state has it: without what it does not hold, with a second residual that it has."""
+        names = {span.name for span in layout.spans}
+        saved = {held.op for held in self._loaded if held.name in names}
+        parts = [(op, regions) for op, regions in layout.regions if op == FIRST or op in saved]
+        if SECOND in saved and SECOND not in dict(parts):
+            pieces = sorted(
+                (span.begin + begin, span.begin + begin + len(values))
+                for span in layout.spans
+                for begin, values in self._loaded.get(Held(span.name, SECOND), ())
+            )
+            parts.insert(1, (SECOND, joined(pieces)))
+        return replace(layout, regions=tuple(parts))

@@ -17,7 +17,7 @@ from hybridcomm.default import context_of, default_context
 
 if TYPE_CHECKING:
     from hybridcomm.coalesce import Coalescing
-    from hybridcomm.compress import Compress
+    from hybridcomm.compress import ByLink
     from hybridcomm.groups import Group, Grouping
     from hybridcomm.reduction import Op
     from hybridcomm.residual import Residual
@@ -55,24 +55,31 @@ def allreduce(
     group: Grouping | None = None,
     async_op: bool = False,
     *,
-    compress: Compress = None,
+    compress: ByLink = None,
     residual: Residual | None = None,
+    exchange: str = "auto",
 ) -> Work | None:
     """Reduces ``t`` over all ranks, in place; with ``compress`` but no ``residual`` it is memoryless.
 
     ``op``: "sum", "avg", "min", "max", "product", "band", "bor", "bxor", `premul_sum` or torch's ``ReduceOp``; which
     dtypes each takes stands in docs/architecture.md (bfloat16 and float16 are accumulated in float32).
     ``compress``: None (dense), "topk:0.01" (block-wise top 1 %, quantised), "fp16", "bf16", "fp8", "int8", "int4" or
-    "sign1" (one bit); float32 only. It acts between nodes;
-    with one node there is nothing to compress. "auto": where measured figures say it pays (`hybridcomm.auto`).
-    ``residual``: keeps what compression left out and adds it to the next call (error
-    feedback, Karimireddy et al. 2019); the law it keeps stands in ``residual.py``.
+    "sign1" (one bit); float32 only. It acts between nodes; with one node there is nothing to compress. "auto": where
+    measured figures say it pays (`hybridcomm.auto`). A mapping such as ``{"inter_node": "topk:0.01", "intra_node":
+    "int8"}`` also compresses what the ranks of a node send to the owners of shards, for slow links inside a node.
+    ``residual``: keeps what compression left out and adds it to the next call (error feedback, Karimireddy et al.
+    2019); the law it keeps stands in ``residual.py``. ``exchange``: how payloads are exchanged between nodes.
+    "gather": all go to all owners of a shard. "two_stage": those of a slice go to its owner, which adds them and sends
+    on the sum, encoded anew; that is fewer bytes from three nodes on, and a second loss. "auto": by number of nodes,
+    payload size and measured links (`hybridcomm.policy.exchange`).
 
     Every rank gets the same bits, whatever the timing. Raises `DataTypeError`, `UnsupportedError` and
     `CompressorError` before anything is sent; `PlanMismatchError` when ranks call different things;
     `PeerLostError` and `StallError` naming the ranks at fault.
     """
-    return context_of(group).allreduce(t, op=op, compress=compress, residual=residual, async_op=async_op)
+    return context_of(group).allreduce(
+        t, op=op, compress=compress, residual=residual, exchange=exchange, async_op=async_op
+    )
 
 
 all_reduce = allreduce

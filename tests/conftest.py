@@ -6,11 +6,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from hybridcomm.topology import Topology
 from tests.engine_ranks import close_all, make_engine_contexts
 from tests.fake_context import make_fake_contexts
 from tests.floor import pytest_configure, pytest_sessionfinish, pytest_terminal_summary  # noqa: F401
+
+settings.register_profile("untimed", deadline=None)  # other work on the machine must not fail a test
+settings.load_profile("untimed")
 
 MakeContexts = Callable[[Topology], list[Any]]
 

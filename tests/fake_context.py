@@ -16,7 +16,7 @@ import torch
 
 from hybridcomm import collective_plans as plans
 from hybridcomm.bucket import Span
-from hybridcomm.compress import Compressor, resolve
+from hybridcomm.compress import ByLink, by_link, resolve
 from hybridcomm.errors import AbortedError, HybridCommError, PlanMismatchError, StallError
 from hybridcomm.plan import Plan
 from hybridcomm.residual import Residual
@@ -93,24 +93,27 @@ class FakeContext:
         tensor: Any,
         *,
         op: str = "sum",
-        compress: str | Compressor | None = None,
+        compress: ByLink = None,
         residual: Residual | None = None,
+        exchange: str = "auto",
         async_op: bool = False,
         residual_key: str = "tensor",
         spans: Sequence[Span] | None = None,
     ) -> Any:
-        array = _numpy(tensor)
+        array, links = _numpy(tensor), by_link(compress)
         plan = plans.allreduce(
             self.topology,
             array.size,
             dtype=str(array.dtype),
             op=op,
-            compressor=resolve(compress),
+            compressor=resolve(links.inter_node),
+            intra=links.intra_node,
+            exchange=exchange,
             bucket=zlib.crc32(residual_key.encode()),  # equal buckets differ by name, as in the engine's tags
         )
         staged = None
-        regions = plan.residual_regions(self.rank)
-        if residual is not None and regions:
+        regions = plan.residuals(self.rank)
+        if residual is not None and any(regions.values()):
             staged = residual.stage(residual_key, numel=array.size, regions=regions, spans=spans)
         return self._issue(plan, tensor, array, async_op=async_op, staged=staged, name=residual_key)
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hybridcomm.plan import Plan, Region, Step
+from hybridcomm.plan import RESIDUALS, Plan, Region, Step
 
 Buffers = Sequence[NDArray[Any]]
 ResidualBuffers = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -73,11 +73,17 @@ class Interpreter:
             codec = ReferenceCodec(plan.compressor)
         self.plan, self.call = plan, call
         self.codec = codec
+        self.intra = None if plan.intra_compressor == "none" else ReferenceCodec(plan.intra_compressor)
         self.wire_nbytes = dict.fromkeys(range(plan.topology.world_size), 0)
-        self._payloads: dict[tuple[int, int, int], list[NDArray[np.uint8]]] = {}
-        self._offsets = {
-            rank: _offsets(plan.residual_regions(rank)) for rank in range(plan.topology.world_size)
-        }
+        self._payloads: dict[tuple[int, Region], list[NDArray[np.uint8]]] = {}
+        self._offsets: dict[int, dict[tuple[str, Region], int]] = {}
+        for rank in range(plan.topology.world_size):
+            offset = 0
+            self._offsets[rank] = {}
+            for op in RESIDUALS:
+                for region in plan.residual_regions(rank, op):
+                    self._offsets[rank][op, region] = offset
+                    offset += region.numel
 
     def run(self, buffers: Buffers, residuals: Mapping[int, ResidualBuffers] | None = None) -> None:
         """In place. ``buffers[rank]`` is 1-D; ``residuals[rank]`` is (e_in, e_out), absent: memoryless."""
@@ -117,36 +123,69 @@ class Interpreter:
         self.wire_nbytes[step.root] += (len(step.group) - 1) * nbytes
         self._gather(step, buffers, residuals)
 
-    def _compress(self, step: Step, buffers: Buffers, residuals: Mapping[int, ResidualBuffers]) -> None:
+    def _encode(
+        self,
+        step: Step,
+        values: NDArray[np.float32],
+        residuals: Mapping[int, ResidualBuffers],
+        codec: Codec | None,
+    ) -> None:
         e_in = e_out = None
         if step.root in residuals:
-            begin = self._offsets[step.root][step.region]
+            begin = self._offsets[step.root][step.op, step.region]
             part = slice(begin, begin + step.region.numel)
             e_in, e_out = (half[part] for half in residuals[step.root])
-        grad = buffers[step.root][slice(*step.region)]
-        seed = seed_of(self.plan.digest, self.call, step.region.begin, step.root)
-        payload = self._need().encode(grad, e_in, e_out, self.plan.digest, seed)
-        self._payloads[step.root, step.shard, step.chunk] = [payload]
+        seed = seed_of(self.plan.digest, self.call, step.id)
+        payload = self._need(codec).encode(values, e_in, e_out, self.plan.digest, seed)
+        self._payloads[step.root, step.region] = [payload]
+
+    def _decoded(self, step: Step) -> NDArray[np.float32]:
+        out = np.zeros(step.region.numel, np.float32)
+        payloads = self._payloads.pop((step.root, step.region))
+        self._need(self.codec).decode_add(
+            payloads, out, float(np.float32(1 / step.divisor)), self.plan.digest
+        )
+        return out
+
+    def _compress_intra(self, step: Step, buffers: Buffers, residuals: Mapping[int, ResidualBuffers]) -> None:
+        self._encode(step, buffers[step.root][slice(*step.region)], residuals, self.intra)
+
+    def _reduce_payload(self, step: Step, buffers: Buffers, _: object) -> None:
+        """In place: the own region first, then the others' payloads in rank order."""
+        part = buffers[step.root][slice(*step.region)]
+        payloads = [self._payloads.pop((r, step.region))[0] for r in step.group if r != step.root]
+        self._need(self.intra).decode_add(payloads, part, 1.0, self.plan.digest)
+        part /= np.float32(step.divisor)
+
+    def _compress(self, step: Step, buffers: Buffers, residuals: Mapping[int, ResidualBuffers]) -> None:
+        self._encode(step, buffers[step.root][slice(*step.region)], residuals, self.codec)
 
     def _exchange_payload(self, step: Step, _: Buffers, __: object) -> None:
-        payloads = [self._payloads[rank, step.shard, step.chunk][0] for rank in step.group]
-        for rank, payload in zip(step.group, payloads, strict=True):
-            self.wire_nbytes[rank] += (len(step.group) - 1) * payload.nbytes
-            self._payloads[rank, step.shard, step.chunk] = payloads
+        payloads = [self._payloads[rank, step.region][0] for rank in step.group]
+        for rank in step.group if step.root == -1 else (step.root,):
+            self._payloads[rank, step.region] = payloads
+            for source, payload in zip(step.group, payloads, strict=True):
+                self.wire_nbytes[source] += payload.nbytes if source != rank else 0
+
+    def _recompress(self, step: Step, _: Buffers, residuals: Mapping[int, ResidualBuffers]) -> None:
+        self._encode(step, self._decoded(step), residuals, self.codec)
+
+    def _exchange_recompressed(self, step: Step, _: Buffers, __: object) -> None:
+        (payload,) = self._payloads[step.root, step.region]
+        for rank in step.group:
+            self._payloads[rank, step.region] = [payload]
+        self.wire_nbytes[step.root] += (len(step.group) - 1) * payload.nbytes
 
     def _decompress(self, step: Step, buffers: Buffers, _: object) -> None:
-        out = np.zeros(step.region.numel, np.float32)
-        payloads = self._payloads.pop((step.root, step.shard, step.chunk))
-        self._need().decode_add(payloads, out, float(np.float32(1 / step.divisor)), self.plan.digest)
-        buffers[step.root][slice(*step.region)] = out
+        buffers[step.root][slice(*step.region)] = self._decoded(step)
 
-    def _need(self) -> Codec:
-        if self.codec is None:
+    def _need(self, codec: Codec | None) -> Codec:
+        if codec is None:
             raise ValueError(f"plan with compressor {self.plan.compressor!r} needs a codec")
-        return self.codec
+        return codec
 
 
-def seed_of(digest: int, call: int, begin: int, rank: int) -> int:
+def seed_of(digest: int, call: int, step: int) -> int:
     """What the engine seeds an encode with; csrc/executor_codec.cpp has the same."""
 
     def mix(x: int) -> int:
@@ -155,7 +194,7 @@ def seed_of(digest: int, call: int, begin: int, rank: int) -> int:
             x = (x ^ (x >> shift)) * factor % (1 << 64)
         return x ^ (x >> 31)
 
-    return mix(mix(mix(digest + call) + begin) + rank)
+    return mix(mix(digest + call) + step)
 
 
 _COMBINE: dict[str, np.ufunc] = {
@@ -178,11 +217,3 @@ def combine(op: str, sources: Sequence[NDArray[Any]], divisor: int = 1) -> NDArr
     for source in sources[1:]:
         total = _COMBINE[op](total, source, dtype=total.dtype)
     return (total / divisor if divisor != 1 else total).astype(dtype)
-
-
-def _offsets(regions: Sequence[Region]) -> dict[Region, int]:
-    out, offset = {}, 0
-    for region in regions:
-        out[region] = offset
-        offset += region.numel
-    return out

@@ -63,8 +63,11 @@ Engine::~Engine() { close(); }
 void Engine::check(const Program& program) const {
   for (const Op& op : program.ops) {
     const bool slot = op.kind == Kind::put || op.kind == Kind::reduce || op.kind == Kind::publish ||
-                      op.kind == Kind::get || op.kind == Kind::share || op.kind == Kind::collect;
-    if (slot && (mesh_->local_size() == 1 || op.count * itemsize(program.dtype) > mesh_->slot_nbytes())) {
+                      op.kind == Kind::get || op.kind == Kind::share || op.kind == Kind::collect ||
+                      op.kind == Kind::decode_add;
+    const bool payload = op.kind == Kind::decode_add || op.memory == Memory::scratch;
+    const uint64_t nbytes = payload ? op.nbytes : op.count * itemsize(program.dtype);
+    if (slot && (mesh_->local_size() == 1 || nbytes > mesh_->slot_nbytes())) {
       throw Error(Code::invalid, "a chunk of the plan does not fit a shared-memory slot");
     }
     if (op.stream >= program.stream_count)

@@ -101,7 +101,6 @@ void Executor::prepare(const Program& program) {
   complete_.assign(program.ops.size(), 0);
   remaining_ = program.ops.size();
   in_flight_ = 0;
-  counters_.calls.fetch_add(1, std::memory_order_relaxed);
   last_progress_ = Clock::now();
   ++moves_;
 }
@@ -111,6 +110,7 @@ void Executor::note_call(const Program& program) {
   Question call;
   call.group = program.group;
   call.call = ++calls_[program.group];
+  if (program.group == 0) counters_.calls.store(call.call, std::memory_order_relaxed);
   call.tag = program.tag;
   call.tag.tensor = buffers_.name;
   program.members.copy(call.members, sizeof(call.members) - 1);
@@ -178,6 +178,8 @@ Executor::Started Executor::start(uint32_t index) {
       return post(Lane::reduce, index, op, {op.peer});
     case Kind::reduce:
       return all_or_nothing(start_reduce(op));
+    case Kind::decode_add:
+      return all_or_nothing(start_decode_add(op));
     case Kind::encode:
       start_encode(op);
       return Started::complete;

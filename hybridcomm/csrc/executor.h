@@ -68,6 +68,8 @@ class Executor final : private Completion {
   void start_sum(const Op& op);
   void reduce_sources(const Op& op, std::byte* out, size_t count);
   void start_decode(const Op& op);
+  bool start_decode_add(const Op& op);
+  void check_payloads(const Op& op, kernels::Status status) const;
   bool start_get(const Op& op);
   bool start_collect(const Op& op);
   bool open_sources(Lane lane, const Op& op);
@@ -120,6 +122,8 @@ class Executor final : private Completion {
   }
   std::byte* element_in_pieces(uint64_t index) const;
   uint64_t region_nbytes(const Op& op) const { return op.count * itemsize(program_->dtype); }
+  // Of a message inside the node: a payload or a region.
+  uint64_t message_nbytes(const Op& op) const { return op.nbytes > 0 ? op.nbytes : region_nbytes(op); }
 
   Mesh& mesh_;
   const Clock::duration default_timeout_;

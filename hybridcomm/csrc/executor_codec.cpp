@@ -1,6 +1,7 @@
-// Steps 4 and 6 of 7: compress and decompress.
+// Steps 4 and 6 of 7: compress and decompress; and step 3 where it is compressed.
 //
-// In: a region and its residual; out: a payload in scratch. And back: payloads from scratch into a region.
+// In: a region and its residual; out: a payload in scratch. And back: payloads from scratch, or from the node's
+// other ranks, into a region.
 #include <algorithm>
 
 #include "executor.h"
@@ -16,10 +17,10 @@ uint64_t mix(uint64_t x) {  // splitmix64's
 
 }  // namespace
 
-// What seeded codecs draw from: another for every call, region and rank, and the same in every run.
+// What seeded codecs draw from: another for every call of a group (whose digest is in the tag's) and every step, in
+// which one rank encodes, and the same in every run, whatever other groups do. One rank may encode a region twice.
 uint64_t Executor::seed_of(const Op& op) const {
-  const uint64_t call = mix(program_->tag.digest + counters_.calls.load(std::memory_order_relaxed));
-  return mix(mix(call + op.begin) + static_cast<uint64_t>(mesh_.rank()));
+  return mix(mix(program_->tag.digest + calls_.at(program_->group)) + op.step);
 }
 
 void Executor::start_encode(const Op& op) {
@@ -27,7 +28,7 @@ void Executor::start_encode(const Op& op) {
   float* out = buffers_.residual_out == nullptr ? nullptr : buffers_.residual_out + op.residual;
   const auto* grad = reinterpret_cast<const float*>(tensor_at(op));
   const kernels::EncodeInput input{grad, in, out, buffers_.feedback.decay, seed_of(op)};
-  if (buffers_.feedback.velocity_in == nullptr) {
+  if (buffers_.feedback.velocity_in == nullptr || !op.momentum) {
     encode(op, input);
   } else {
     encode_velocity(op, input);
@@ -37,7 +38,9 @@ void Executor::start_encode(const Op& op) {
 uint32_t Executor::encode(const Op& op, const kernels::EncodeInput& input) {
   auto* payload = reinterpret_cast<uint8_t*>(scratch_.data() + op.offset);
   const uint64_t digest = program_->tag.digest;
-  if (!program_->custom) return kernels::codec_encode(program_->codec, input, payload, op.count, digest);
+  if (!program_->custom || op.codec != 0) {
+    return kernels::codec_encode(program_->codecs[op.codec], input, payload, op.count, digest);
+  }
   try {
     return program_->custom->encode(input, payload, op.count, digest);
   } catch (const Error& error) {
@@ -88,13 +91,37 @@ void Executor::start_decode(const Op& op) {
       compressor_failed(op, error);
     }
   }
-  const kernels::Status status = kernels::codec_decode(program_->codec, payloads_.data(), payloads_.size(),
-                                                       out, op.count, weight, program_->tag.digest, &flags);
-  if (status != kernels::Status::ok) {
-    throw Error(Code::payload, "step " + std::to_string(op.step) + " of " + describe(program_->tag) +
-                                   ": a payload is not what the plan says (" + kernels::status_text(status) +
-                                   ")");
+  check_payloads(op, kernels::codec_decode(program_->codecs[op.codec], payloads_.data(), payloads_.size(),
+                                           out, op.count, weight, program_->tag.digest, &flags));
+}
+
+bool Executor::start_decode_add(const Op& op) {
+  if (!open_sources(Lane::reduce, op)) return false;
+  const Touching touching(*this);
+  payloads_.clear();
+  std::byte* place = scratch_.data() + op.offset;
+  for (const PeerRegion& region : regions_) {
+    const std::byte* bytes = fetch(region, 0, op.nbytes, place);
+    if (bytes == nullptr) lost(region.local);
+    payloads_.push_back(reinterpret_cast<const uint8_t*>(bytes));
+    place += op.nbytes;
   }
+  auto* out = reinterpret_cast<float*>(tensor_at(op));
+  uint32_t flags = 0;
+  check_payloads(op, kernels::codec_decode_add(program_->codecs[op.codec], payloads_.data(), payloads_.size(),
+                                               out, op.count, 1.0f, program_->tag.digest, &flags));
+  if (op.divisor != 1) {
+    for (uint64_t i = 0; i < op.count; ++i) out[i] /= static_cast<float>(op.divisor);
+  }
+  take_sources(Lane::reduce, op);
+  return true;
+}
+
+void Executor::check_payloads(const Op& op, kernels::Status status) const {
+  if (status == kernels::Status::ok) return;
+  throw Error(Code::payload, "step " + std::to_string(op.step) + " of " + describe(program_->tag) +
+                                 ": a payload is not what the plan says (" + kernels::status_text(status) +
+                                 ")");
 }
 
 }  // namespace hybridcomm

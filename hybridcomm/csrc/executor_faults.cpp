@@ -267,7 +267,7 @@ void Executor::add_blockers(const Op& op, std::vector<int>& ranks) {
   if (op.kind == Kind::put) locals = node_.unread(Lane::reduce, {op.peer});
   if (op.kind == Kind::publish) locals = node_.unread(Lane::gather, op.sources);
   if (op.kind == Kind::share) locals = node_.unread(Lane::share, op.sources);
-  if (op.kind == Kind::reduce) locals = node_.silent(Lane::reduce, op.sources);
+  if (op.kind == Kind::reduce || op.kind == Kind::decode_add) locals = node_.silent(Lane::reduce, op.sources);
   if (op.kind == Kind::collect) locals = node_.silent(Lane::share, op.sources);
   if (op.kind == Kind::get) locals.push_back(op.peer);
   if (op.kind == Kind::send || op.kind == Kind::receive) ranks.push_back(op.peer);  // no link to it yet

@@ -28,10 +28,11 @@ void Executor::check_message(const Descriptor& message, int local, const Tag& ex
 
 Executor::Started Executor::post(Lane lane, uint32_t index, const Op& op,
                                  const std::vector<int64_t>& readers) {
-  const uint64_t nbytes = region_nbytes(op);
+  const uint64_t nbytes = message_nbytes(op);
   uint64_t delivered = 0;
   if (op.deliver) delivered = delivered_.front();
-  const Node::Message message{index, tag_of(op, nbytes), tensor_at(op), nbytes, op.kind == Kind::share};
+  const std::byte* data = op.memory == Memory::scratch ? scratch_.data() + op.offset : tensor_at(op);
+  const Node::Message message{index, tag_of(op, nbytes), data, nbytes, op.kind == Kind::share};
   const Node::Posted posted = node_.post(lane, message, readers, delivered);
   if (posted == Node::Posted::no_room) return Started::no;
   if (op.deliver) delivered_.pop_front();
@@ -41,7 +42,7 @@ Executor::Started Executor::post(Lane lane, uint32_t index, const Op& op,
 
 // The messages of all sources but this rank itself, as regions_ in the same order; false: not all are there.
 bool Executor::open_sources(Lane lane, const Op& op) {
-  const Tag expected = tag_of(op, region_nbytes(op));
+  const Tag expected = tag_of(op, message_nbytes(op));
   const int me = node_.local_rank();
   for (const int64_t source : op.sources) {
     const int peer = static_cast<int>(source);

@@ -30,7 +30,7 @@ struct WireCounters {
   std::atomic<uint64_t> tx_bytes{0};
   std::atomic<uint64_t> rx_bytes{0};
   std::atomic<uint64_t> shm_bytes{0};
-  std::atomic<uint64_t> calls{0};  // collectives begun
+  std::atomic<uint64_t> calls{0};  // begun, by all ranks of the job
 };
 
 // Where finished messages are reported: one flag per operation of the running program.

@@ -199,9 +199,13 @@ void Messages::handle(Peer& peer, const MessageFrame& frame, Node::Pointer point
       }
       return;
     }
-    case FrameKind::go:
-      if (peer.announced.count(frame.id) != 0) peer.streaming.push_back(frame.id);
+    case FrameKind::go: {
+      const auto at = peer.announced.find(frame.id);
+      if (at == peer.announced.end() || at->second.wanted) break;
+      at->second.wanted = true;
+      peer.streaming.push_back(frame.id);
       return;
+    }
     case FrameKind::data: {
       std::byte* to = destination(peer.rank, frame);
       if (data != nullptr) std::memcpy(to, data, frame.tag.nbytes);
@@ -221,7 +225,7 @@ void Messages::handle(Peer& peer, const MessageFrame& frame, Node::Pointer point
         return;
       }
       const auto at = peer.announced.find(frame.id);
-      if (at == peer.announced.end()) break;
+      if (at == peer.announced.end() || at->second.wanted) break;
       take_over(reinterpret_cast<uint64_t>(at->second.data));
       complete(at->second);
       peer.announced.erase(at);

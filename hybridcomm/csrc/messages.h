@@ -38,6 +38,7 @@ struct Message {
   std::shared_ptr<Batch> batch;
   Clock::time_point since;  // posted, or moved last
   uint64_t moved = 0;       // bytes that have come or gone
+  bool wanted = false;      // its receiver has said go
 };
 
 class Messages final : private FrameSink {

@@ -217,7 +217,7 @@ int main() {
   ::alarm(100);  // a hang is a failure
   for (const Layout layout : {Layout{2, 2}, Layout{1, 3}, Layout{2, 1}}) {
     for (const auto test : {blocking, mixed, references, withdrawn, mismatch, aborted, left, stalled,
-                            concurrent_close, messages, messages_abandoned, crosswise, circle})
+                            concurrent_close, messages, messages_abandoned, wrong_answers, crosswise, circle})
       test(layout);
   }
   std::printf("%d failures\n", failures);

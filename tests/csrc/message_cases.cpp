@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "harness.h"
+#include "messages.h"
 
 namespace hybridcomm::test {
 namespace {
@@ -58,11 +59,28 @@ void allreduce(const Layout& layout, int rank, Engine& engine, uint64_t digest) 
         "an all-reduce beside messages");
 }
 
+// Messages of one tag that nobody has asked for yet.
+void one_tag(const Layout& layout, int rank, Engine& engine) {
+  const int next = (rank + 1) % layout.world(), before = (rank + layout.world() - 1) % layout.world();
+  std::vector<std::vector<float>> out;
+  std::vector<std::shared_ptr<Work>> works;
+  for (int i = 0; i < 5; ++i) out.push_back(content(rank, next, 40, i));
+  for (auto& values : out) works.push_back(engine.post({half(true, next, 77, values)}));
+  for (const auto& work : works) work->wait(20);
+  allreduce(layout, rank, engine, 99);
+  for (int i = 0; i < 5; ++i) {
+    std::vector<float> got(40, -1.0f);
+    engine.exchange({half(false, before, 77, got)}, kNobody);
+    check(got == content(before, rank, 40, i), "messages of one tag keep their order");
+  }
+}
+
 }  // namespace
 
 // Every pair, every size; receives by two threads of a rank, some blocking, in another order than the sends.
 void messages(const Layout& layout) {
   const auto body = [&](int rank, Engine& engine) {
+    one_tag(layout, rank, engine);
     for (int round = 0; round < 3; ++round) {
       std::vector<std::vector<float>> out;
       std::vector<std::shared_ptr<Work>> works;
@@ -119,6 +137,51 @@ void messages_abandoned(const Layout& layout) {
       check(code == Code::aborted, "an open message of rank " + std::to_string(rank) + " ends with an abort");
     }
   });
+}
+
+// What becomes of a long message's sender whose peer gives these answers, all before the first is looked at.
+std::optional<Code> outcome(const std::vector<FrameKind>& answers) {
+  const Layout layout{1, 2};
+  const std::string name = next_job();
+  const Listeners listeners = listeners_of(layout);
+  std::atomic<bool> answered{false}, over{false};
+  std::thread receiver([&] {
+    Mesh mesh(config_of(layout, 1, listeners, name), *listeners[1]);
+    Node node(mesh, false);
+    const Descriptor* announced = nullptr;
+    while (announced == nullptr) announced = node.next(Lane::message, 0);
+    MessageFrame answer;
+    answer.id = announced->id;
+    node.take(Lane::message, 0);
+    for (const FrameKind kind : answers) {
+      answer.kind = kind;
+      check(node.post_frame(0, answer, {Place::slot, 0}, nullptr), "room for an answer");
+    }
+    answered = true;
+    while (!over) std::this_thread::yield();
+  });
+  Mesh mesh(config_of(layout, 0, listeners, name), *listeners[0]);
+  Node node(mesh, false);
+  WireCounters counters;
+  Messages messages(mesh, node, counters);
+  messages.on_finished([](const std::shared_ptr<void>&) {});
+  std::vector<float> data = content(0, 1, 20000, 0);
+  messages.submit({half(true, 1, 1, data)}, nullptr);
+  messages.progress();
+  while (!answered) std::this_thread::yield();
+  const auto code = code_of([&] { messages.progress(); });
+  over = true;
+  receiver.join();
+  return code;
+}
+
+// Sent twice, or complete while its data is on its way: neither may be asked for.
+void wrong_answers(const Layout& layout) {
+  if (layout.nodes != 1) return;
+  check(!outcome({FrameKind::go}) && !outcome({FrameKind::taken}), "a message is asked for, or taken");
+  check(outcome({FrameKind::go, FrameKind::go}) == Code::mismatch, "a second go is refused");
+  check(outcome({FrameKind::go, FrameKind::taken}) == Code::mismatch, "taken is refused after go");
+  check(outcome({FrameKind::taken, FrameKind::taken}) == Code::mismatch, "taken twice is refused");
 }
 
 // Ranks that are not connected from the start, all at once and in contrary orders.

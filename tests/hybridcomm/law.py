@@ -1,7 +1,6 @@
 """The residual law, as a training run that keeps the books.
 
-    sum over applied steps and ranks of gradients = W * sum of applied mean updates + sum over nodes of
-    residuals
+    sum over applied steps and ranks of gradients = W * sum of applied mean updates + sum of all residuals
 
 Gradients are booked by tensor hooks, before anything of the library sees them; updates by the gradients that
 the optimizer used; residuals by ``state_dict``. A run returns the difference of the two sides, per element.
@@ -125,7 +124,7 @@ def gap(books: Sequence[Books]) -> dict[str, np.ndarray[Any, Any]]:
         residual = np.zeros(updates.size)
         for book in books:
             for key, values in book.residual.items():
-                match = re.fullmatch(re.escape(name) + r"\[(\d+):(\d+)\]", key)
+                match = re.fullmatch(re.escape(name) + r"\[(\d+):(\d+)\](?: \w+)?", key)
                 if match:
                     residual[int(match[1]) : int(match[2])] += values
         left = np.sum([book.gradients[name] for book in books], axis=0)

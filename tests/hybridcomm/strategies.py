@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import strategies as st
 
 from hybridcomm import collective_plans
@@ -17,6 +19,7 @@ NAMED = {
     "2+1": Topology.from_sizes([2, 1]),
     "3+2": Topology.from_sizes([3, 2]),
     "2+1+1": Topology.from_sizes([2, 1, 1]),
+    "3x1": Topology.virtual(3, 1),
     "interleaved": Topology(nodes=((0, 2, 3), (1, 4))),
 }
 
@@ -49,6 +52,13 @@ def gtopk() -> Compressor:
     return compressor
 
 
+def two_stage(topology: Topology, numel: int, **options: Any) -> Plan:
+    """A compressed all-reduce that is exchanged in two stages, or as ``options`` say."""
+    return collective_plans.allreduce(
+        topology, numel, **{"compressor": topk(), "exchange": "two_stage", **options}
+    )
+
+
 def every_plan(topology: Topology, numel: int) -> list[Plan]:
     """One plan of each builder (numel rounded up to parts where parts must be equal), with several chunks."""
     world = topology.world_size
@@ -57,6 +67,26 @@ def every_plan(topology: Topology, numel: int) -> list[Plan]:
         collective_plans.allreduce(topology, numel, op=op, compressor=compressor, chunk_elems=1024)
         for op in ("sum", "mean")
         for compressor in (None, topk(), gtopk())
+    ]
+    plans += [
+        collective_plans.allreduce(
+            topology, numel, op=op, compressor=compressor, exchange="two_stage", chunk_elems=1024
+        )
+        for op in ("sum", "mean")
+        for compressor in (topk(), gtopk())
+    ]
+    plans += [
+        collective_plans.allreduce(topology, numel, op="mean", intra=codec, chunk_elems=1024)
+        for codec in (topk(), gtopk())
+    ]
+    plans += [
+        two_stage(topology, numel, compressor=codec, intra=intra, chunk_elems=1024)
+        for codec, intra in (
+            (topk(), topk(0.2, 128)),
+            (gtopk(), topk()),
+            (topk(), gtopk()),
+            (gtopk(), gtopk()),
+        )
     ]
     plans += [
         collective_plans.broadcast(topology, numel, root=world - 1, chunk_elems=1024),

@@ -2,92 +2,27 @@
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
 
-from hybridcomm import lower
 from hybridcomm.context import Context
-from hybridcomm.errors import HybridCommError
-from hybridcomm.plan import Plan
 from hybridcomm.residual import Residual
 from hybridcomm.topology import Topology
-from tests.engine_ranks import each_rank, engine_contexts
+from tests.engine_ranks import engine_contexts
+from tests.hybridcomm.compressed_calls import CODEC, Oracle, by_engine, gradients, held_back, residual_of
 from tests.hybridcomm.strategies import NAMED
 from tests.interpreter import Interpreter
 
 SPLIT = [name for name in NAMED if len(NAMED[name].nodes) > 1]
-CODEC = "topk:0.1/b64"
 CODECS = (CODEC, "fp16", "bf16", "fp8/g64", "fp8:e5m2", "int8/g64", "int4", "sign1/g64")
-Arrays = list[np.ndarray[Any, Any]]
 
 
 @pytest.fixture(params=SPLIT, scope="module")
 def ranks(request: pytest.FixtureRequest) -> Iterator[list[Context]]:
     with engine_contexts(NAMED[request.param]) as contexts:
         yield contexts
-
-
-def gradients(world: int, numel: int, seed: int) -> Arrays:
-    """Heavy-tailed, different per rank and call, with zeros, ties and subnormals among them."""
-    dice = np.random.default_rng(seed)
-    out = []
-    for _ in range(world):
-        values = dice.standard_t(2, numel).astype(np.float32)
-        values[dice.random(numel) < 0.1] = 0.0
-        values[dice.random(numel) < 0.05] = 1.5
-        values[dice.random(numel) < 0.05] = 1e-41
-        out.append(values)
-    return out
-
-
-def by_engine(
-    contexts: list[Context],
-    inputs: Arrays,
-    *,
-    op: str = "mean",
-    compress: str | None = CODEC,
-    residuals: list[Residual] | None = None,
-    jitter: int | None = None,
-) -> Arrays:
-    def body(rank: int) -> np.ndarray[Any, Any]:
-        value = inputs[rank].copy()
-        if jitter is not None:
-            time.sleep(random.Random(100 * jitter + rank).uniform(0, 0.02))
-        contexts[rank].allreduce(
-            value, op=op, compress=compress, residual=residuals[rank] if residuals else None
-        )
-        return value
-
-    results = each_rank(body, len(contexts))
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
-
-
-class Oracle:
-    """The same calls by the interpreter, which keeps each rank's residual as one array."""
-
-    def __init__(self) -> None:
-        self.residuals: dict[int, np.ndarray[Any, Any]] | None = None
-
-    def run(self, plan: Plan, inputs: Arrays, *, with_residual: bool = True) -> Arrays:
-        buffers = [values.copy() for values in inputs]
-        if not with_residual:
-            Interpreter(plan).run(buffers)
-            return buffers
-        world = range(plan.topology.world_size)
-        sizes = {rank: sum(r.numel for r in plan.residual_regions(rank)) for rank in world}
-        before = self.residuals or {rank: np.zeros(sizes[rank], np.float32) for rank in world}
-        after = {rank: np.zeros(sizes[rank], np.float32) for rank in world}
-        Interpreter(plan).run(buffers, {rank: (before[rank], after[rank]) for rank in world})
-        self.residuals = after
-        return buffers
 
 
 @pytest.mark.parametrize("op", ["sum", "mean"])
@@ -109,19 +44,6 @@ def same_bytes(ranks: list[Context], op: str, numel: int, codec: str) -> None:
     got = by_engine(ranks, inputs, op=op, compress=codec)
     for rank, (a, b) in enumerate(zip(got, want, strict=True)):
         assert a.tobytes() == b.tobytes(), rank
-
-
-def test_many_shards_on_one_rank_do_not_run_out_of_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank that owns six shards has more than 16 chunks under way: in a ring of 16 one overwrites another."""
-    topology = Topology.from_sizes([6, 1])
-    with engine_contexts(topology, chunk_nbytes=4096) as contexts:
-        same_bytes(contexts, "sum", 120_000, CODEC)
-    monkeypatch.setattr(lower, "most_held", lambda _: 1)
-    with (
-        engine_contexts(topology, chunk_nbytes=4096, timeout=2.0) as contexts,
-        pytest.raises((AssertionError, HybridCommError)),
-    ):
-        same_bytes(contexts, "sum", 120_000, CODEC)
 
 
 @pytest.mark.parametrize("op", ["sum", "mean"])
@@ -147,13 +69,7 @@ def test_error_feedback_over_steps_equals_the_interpreter(ranks: list[Context], 
             residual.commit()
     assert oracle.residuals is not None
     for rank, residual in enumerate(residuals):
-        held = residual.state_dict()
-        flat = np.concatenate([held[key] for key in sorted(held, key=_begin)]) if held else np.zeros(0)
-        assert flat.tobytes() == oracle.residuals[rank].tobytes()
-
-
-def _begin(key: str) -> int:
-    return int(key.rpartition("[")[2].partition(":")[0])
+        assert residual_of(residual).tobytes() == oracle.residuals[rank].tobytes()
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -177,15 +93,6 @@ def test_residual_law_with_commit_and_rollback(ranks: list[Context], codec: str)
     left = held_back(residuals, numel)
     assert (seen == applied + left).all()
     assert np.abs(left).sum() > 0, "nothing was held back: the law was not tested"
-
-
-def held_back(residuals: list[Residual], numel: int) -> np.ndarray[Any, Any]:
-    total = np.zeros(numel)
-    for residual in residuals:
-        for key, values in residual.state_dict().items():
-            begin = _begin(key)
-            total[begin : begin + len(values)] += values
-    return total
 
 
 def test_control_a_residual_that_is_not_staged_breaks_the_law() -> None:

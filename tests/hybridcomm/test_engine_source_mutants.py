@@ -59,6 +59,10 @@ MUTANTS: dict[str, tuple[str, dict[str, str]]] = {
             "  reply(peer, FrameKind::taken, front.id, true);\n": "",
         },
     ),
+    "a message is sent as often as it is asked for": (
+        "messages.cpp",
+        {"      at->second.wanted = true;\n": ""},
+    ),
     "open messages are forgotten when a rank gives up": (
         "engine_messages.cpp",
         {"finish(*std::static_pointer_cast<Work>(owner), std::make_exception_ptr(*broken_));": ""},

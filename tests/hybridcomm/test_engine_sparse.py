@@ -7,14 +7,13 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from hybridcomm.compress import resolve
+from hybridcomm.compress import ByLink, resolve
 from hybridcomm.context import Context
 from hybridcomm.errors import UnsupportedError
 from hybridcomm.residual import Residual
 from tests.engine_ranks import each_rank, engine_contexts
+from tests.hybridcomm.compressed_calls import Oracle, by_engine, gradients, held_back, next_call, residual_of
 from tests.hybridcomm.strategies import NAMED
-from tests.hybridcomm.test_engine_compressed import Arrays, by_engine, gradients, held_back
-from tests.interpreter import Interpreter
 from tests.numerics import gamma
 
 EXACT = ("topk:0.1+int8/b64", "topk:0.1+sign/b64", "gtop1:0.1/k16", "gtopk:0.1/b64", "randk:0.1")
@@ -29,50 +28,57 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[list[Context]]:
         yield contexts
 
 
-def by_interpreter(
-    contexts: list[Context], inputs: Arrays, codec: str, held: list[np.ndarray] | None = None
-) -> tuple[Arrays, list[np.ndarray]]:
-    """What the next call on ``contexts`` must give: buffers and new residuals."""
-    plan = contexts[0].plan_allreduce(inputs[0].size, op="mean", compress=codec)
-    plan.check()
-    sizes = [sum(r.numel for r in plan.residual_regions(rank)) for rank in range(len(contexts))]
-    before = held or [np.zeros(size, np.float32) for size in sizes]
-    after = [np.zeros(size, np.float32) for size in sizes]
-    buffers = [values.copy() for values in inputs]
-    pairs = {} if held is None else dict(enumerate(zip(before, after, strict=True)))
-    Interpreter(plan, call=contexts[0].counters()["calls"] + 1).run(buffers, pairs)
-    return buffers, after
+EXCHANGES = ("gather", "two_stage")
+LINKS = [
+    {"inter_node": inter, "intra_node": intra}
+    for inter, intra in (
+        ("randk:0.1", "randk:0.2"),
+        ("gtopk:0.1/b64", "topk:0.1/b64"),
+        ("topk:0.1/b64", "gtopk:0.2/b64"),
+        ("gtopk:0.1/b64", "gtopk:0.2/b64"),
+        ("powersgd:2/b16", "gtop1:0.1/k16"),
+    )
+]
+"""Also codecs that take whole regions, on either class of links or on both."""
 
 
+@pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("numel", [1, 1009, 20_011])
-def test_engine_gives_the_interpreters_bytes(ranks: list[Context], codec: str, numel: int) -> None:
+def test_engine_gives_the_interpreters_bytes(
+    ranks: list[Context], codec: str, numel: int, exchange: str
+) -> None:
     inputs = gradients(len(ranks), numel, seed=numel)
-    want, _ = by_interpreter(ranks, inputs, codec)
-    got = by_engine(ranks, inputs, compress=codec)
+    plan = ranks[0].plan_allreduce(numel, op="mean", compress=codec, exchange=exchange)
+    want = Oracle().run(plan, inputs, with_residual=False, call=next_call(ranks))
+    got = by_engine(ranks, inputs, compress=codec, exchange=exchange)
     assert [a.tobytes() for a in got] == [b.tobytes() for b in want]
 
 
-@pytest.mark.parametrize("codec", [codec for codec in CODECS if "unbiased" not in codec])
-def test_error_feedback_over_steps_equals_the_interpreter(ranks: list[Context], codec: str) -> None:
-    numel, residuals = 5003, [Residual() for _ in ranks]
-    plan = ranks[0].plan_allreduce(numel, op="mean", compress=codec)
-    held = [
-        np.zeros(sum(r.numel for r in plan.residual_regions(rank)), np.float32) for rank in range(len(ranks))
-    ]
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("compress", [*(codec for codec in CODECS if "unbiased" not in codec), *LINKS])
+def test_error_feedback_over_steps_equals_the_interpreter(
+    ranks: list[Context], compress: ByLink, exchange: str
+) -> None:
+    numel, oracle, residuals = 5003, Oracle(), [Residual() for _ in ranks]
+    plan = ranks[0].plan_allreduce(numel, op="mean", compress=compress, exchange=exchange)
+    plan.check()
+    assert plan.exchange == exchange
     for step in range(3):
         inputs = gradients(len(ranks), numel, seed=100 + step)
-        want, held = by_interpreter(ranks, inputs, codec, held)
-        got = by_engine(ranks, inputs, compress=codec, residuals=residuals)
+        want = oracle.run(plan, inputs, call=next_call(ranks))
+        got = by_engine(ranks, inputs, compress=compress, residuals=residuals, exchange=exchange)
         assert [a.tobytes() for a in got] == [b.tobytes() for b in want], step
         for residual in residuals:
             residual.commit()
-    for residual, part in zip(residuals, held, strict=True):
-        assert sorted(np.concatenate([*residual.state_dict().values(), part[:0]])) == sorted(part)
+    assert oracle.residuals is not None
+    for rank, residual in enumerate(residuals):
+        assert residual_of(residual).tobytes() == oracle.residuals[rank].tobytes()
 
 
+@pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("codec", EXACT)
-def test_residual_law(ranks: list[Context], codec: str) -> None:
+def test_residual_law(ranks: list[Context], codec: str, exchange: str) -> None:
     """Gradients = applied sums + residuals, exactly, across a skipped step: all values are small integers."""
     world, numel = len(ranks), 2048
     residuals = [Residual() for _ in ranks]
@@ -80,7 +86,7 @@ def test_residual_law(ranks: list[Context], codec: str) -> None:
     for step in range(5):
         dice = np.random.default_rng(step)
         inputs = [dice.integers(-3, 4, numel).astype(np.float32) for _ in range(world)]
-        update = by_engine(ranks, inputs, op="sum", compress=codec, residuals=residuals)[0]
+        update = by_engine(ranks, inputs, op="sum", compress=codec, residuals=residuals, exchange=exchange)[0]
         if step == 2:
             for residual in residuals:
                 residual.rollback()
@@ -95,7 +101,8 @@ def test_residual_law(ranks: list[Context], codec: str) -> None:
     assert np.abs(left).sum() > 0, "nothing was held back: the law was not tested"
 
 
-def test_residual_law_to_rounding(ranks: list[Context]) -> None:
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_residual_law_to_rounding(ranks: list[Context], exchange: str) -> None:
     """powersgd subtracts real values: the law holds to one rounding per node and step, and that of sums."""
     codec, world, numel, steps = "powersgd:2/b16", len(ranks), 2048, 4
     residuals = [Residual() for _ in ranks]
@@ -104,7 +111,7 @@ def test_residual_law_to_rounding(ranks: list[Context]) -> None:
         inputs = [
             np.random.default_rng([step, r]).integers(-3, 4, numel).astype(np.float32) for r in range(world)
         ]
-        update = by_engine(ranks, inputs, op="sum", compress=codec, residuals=residuals)[0]
+        update = by_engine(ranks, inputs, op="sum", compress=codec, residuals=residuals, exchange=exchange)[0]
         for residual in residuals:
             residual.commit()
         seen += np.sum(inputs, axis=0, dtype=np.float64)
@@ -119,16 +126,18 @@ def test_residual_law_to_rounding(ranks: list[Context]) -> None:
     assert np.abs(applied).max() > bound
 
 
-def test_a_shard_of_many_chunks_is_compressed_whole() -> None:
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_a_shard_of_many_chunks_is_compressed_whole(exchange: str) -> None:
     """Slots far smaller than a shard: in-node steps go chunk by chunk, the selection is still over all of it."""
-    inputs = gradients(4, 30_011, seed=4)
+    inputs, codec = gradients(4, 30_011, seed=4), "gtopk:0.01"
     with engine_contexts(NAMED["2x2"], chunk_nbytes=4096) as contexts:
-        plan = contexts[0].plan_allreduce(30_011, op="mean", compress="gtopk:0.01")
-        assert sum(step.op == "reduce" for step in plan.steps) > 4 * sum(
-            s.op == "compress" for s in plan.steps
-        )
-        want, _ = by_interpreter(contexts, inputs, "gtopk:0.01")
-        got = by_engine(contexts, inputs, compress="gtopk:0.01")
+        plan = contexts[0].plan_allreduce(30_011, op="mean", compress=codec, exchange=exchange)
+        slices = 2 if exchange == "two_stage" else 1
+        made = [s for s in plan.steps if s.op == "compress"]
+        assert len(made) == 4 * slices
+        assert sum(step.op == "reduce" for step in plan.steps) > 4 * len(made)
+        want = Oracle().run(plan, inputs, with_residual=False, call=next_call(contexts))
+        got = by_engine(contexts, inputs, compress=codec, exchange=exchange)
     assert [a.tobytes() for a in got] == [b.tobytes() for b in want]
 
 

@@ -48,7 +48,7 @@ def lowered(plan: Plan, rank: int, patch: pytest.MonkeyPatch) -> list[Op]:
 
     with patch.context() as context:
         context.setattr(lower._Lowering, "_add", add)
-        lower.lower(plan, rank, resolve(plan.compressor))
+        lower.lower(plan, rank, resolve(plan.compressor), resolve(plan.intra_compressor))
     return ops
 
 

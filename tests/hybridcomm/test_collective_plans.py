@@ -53,7 +53,7 @@ def test_dense_allreduce_is_the_sum_bit_for_bit(name: str, numel: int, dtype: st
 
 
 @given(topology=topologies(), numel=st.integers(0, 3000), chunk=st.sampled_from([16, 64, 1024]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_dense_allreduce_on_random_topologies(topology: Topology, numel: int, chunk: int) -> None:
     world = topology.world_size
     buffers = inputs(world, numel)
@@ -63,7 +63,7 @@ def test_dense_allreduce_on_random_topologies(topology: Topology, numel: int, ch
 
 
 @given(topology=topologies(), numel=st.integers(1, 3000), seed=st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_mean_of_real_numbers_is_within_the_computed_tolerance(
     topology: Topology, numel: int, seed: int
 ) -> None:
@@ -79,7 +79,7 @@ def test_mean_of_real_numbers_is_within_the_computed_tolerance(
 
 
 @given(topology=topologies(), part=st.integers(0, 700), data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_broadcast_all_gather_reduce_scatter(topology: Topology, part: int, data: st.DataObject) -> None:
     world = topology.world_size
     root = data.draw(st.integers(0, world - 1))
@@ -103,7 +103,7 @@ def test_broadcast_all_gather_reduce_scatter(topology: Topology, part: int, data
 
 
 @given(topology=topologies(), part=st.integers(0, 700), data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_reduce_gather_scatter(topology: Topology, part: int, data: st.DataObject) -> None:
     world = topology.world_size
     root = data.draw(st.integers(0, world - 1))
@@ -126,7 +126,7 @@ def test_reduce_gather_scatter(topology: Topology, part: int, data: st.DataObjec
 
 
 @given(topology=topologies(), data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_all_to_all_of_any_sizes(topology: Topology, data: st.DataObject) -> None:
     world = topology.world_size
     rows = st.lists(st.sampled_from([0, 1, 17, 200]), min_size=world, max_size=world)
@@ -186,7 +186,7 @@ def test_lossless_compressed_allreduce_is_the_sum(name: str) -> None:
 
 
 @given(topology=topologies(), numel=st.integers(200, 3000), seed=st.integers(0, 99))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_compressed_allreduce_errs_within_two_bounds(topology: Topology, numel: int, seed: int) -> None:
     """Not more than the nodes' codecs may lose together, and more than nothing: compression happened."""
     if len(topology.nodes) == 1:

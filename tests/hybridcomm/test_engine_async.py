@@ -299,7 +299,7 @@ class Machine:
 
 
 @given(seed=st.integers(0, 10_000))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_random_programs(ranks: list[Context], seed: int) -> None:
     run_ranks(lambda ctx: Machine(ctx, seed).run(25), ranks)
 

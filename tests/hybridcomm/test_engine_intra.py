@@ -147,7 +147,7 @@ STEPS = st.lists(
 
 
 @given(steps=STEPS, name=st.sampled_from(["2x2", "2+1+1", "1x4"]))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_law_over_random_histories_of_a_reducer(steps: list[Step], name: str) -> None:
     """Equality: quarters are exact."""
     books = run_ranks(

@@ -286,7 +286,7 @@ class Machine:
 
 @pytest.mark.parametrize("name", NAMES)
 @given(seed=st.integers(0, 10_000))
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 def test_random_programs_over_overlapping_groups(
     worlds: dict[str, list[Context]], name: str, seed: int
 ) -> None:

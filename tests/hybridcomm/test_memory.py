@@ -25,7 +25,7 @@ def write_through(memory: Memory, numel: int, begin: int, end: int, number: floa
     edges=st.lists(st.integers(0, 200), max_size=6),
     writable=st.lists(st.booleans(), min_size=5, max_size=5),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_shielded_inputs_stay_and_scratch_has_their_contents(
     sizes: list[int], edges: list[int], writable: list[bool]
 ) -> None:

@@ -20,7 +20,7 @@ from tests.hybridcomm.strategies import NAMED, every_plan, topk, topologies
 
 
 @given(topology=topologies(), numel=st.integers(0, 5000))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_text_round_trips_and_keeps_the_digest(topology: Topology, numel: int) -> None:
     for plan in every_plan(topology, numel):
         again = Plan.parse(str(plan))
@@ -95,7 +95,7 @@ def test_digest_is_the_same_in_another_process() -> None:
 
 
 @given(topology=topologies(), numel=st.integers(0, 5000))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_for_rank_is_the_global_order_seen_by_one_rank(topology: Topology, numel: int) -> None:
     for plan in every_plan(topology, numel):
         for rank in range(topology.world_size):
@@ -103,7 +103,7 @@ def test_for_rank_is_the_global_order_seen_by_one_rank(topology: Topology, numel
 
 
 @given(topology=topologies(), numel=st.integers(1, 5000))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_residuals_of_a_node_cover_the_bucket_once(topology: Topology, numel: int) -> None:
     plan = build.allreduce(topology, numel, compressor=topk(), chunk_elems=256)
     for ranks in topology.nodes:

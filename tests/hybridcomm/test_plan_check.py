@@ -35,7 +35,7 @@ def test_every_builder_passes_on_named_topologies(name: str) -> None:
 
 
 @given(topology=topologies(), numel=st.integers(0, 5000))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_builder_passes_on_random_topologies(topology: Topology, numel: int) -> None:
     for plan in every_plan(topology, numel):
         plan.check()

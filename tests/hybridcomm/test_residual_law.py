@@ -100,7 +100,7 @@ STEPS = st.lists(
 
 
 @given(steps=STEPS, scaled=st.booleans(), exchange=st.sampled_from(["gather", "two_stage"]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_law_over_random_histories(steps: list[Step], scaled: bool, exchange: str) -> None:
     if (
         scaled
@@ -112,7 +112,7 @@ def test_law_over_random_histories(steps: list[Step], scaled: bool, exchange: st
 
 
 @given(topology=topologies(), seed=st.integers(1, 5), exchange=st.sampled_from(["gather", "two_stage"]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_law_on_real_numbers_and_any_topology(topology: Any, seed: int, exchange: str) -> None:
     """Within the roundings of one step, times steps, element by element.
 

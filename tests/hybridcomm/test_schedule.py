@@ -56,7 +56,7 @@ def test_what_is_no_schedule_is_refused(text: str) -> None:
 
 
 @given(topology=topologies(), phases=PHASES, numel=st.integers(1, 20_000))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_no_phase_moves_an_element_to_another_owner(topology: Any, phases: Any, numel: int) -> None:
     codecs = Schedule(*phases).codecs
     for rank in range(topology.world_size):
@@ -115,7 +115,7 @@ HISTORIES = st.lists(
 
 
 @given(phases=PHASES, steps=HISTORIES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_law_over_random_schedules(phases: Any, steps: list[Step]) -> None:
     contexts = make_fake_contexts(NAMED["2x2"])
     assert holds(run_ranks(lambda ctx: run(ctx, steps, compress=Schedule(*phases)), contexts))

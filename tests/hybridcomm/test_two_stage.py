@@ -38,7 +38,7 @@ split = topologies().filter(lambda topology: len(topology.nodes) > 1)
 
 
 @given(topology=split, numel=st.integers(1, 3000), chunk=st.sampled_from([64, 256, 1024]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_slice_is_whole_blocks_and_belongs_to_one_owner(topology: Topology, numel: int, chunk: int) -> None:
     plan = two_stage(topology, numel, chunk_elems=chunk)
     plan.check()
@@ -85,7 +85,7 @@ def test_what_loses_nothing_gives_the_sum(name: str) -> None:
 
 
 @given(topology=split, numel=st.integers(200, 3000), seed=st.integers(0, 99))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_it_errs_within_two_bounds(topology: Topology, numel: int, seed: int) -> None:
     """Not more than the nodes' codecs and that of the slices may lose, and more than nothing."""
     block, k, bits = topk().spec.layout

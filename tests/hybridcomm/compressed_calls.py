@@ -78,8 +78,8 @@ class Oracle:
     def __init__(self) -> None:
         self.residuals: dict[int, np.ndarray[Any, Any]] | None = None
 
-    def run(self, plan: Plan, inputs: Arrays, *, with_residual: bool = True, **call: int) -> Arrays:
-        """``call``: the engine's, as an `Interpreter` takes it."""
+    def run(self, plan: Plan, inputs: Arrays, *, with_residual: bool = True, **call: Any) -> Arrays:
+        """``call``: what an `Interpreter` takes."""
         buffers = [values.copy() for values in inputs]
         if not with_residual:
             Interpreter(plan, **call).run(buffers)

@@ -125,10 +125,17 @@ def resolve(compress: Compress) -> Compressor | None:
 
 @dataclass(frozen=True, kw_only=True)
 class LinkCompressors:
-    """What is compressed on which link class; ``inter_node`` as the caller passed it, "auto" included."""
+    """What is compressed on which link class; ``inter_node`` as the caller passed it, "auto" included.
+
+    Raises `CompressorError` for a custom compressor inside a node.
+    """
 
     inter_node: Compress = None
     intra_node: Compressor | None = None
+
+    def __post_init__(self) -> None:
+        if self.intra_node is not None and self.intra_node.spec.codec == Codec.CUSTOM:
+            raise CompressorError(f"intra_node={self.intra_node}: custom compressors act between nodes only")
 
 
 ByLink = Compress | Mapping[str, Compress] | LinkCompressors
@@ -153,8 +160,6 @@ def by_link(compress: ByLink) -> LinkCompressors:
                 f"compress={dict(compress)!r}: name compressors; 'auto' is asked for on its own"
             )
     inter, intra = (resolve(compress.get(link)) for link in LINKS)
-    if intra is not None and intra.spec.codec == Codec.CUSTOM:
-        raise CompressorError(f"intra_node={intra}: custom compressors act between nodes only")
     return LinkCompressors(inter_node=inter, intra_node=intra)
 
 

@@ -65,13 +65,17 @@ class ReferenceCodec:
 class Interpreter:
     """Runs a plan; ``wire_nbytes[rank]`` counts what each rank sent between nodes.
 
-    ``call``: the number of the collective on its context, from 1, which seeds go by.
+    ``call``: the number of the collective on its context or group, from 1, which seeds go by; ``digest``: of the
+    plan as a group runs it.
     """
 
-    def __init__(self, plan: Plan, codec: Codec | None = None, *, call: int = 1) -> None:
+    def __init__(
+        self, plan: Plan, codec: Codec | None = None, *, call: int = 1, digest: int | None = None
+    ) -> None:
         if codec is None and plan.compressor != "none":
             codec = ReferenceCodec(plan.compressor)
         self.plan, self.call = plan, call
+        self.digest = plan.digest if digest is None else digest
         self.codec = codec
         self.intra = None if plan.intra_compressor == "none" else ReferenceCodec(plan.intra_compressor)
         self.wire_nbytes = dict.fromkeys(range(plan.topology.world_size), 0)
@@ -135,16 +139,14 @@ class Interpreter:
             begin = self._offsets[step.root][step.op, step.region]
             part = slice(begin, begin + step.region.numel)
             e_in, e_out = (half[part] for half in residuals[step.root])
-        seed = seed_of(self.plan.digest, self.call, step.id)
-        payload = self._need(codec).encode(values, e_in, e_out, self.plan.digest, seed)
+        seed = seed_of(self.digest, self.call, step.id)
+        payload = self._need(codec).encode(values, e_in, e_out, self.digest, seed)
         self._payloads[step.root, step.region] = [payload]
 
     def _decoded(self, step: Step) -> NDArray[np.float32]:
         out = np.zeros(step.region.numel, np.float32)
         payloads = self._payloads.pop((step.root, step.region))
-        self._need(self.codec).decode_add(
-            payloads, out, float(np.float32(1 / step.divisor)), self.plan.digest
-        )
+        self._need(self.codec).decode_add(payloads, out, float(np.float32(1 / step.divisor)), self.digest)
         return out
 
     def _compress_intra(self, step: Step, buffers: Buffers, residuals: Mapping[int, ResidualBuffers]) -> None:
@@ -154,7 +156,7 @@ class Interpreter:
         """In place: the own region first, then the others' payloads in rank order."""
         part = buffers[step.root][slice(*step.region)]
         payloads = [self._payloads.pop((r, step.region))[0] for r in step.group if r != step.root]
-        self._need(self.intra).decode_add(payloads, part, 1.0, self.plan.digest)
+        self._need(self.intra).decode_add(payloads, part, 1.0, self.digest)
         part /= np.float32(step.divisor)
 
     def _compress(self, step: Step, buffers: Buffers, residuals: Mapping[int, ResidualBuffers]) -> None:

@@ -37,8 +37,7 @@ using Listeners = std::vector<std::unique_ptr<Listener>>;
 
 inline Listeners listeners_of(const Layout& layout) {
   Listeners out;
-  for (int rank = 0; rank < layout.world(); ++rank)
-    out.push_back(std::make_unique<Listener>("127.0.0.1", 0));
+  for (int rank = 0; rank < layout.world(); ++rank) out.push_back(std::make_unique<Listener>("127.0.0.1", 0));
   return out;
 }
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from hybridcomm.compress import ByLink
 from hybridcomm.context import Context
+from hybridcomm.groups import Grouping
 from hybridcomm.plan import RESIDUALS, Plan
 from hybridcomm.residual import Residual
 from tests.engine_ranks import each_rank
@@ -46,7 +48,7 @@ def gradients(world: int, numel: int, seed: int) -> Arrays:
 
 
 def by_engine(
-    contexts: list[Context],
+    contexts: Sequence[Grouping],
     inputs: Arrays,
     *,
     op: str = "mean",
@@ -76,22 +78,22 @@ class Oracle:
     def __init__(self) -> None:
         self.residuals: dict[int, np.ndarray[Any, Any]] | None = None
 
-    def run(self, plan: Plan, inputs: Arrays, *, with_residual: bool = True, call: int = 1) -> Arrays:
-        """``call``: the number of the engine's call, which seeded codecs draw from."""
+    def run(self, plan: Plan, inputs: Arrays, *, with_residual: bool = True, **call: Any) -> Arrays:
+        """``call``: what an `Interpreter` takes."""
         buffers = [values.copy() for values in inputs]
         if not with_residual:
-            Interpreter(plan, call=call).run(buffers)
+            Interpreter(plan, **call).run(buffers)
             return buffers
         world = range(plan.topology.world_size)
         sizes = {rank: residual_numel(plan, rank) for rank in world}
         before = self.residuals or {rank: np.zeros(sizes[rank], np.float32) for rank in world}
         after = {rank: np.zeros(sizes[rank], np.float32) for rank in world}
-        Interpreter(plan, call=call).run(buffers, {rank: (before[rank], after[rank]) for rank in world})
+        Interpreter(plan, **call).run(buffers, {rank: (before[rank], after[rank]) for rank in world})
         self.residuals = after
         return buffers
 
 
-def next_call(contexts: list[Context]) -> int:
+def next_call(contexts: Sequence[Context]) -> int:
     """The number that the next collective of all ranks has."""
     return contexts[0].counters()["calls"] + 1
 
@@ -109,10 +111,12 @@ def residual_of(residual: Residual) -> np.ndarray[Any, Any]:
 
 
 def held_back(residuals: list[Residual], numel: int) -> np.ndarray[Any, Any]:
-    """The sum of all residuals, by element; float64."""
+    """The sum of all residuals, velocities aside, by element; float64."""
     total = np.zeros(numel)
     for residual in residuals:
         for key, values in residual.state_dict().items():
+            if ":velocity[" in key:
+                continue
             begin = _begin(key)
             total[begin : begin + len(values)] += values
     return total

@@ -60,3 +60,18 @@ def test_the_policy_and_the_schedule_are_what_the_page_says() -> None:
     exec(second, names)
     assert schedule == Schedule.of(names["compress"])
     assert set(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)) == set(ROLES)
+
+
+def test_the_mapping_by_link_class_is_taken() -> None:
+    source = next(text for text in EXAMPLES if "intra_node" in text)
+
+    def rank(context: Any) -> str:
+        names = {"hybridcomm": hybridcomm, "model": ExactNet(), "ctx": context, "policy": "topk:0.2/b32"}
+        exec(source, names)
+        return str(names["reducer"].table())  # type: ignore[attr-defined]
+
+    with engine_contexts(NAMED["2x2"]) as contexts:
+        rows = run_ranks(rank, contexts)[0].splitlines()
+    assert "int8" in rows[1]
+    assert "to owners, dense back" in rows[1]
+    assert "topk:0.2/b32/k6/v11 + dense" in rows[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -253,6 +254,25 @@ def test_ranks_must_have_the_same_policy_and_feedback() -> None:
 
     disagree({"compress": CompressionPolicy(rules=MIXED.rules[:2], default="topk:0.2/b32")})
     disagree({"compress": MIXED, "residual": Residual(decay=0.5)})
+    disagree({"compress": MIXED, "exchange": "two_stage"})
+    disagree({"compress": {"inter_node": MIXED, "intra_node": "topk:0.5/b32"}})
+
+
+def test_a_policy_by_link_class_compresses_inside_nodes_what_is_compressed_between_them() -> None:
+    """Norms and biases stay dense on both classes of links, and the law holds with all residuals."""
+    compress = {"inter_node": CompressionPolicy.of("topk:0.2/b32"), "intra_node": "topk:0.5/b32"}
+    steps = [Step(), Step(passes=2), Step(spoilt="skip"), Step()]
+
+    def make(*args: Any, **options: Any) -> Reducer:
+        return Reducer(*args, **options, exchange="two_stage")
+
+    with engine_contexts(NAMED["2x2"]) as contexts:
+        books = run_ranks(lambda ctx: run(ctx, steps, make=make, compress=compress), contexts)
+    assert not any(np.any(difference) for difference in gap(books).values())
+    held = [key for book in books for key in book.residual]
+    for op in ("", " recompress", " compress_intra"):
+        assert any(key.endswith("]" + op) for key in held)
+    assert not any("bias" in key for key in held)
 
 
 def test_a_residual_without_anything_to_compress_is_refused() -> None:

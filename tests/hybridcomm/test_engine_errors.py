@@ -85,6 +85,22 @@ def test_disagreement_is_an_error_on_every_rank(name: str, what: str) -> None:
         assert_broken(contexts)
 
 
+@pytest.mark.parametrize("option", ["exchange", "intra_node"])
+def test_ranks_with_another_exchange_or_compressor_inside_nodes_are_refused(option: str) -> None:
+    def call(context: Any, odd: bool) -> None:
+        intra = "topk:0.2" if odd and option == "intra_node" else "topk:0.1"
+        exchange = "two_stage" if odd and option == "exchange" else "gather"
+        context.allreduce(
+            zeros(5000), compress={"inter_node": "topk", "intra_node": intra}, exchange=exchange
+        )
+
+    for culprit in (0, 3):
+        calls: list[Call] = [lambda c, odd=rank == culprit: call(c, odd) for rank in range(4)]
+        with engine_contexts(NAMED["2x2"]) as contexts:
+            errors = outcomes(contexts, calls)
+        assert all(isinstance(error, PlanMismatchError) for error in errors), errors
+
+
 @pytest.mark.parametrize("name", [name for name in MANY if len(NAMED[name].nodes) > 1])
 def test_compression_on_some_ranks_only(name: str) -> None:
     topology = NAMED[name]

@@ -141,6 +141,22 @@ def test_a_shard_of_many_chunks_is_compressed_whole(exchange: str) -> None:
     assert [a.tobytes() for a in got] == [b.tobytes() for b in want]
 
 
+@pytest.mark.parametrize("inter", [None, "topk:0.1/b64", "gtopk:0.1/b64"])
+def test_a_shard_that_is_compressed_whole_inside_a_node_may_be_longer_than_a_slot(inter: str | None) -> None:
+    """Its payload has to fit, and what owners hand back goes chunk by chunk."""
+    inputs, compress = gradients(4, 30_011, seed=4), {"inter_node": inter, "intra_node": "gtopk:0.01"}
+    with engine_contexts(NAMED["2x2"], chunk_nbytes=4096) as contexts:
+        plan = contexts[0].plan_allreduce(30_011, op="mean", compress=compress)
+        offers = [s.region.numel for s in plan.steps if s.op == "compress_intra"]
+        assert len(offers) == 4
+        assert 4 * min(offers) > 4096
+        want = Oracle().run(plan, inputs, with_residual=False)
+        got = by_engine(contexts, inputs, compress=compress)
+        with pytest.raises(UnsupportedError, match="slot of the shared memory"):
+            contexts[0].plan_allreduce(1 << 20, compress=compress)
+    assert [a.tobytes() for a in got] == [b.tobytes() for b in want]
+
+
 def test_draws_differ_per_call_and_repeat_in_another_run() -> None:
     inputs = gradients(4, 4096, seed=1)
     runs = []

@@ -85,6 +85,29 @@ def test_law_with_both_residuals_is_an_equality(ranks: list[Context]) -> None:
     assert law_gap(ranks) == 0
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"decay": 0.5}, {"momentum": 0.5, "masking": False}, {"decay": 0.5, "momentum": 0.5, "masking": False}],
+)
+def test_laws_of_decay_and_momentum_hold_with_both_residuals(settings: dict[str, Any]) -> None:
+    """Equality: halves of integers are exact. Both residuals decay; only what nodes send has a velocity."""
+    decay, momentum, numel = settings.get("decay", 1.0), settings.get("momentum", 0.0), 1024
+    put_in, applied, velocity = np.zeros(numel), np.zeros(numel), np.zeros(numel)
+    with engine_contexts(NAMED["2+1+1"], chunk_nbytes=4096) as contexts:
+        residuals = [Residual(**settings) for _ in contexts]
+        for step in range(6):
+            dice = np.random.default_rng(step)
+            inputs = [dice.integers(-3, 4, numel).astype(np.float32) for _ in contexts]
+            update = by_engine(contexts, inputs, op="sum", residuals=residuals, exchange="two_stage")[0]
+            for residual in residuals:
+                residual.commit()
+            velocity = momentum * velocity + np.sum(inputs, axis=0)
+            put_in, applied = decay * put_in + velocity, decay * applied + update
+    left = held_back(residuals, numel)
+    assert (put_in == applied + left).all()
+    assert np.abs(left).sum() > 0, "nothing was held back: the law was not tested"
+
+
 def forget_some(residual: Residual) -> None:
     """Planted bug: the second residual is dropped after each step, but for its last element."""
     for entry in residual._entries.values():
@@ -187,7 +210,19 @@ def add_one_payload_less(_: Any, step: Any, options: dict[str, Any]) -> None:
         options["sources"] = options["sources"][1:]
 
 
+def pass_the_first_payload_on(lowering: Any) -> None:
+    """The slice's owner adds and encodes nothing, and sends its own payload to all."""
+
+    def recompress(step: Any) -> None:
+        payloads = lowering.payloads[step.region]
+        payloads.second, payloads.held = payloads.own, [payloads.at(payloads.own)]
+        lowering.done_by[step.id] = lowering._after(step)
+
+    lowering._recompress = recompress
+
+
 MUTANTS: dict[str, Callable[[Any], None]] = {
+    "nothing is encoded anew": pass_the_first_payload_on,
     "the second residual is the first": second_reads_the_first_residual,
     "divided in both stages": mutate_decode(divide_twice),
     "a slice's owner keeps its exact sum": mutate_decode(keep_the_sum),

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 
 from hybridcomm.errors import PlanError
-from hybridcomm.plan import Region
-from tests.hybridcomm.plan_mutants import both_links, changed, compressed, find, renumbered, two_stage, whole
+from hybridcomm.plan import Plan, Region
+from tests.hybridcomm.plan_mutants import (
+    both_links,
+    changed,
+    compressed,
+    find,
+    renumbered,
+    two_stage,
+    whole,
+    whole_slices,
+)
 from tests.hybridcomm.strategies import gtopk
 
 
@@ -26,11 +36,29 @@ def test_a_shard_that_needs_to_be_whole_is_compressed_once_after_all_of_its_chun
         assert made[0].region == Region(chunks[0].region.begin, chunks[-1].region.end)
 
 
-def test_control_a_shard_cut_in_chunks_is_refused() -> None:
-    """The plan of a block-wise codec under the name of one that needs whole shards."""
-    cut = dataclasses.replace(compressed(), compressor=str(gtopk()))
+def test_a_slice_that_needs_to_be_whole_is_encoded_once_by_each_node_and_once_by_its_owner() -> None:
+    plan = whole_slices()
+    passed = [step for step in plan.steps if step.op == "exchange_recompressed"]
+    for step in passed:
+        for op, times in (("compress", 3), ("recompress", 1)):
+            assert [s.region for s in plan.steps if s.op == op and s.region == step.region] == [
+                step.region
+            ] * times
+    assert len(passed) == len({(step.shard, step.root) for step in passed})
+    assert sum(step.region.numel for step in passed) == plan.numel
+    assert sum(step.op == "reduce" for step in plan.steps) > len(passed)  # chunk by chunk
+
+
+@pytest.mark.parametrize("make", [compressed, two_stage])
+def test_control_a_shard_or_slice_cut_in_chunks_is_refused(make: Callable[[], Plan]) -> None:
+    """The plan of a block-wise codec under the name of one that needs whole regions."""
     with pytest.raises(PlanError, match="needs whole"):
-        cut.check()
+        dataclasses.replace(make(), compressor=str(gtopk())).check()
+
+
+def test_control_what_a_rank_offers_inside_a_node_cut_in_chunks_is_refused() -> None:
+    with pytest.raises(PlanError, match="needs whole"):
+        dataclasses.replace(both_links(), intra_compressor=str(gtopk())).check()
 
 
 def test_faults_of_two_stages_are_caught() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,9 @@ from hybridcomm.lower import DTYPES
 from hybridcomm.parted import Parted, place_gathered, sizes_of
 
 if TYPE_CHECKING:
+    from hybridcomm import _C
+    from hybridcomm.memory import Memory
+    from hybridcomm.plan import Plan
     from hybridcomm.work import Work
 
 __all__ = ["Copies"]
@@ -88,25 +91,11 @@ class Copies(CollectivesBase):
         """Copies every rank's ``t`` into rank ``dst``'s ``gather_list[rank]``; elsewhere the list is None."""
         own = view(t, written=False)
         parts = self._list_of_one_rank(gather_list, "gather_list", own, at=dst, written=True)
-        _, program = self._program(
-            ("gather", own.numel, own.dtype, dst),
-            lambda: collective_plans.gather(
-                self.topology,
-                own.numel * self.world_size,
-                root=dst,
-                dtype=own.dtype,
-                chunk_nbytes=self.chunk_nbytes,
-            ),
-        )
-        memory = self._memory(own.dtype)
+        program, memory = self._one_and_all(collective_plans.gather, own, parts, dst)
         memory.keep(own)
         if self.rank == dst:
             memory.copy(parts[dst].address, own.address, own.numel)
             memory.write_to(*parts)
-            for rank, part in enumerate(parts):
-                memory.place(rank * own.numel, own.numel, part.address)
-        else:
-            memory.place(self.rank * own.numel, own.numel, own.address)
         return self._launch(program, memory, async_op)
 
     def scatter(
@@ -115,26 +104,31 @@ class Copies(CollectivesBase):
         """Copies rank ``src``'s ``scatter_list[rank]`` into every rank's ``t``; elsewhere the list is None."""
         own = view(t)
         parts = self._list_of_one_rank(scatter_list, "scatter_list", own, at=src, written=False)
+        program, memory = self._one_and_all(collective_plans.scatter, own, parts, src)
+        memory.write_to(own)
+        if self.rank == src:
+            memory.copy(own.address, parts[src].address, own.numel)
+            memory.keep(*parts)
+        return self._launch(program, memory, async_op)
+
+    def _one_and_all(
+        self, build: Callable[..., Plan], own: View, parts: Sequence[View], root: int
+    ) -> tuple[_C.Program, Memory]:
+        """The program between ``root`` and all ranks, and where the parts lie: at the root all, elsewhere its own."""
         _, program = self._program(
-            ("scatter", own.numel, own.dtype, src),
-            lambda: collective_plans.scatter(
+            (build.__name__, own.numel, own.dtype, root),
+            lambda: build(
                 self.topology,
                 own.numel * self.world_size,
-                root=src,
+                root=root,
                 dtype=own.dtype,
                 chunk_nbytes=self.chunk_nbytes,
             ),
         )
         memory = self._memory(own.dtype)
-        memory.write_to(own)
-        if self.rank == src:
-            memory.copy(own.address, parts[src].address, own.numel)
-            memory.keep(*parts)
-            for rank, part in enumerate(parts):
-                memory.place(rank * own.numel, own.numel, part.address)
-        else:
-            memory.place(self.rank * own.numel, own.numel, own.address)
-        return self._launch(program, memory, async_op)
+        for rank, part in enumerate(parts) if self.rank == root else [(self.rank, own)]:
+            memory.place(rank * own.numel, own.numel, part.address)
+        return program, memory
 
     def _list_of_one_rank(
         self, arrays: Sequence[Array] | None, name: str, own: View, *, at: int, written: bool

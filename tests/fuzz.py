@@ -1,8 +1,9 @@
 """libFuzzer on every decoder and on the framings that read from the network: ``python -m tests.fuzz``, ``make fuzz``.
 
 Needs clang. Each codec that the kernels have gets a target of its own (found by asking them), as do the frames of
-data links, the handshake and the control channel: see tests/csrc/fuzz_*.cpp. Then the same is done to copies of the
-sources with a bug planted, which must be found. Exit code 0 when all targets ran clean and every planted bug was found.
+data links, the handshake, the control channel and point-to-point messages: see tests/csrc/fuzz_*.cpp. The same is done
+to copies of the sources with a bug planted, which must be found. Exit code 0 when all targets ran clean and every
+planted bug was found.
 """
 
 from __future__ import annotations
@@ -15,19 +16,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from hybridcomm.kernels.payload import Codec
 from tests import native
+from tests.fuzz_mutants import MUTANTS, Mutant
 
-__all__ = ["CLANG", "MUTANTS", "Mutant", "Result", "Target", "fuzz", "hunt", "main", "prepare", "table"]
+__all__ = ["CLANG", "Result", "Target", "fuzz", "hunt", "main", "prepare", "table"]
 
 CLANG = shutil.which("clang++") or ""
 FOLDER = native.ROOT / "build" / "fuzz"
 SANITIZE = "fuzzer-no-link,address,undefined"
-FRAMINGS = ("link", "handshake", "control")
+FRAMINGS = ("link", "handshake", "control", "messages")
 # Freed memory is kept back to catch late uses of it; the default of 256 MiB outgrows the caches.
 _ASAN = "quarantine_size_mb=4:detect_stack_use_after_return=0"
 
@@ -52,63 +54,6 @@ class Result:
     seconds: float
     coverage: int = 0
     output: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mutant:
-    """A bug to plant: ``before`` occurs once in the sources of ``folder``, and ``target`` must find the change."""
-
-    what: str
-    target: str
-    folder: str
-    before: str
-    after: str
-
-
-MUTANTS = (
-    Mutant(
-        what="a payload with records out of range is decoded",
-        target="decode topk",
-        folder="kernels/host",
-        before="    if (status != Status::ok) {",
-        after="    if (status != Status::ok && status != Status::bad_record) {",
-    ),
-    Mutant(
-        what="indices of the last block are not checked",
-        target="decode topk",
-        folder="kernels/host",
-        before="good &= (record & (params.block - 1)) < tail;",
-        after="(void)record;",
-    ),
-    Mutant(
-        what="a last group is read as a whole one",
-        target="decode int4",
-        folder="kernels/host",
-        before="(left * Q::kBits + 7) / 8",
-        after="group_bytes",
-    ),
-    Mutant(
-        what="a byte too many is received",
-        target="link",
-        folder="hybridcomm/csrc",
-        before="{front.data + data_received, front.expected.nbytes - data_received};",
-        after="{front.data + data_received, front.expected.nbytes - data_received + 1};",
-    ),
-    Mutant(
-        what="any proof will do",
-        target="handshake",
-        folder="hybridcomm/csrc",
-        before="return same(proof(true), inbox_.data()) && expected(hello_)",
-        after="return expected(hello_)",
-    ),
-    Mutant(
-        what="the rest of a frame is read as a whole one",
-        target="control",
-        folder="hybridcomm/csrc",
-        before="sizeof(Frame) - got_",
-        after="sizeof(Frame)",
-    ),
-)
 
 
 def prepare(folder: Path = FOLDER, *, source: Path = native.ROOT) -> list[Target]:
@@ -170,6 +115,14 @@ def fuzz(
     targets: Sequence[Target], *, seconds: float = 60, runs: int = 0, jobs: int = 2, folder: Path = FOLDER
 ) -> list[Result]:
     """Every target for ``seconds``, or for ``runs`` executions each where that is given; ``jobs`` at a time."""
+    with ThreadPoolExecutor(jobs) as pool:
+        return [each.result() for each in start(pool, targets, seconds=seconds, runs=runs, folder=folder)]
+
+
+def start(
+    pool: Executor, targets: Sequence[Target], *, seconds: float, runs: int, folder: Path = FOLDER
+) -> list[Future[Result]]:
+    """As `fuzz`, in a pool that does other things too."""
 
     def one(target: Target) -> Result:
         limits = [f"-runs={runs}"] if runs else [f"-max_total_time={seconds:g}"]
@@ -184,8 +137,7 @@ def fuzz(
         )
         return result
 
-    with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(one, targets))
+    return [pool.submit(one, target) for target in targets]
 
 
 def plant(source: Path, mutant: Mutant) -> tuple[Path, str]:
@@ -264,8 +216,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"no target {unknown}; there are {names}")
     chosen = [target for target in targets if not options.only or target.name in options.only]
-    results = fuzz(chosen, seconds=options.seconds, runs=options.runs, jobs=options.jobs)
-    planted = hunt(MUTANTS[: {"none": 0, "one": 1, "all": len(MUTANTS)}[options.planted]])
+    mutants = MUTANTS[: {"none": 0, "one": 1, "all": len(MUTANTS)}[options.planted]]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        running = start(pool, chosen, seconds=options.seconds, runs=options.runs)
+        hunting = pool.submit(hunt, mutants)  # while the last targets run
+        results, planted = [each.result() for each in running], hunting.result()
     for result in (*results, *planted):
         if not result.passed:
             print(f"\n== {result.name}\n{result.output}")

@@ -1,4 +1,4 @@
-"""A long random walk through the collectives: ``python -m tests.soak --operations 10000 --seed 1``.
+"""A long random walk through all that ranks do together: ``python -m tests.soak --operations 10000 --seed 1``.
 
 Ranks are threads. Every rank draws the same operations, sizes and groups from the seed, and delays of its own; results
 are checked exactly. Contexts are made anew every few dozen operations, on another topology, two of them at a time. When
@@ -23,10 +23,13 @@ from hybridcomm.work import Work
 from tests.census import Trend, census, resident_nbytes, return_what_is_freed, trend
 from tests.engine_ranks import close_all, make_engine_contexts
 from tests.ranks import run_ranks
-from tests.soak_operations import KINDS, Draw, Kind, Pending, forget_inputs
+from tests.soak_codecs import COMPRESSED
+from tests.soak_groups import GROUPED
+from tests.soak_operations import COLLECTIVES, Draw, Kind, Pending, forget_inputs
 
 __all__ = ["Leak", "Report", "soak"]
 
+KINDS = (*COLLECTIVES, *COMPRESSED, *GROUPED)
 TOPOLOGIES = (
     Topology.virtual(2, 2),
     Topology.virtual(1, 3),

@@ -80,7 +80,9 @@ MessageSocket::Result MessageSocket::progress_receive(int peer, FrameSink& sink,
 // Whether the frame is complete; called when its header is.
 bool MessageSocket::arrive(int peer, FrameSink& sink) {
   const size_t nbytes = arriving_.tag.nbytes;
-  const bool good = arriving_.magic == MessageFrame{}.magic &&
+  // Data of one message by two ways would land in memory that is no longer its own.
+  const bool is_reply = arriving_.kind == FrameKind::go || arriving_.kind == FrameKind::taken;
+  const bool good = arriving_.magic == MessageFrame{}.magic && is_reply == dialled_ &&
                     (nbytes == 0 || (arriving_.kind == FrameKind::eager && nbytes <= kEagerNbytes) ||
                      (arriving_.kind == FrameKind::data && nbytes <= kPieceNbytes));
   if (!good) {

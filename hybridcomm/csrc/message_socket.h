@@ -43,7 +43,8 @@ class FrameSink {
 
 class MessageSocket {
  public:
-  explicit MessageSocket(Fd fd) : fd_(std::move(fd)) {}
+  // `dialled`: by this rank, so that replies come in.
+  MessageSocket(Fd fd, bool dialled) : fd_(std::move(fd)), dialled_(dialled) {}
   int fd() const { return fd_.get(); }
   bool idle() const { return left_ == 0; }
   void set_ready(bool readable, bool writable) {
@@ -65,6 +66,7 @@ class MessageSocket {
   bool arrive(int peer, FrameSink& sink);
 
   Fd fd_;
+  bool dialled_;
   bool readable_ = true, writable_ = true;
   MessageFrame sending_;
   const std::byte* data_ = nullptr;

@@ -10,6 +10,10 @@ constexpr uint64_t kFetchNbytes = 1 << 20;  // from a local peer's memory at a t
 
 bool same_match(const Tag& a, const Tag& b) { return a.digest == b.digest && a.tensor == b.tensor; }
 
+[[noreturn]] void refuse(int rank, const std::string& what) {
+  throw Error(Code::mismatch, "rank " + std::to_string(rank) + " " + what, rank);
+}
+
 }  // namespace
 
 Messages::Messages(Mesh& mesh, Node& node, WireCounters& counters)
@@ -92,14 +96,15 @@ std::vector<std::shared_ptr<void>> Messages::abandon() {
   return owners;
 }
 
+// One by one: when one is an error, the others are still among those to abandon.
 void Messages::take_inbox() {
-  std::vector<Message> fresh;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    fresh.swap(inbox_);
-    waiting_ = 0;
-  }
-  for (Message& message : fresh) {
+  for (;;) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (inbox_.empty()) return;
+    Message message = std::move(inbox_.front());
+    inbox_.pop_front();
+    waiting_ = inbox_.size();
+    lock.unlock();
     Peer& at = peer(message.peer);
     if (message.send) {
       at.sends.push_back(std::move(message));
@@ -151,30 +156,36 @@ bool Messages::drain_ring(Peer& peer) {
 void Messages::post_receive(Peer& peer, Message message) {
   const auto at = std::find_if(peer.unexpected.begin(), peer.unexpected.end(),
                                [&](const Arrived& a) { return same_match(a.frame.tag, message.tag); });
-  if (at == peer.unexpected.end()) {
-    peer.posted.push_back(std::move(message));
-    return;
-  }
+  const auto receive = peer.posted.insert(peer.posted.end(), std::move(message));
+  if (at == peer.unexpected.end()) return;
   const Arrived arrived = std::move(*at);
   peer.unexpected.erase(at);
-  match(peer, std::move(message), arrived.frame, arrived.pointer, arrived.bytes.data());
+  match(peer, receive, arrived.frame, arrived.pointer, arrived.bytes.data());
 }
 
-void Messages::match(Peer& peer, Message receive, const MessageFrame& frame, Node::Pointer pointer,
-                     const std::byte* bytes) {
-  if (frame.tag.numel != receive.tag.numel || frame.tag.dtype != receive.tag.dtype) {
-    throw Error(Code::mismatch,
-                "rank " + std::to_string(peer.rank) + " sends a " + describe(frame.tag) + ", this rank (" +
-                    std::to_string(mesh_.rank()) + ") receives a " + describe(receive.tag) +
-                    ": both must give the same number of elements and dtype",
-                peer.rank);
+// A receive stays posted until the frame is found right, so that an error ends it too.
+void Messages::match(Peer& peer, std::list<Message>::iterator posted, const MessageFrame& frame,
+                     Node::Pointer pointer, const std::byte* bytes) {
+  if (frame.tag.numel != posted->tag.numel || frame.tag.dtype != posted->tag.dtype) {
+    refuse(peer.rank, "sends a " + describe(frame.tag) + ", this rank (" + std::to_string(mesh_.rank()) +
+                          ") receives a " + describe(posted->tag) +
+                          ": both must give the same number of elements and dtype");
   }
+  if (frame.kind == FrameKind::eager && frame.tag.nbytes != posted->nbytes) {
+    refuse(peer.rank,
+           "sends a " + describe(frame.tag) + " with " + std::to_string(frame.tag.nbytes) + " bytes");
+  }
+  if (frame.kind == FrameKind::announce && peer.granted.count(frame.id) != 0) {
+    refuse(peer.rank, "announces a message again that is on its way");
+  }
+  Message receive = std::move(*posted);
+  peer.posted.erase(posted);
+  receive.since = Clock::now();
   if (frame.kind == FrameKind::eager) {
     if (receive.nbytes > 0) std::memcpy(receive.data, bytes, receive.nbytes);
     reply(peer, FrameKind::taken, frame.id, false);
     complete(receive);
   } else if (pointer.place == Place::slot) {
-    receive.since = Clock::now();
     peer.granted.emplace(frame.id, std::move(receive));
     reply(peer, FrameKind::go, frame.id, true);
   } else {
@@ -189,9 +200,7 @@ void Messages::handle(Peer& peer, const MessageFrame& frame, Node::Pointer point
       const auto at = std::find_if(peer.posted.begin(), peer.posted.end(),
                                    [&](const Message& m) { return same_match(m.tag, frame.tag); });
       if (at != peer.posted.end()) {
-        Message receive = std::move(*at);
-        peer.posted.erase(at);
-        match(peer, std::move(receive), frame, pointer, data);
+        match(peer, at, frame, pointer, data);
       } else {
         Arrived arrived{frame, pointer, {}};
         if (data != nullptr) arrived.bytes.assign(data, data + frame.tag.nbytes);
@@ -234,15 +243,14 @@ void Messages::handle(Peer& peer, const MessageFrame& frame, Node::Pointer point
     case FrameKind::none:
       break;
   }
-  throw Error(Code::mismatch, "rank " + std::to_string(peer.rank) + " answers a message that was never sent",
-              peer.rank);
+  refuse(peer.rank, "answers a message that was never sent, or again");
 }
 
 std::byte* Messages::destination(int rank, const MessageFrame& frame) {
   Peer& from = peer(rank);
   const auto at = from.granted.find(frame.id);
   if (at == from.granted.end() || at->second.moved + frame.tag.nbytes > at->second.nbytes) {
-    throw Error(Code::mismatch, "rank " + std::to_string(rank) + " sends data that nobody asked for", rank);
+    refuse(rank, "sends data that nobody asked for");
   }
   return at->second.data + at->second.moved;
 }

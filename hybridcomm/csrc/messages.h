@@ -121,8 +121,8 @@ class Messages final : private FrameSink {
   Peer& peer(int rank);
   void take_inbox();
   void post_receive(Peer& peer, Message message);
-  void match(Peer& peer, Message receive, const MessageFrame& frame, Node::Pointer pointer,
-             const std::byte* bytes);
+  void match(Peer& peer, std::list<Message>::iterator posted, const MessageFrame& frame,
+             Node::Pointer pointer, const std::byte* bytes);
   bool flush(Peer& peer);
   bool send_reply(Peer& peer);
   bool begin_send(Peer& peer);
@@ -152,7 +152,7 @@ class Messages final : private FrameSink {
   WireCounters& counters_;
   Finished finished_;
   mutable std::mutex mutex_;  // of the inbox
-  std::vector<Message> inbox_;
+  std::deque<Message> inbox_;
   std::atomic<size_t> waiting_{0};  // in the inbox
   std::atomic<size_t> open_{0};     // messages of this rank that are not complete
   std::atomic<size_t> urgent_{0};   // replies that others wait for

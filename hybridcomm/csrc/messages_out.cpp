@@ -131,7 +131,7 @@ int Messages::adopt(Connection connection) {
   const Key key{connection.rank, connection.dialled};
   peer(connection.rank);
   sockets_.erase(key);  // of a peer that had closed it
-  Channel channel{MessageSocket(std::move(connection.socket)), {}};
+  Channel channel{MessageSocket(std::move(connection.socket), connection.dialled), {}};
   return sockets_.emplace(key, std::move(channel)).first->second.socket.fd();
 }
 

@@ -34,7 +34,7 @@ constexpr uint16_t kLarge = 0x8000;
 inline uint16_t numel_of(const Case& one, uint32_t block) {
   const uint32_t limit = (one.numel & kLarge) == 0      ? 130
                          : block >= 16 && block <= 4096 ? 2 * block + 66
-                                                        : 2100;
+                                                        : 700;
   return static_cast<uint16_t>((one.numel & ~kLarge) % limit);
 }
 

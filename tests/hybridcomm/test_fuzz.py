@@ -10,7 +10,8 @@ import pytest
 
 from hybridcomm.kernels.payload import Codec
 from tests import fuzz
-from tests.fuzz import Mutant, Result, Target
+from tests.fuzz import Result, Target
+from tests.fuzz_mutants import MUTANTS, Mutant
 from tests.native import ROOT
 
 needs_clang = pytest.mark.skipif(not fuzz.CLANG, reason="fuzzing needs clang")
@@ -22,7 +23,7 @@ def test_every_target_runs_clean() -> None:
     """In the folder that `make fuzz` has built already."""
     targets = fuzz.prepare()
     names = [target.name for target in targets]
-    assert names[-3:] == ["link", "handshake", "control"]
+    assert names[-4:] == ["link", "handshake", "control", "messages"]
     assert f"decode {Codec.TOPK.name.lower()}" in names
     for result in fuzz.fuzz(targets, runs=2000, jobs=1):
         assert result.passed, result.output
@@ -32,7 +33,7 @@ def test_every_target_runs_clean() -> None:
 
 def test_bugs_are_planted_where_they_are_meant_to(tmp_path: Path) -> None:
     """What is to be changed is there, once; a change of the sources must move the bug along."""
-    for mutant in fuzz.MUTANTS:
+    for mutant in MUTANTS:
         folder = tmp_path / mutant.folder
         folder.mkdir(parents=True, exist_ok=True)
         for path in (ROOT / mutant.folder).iterdir():

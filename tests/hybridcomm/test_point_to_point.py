@@ -311,6 +311,27 @@ def test_another_size_is_a_mismatch_that_names_both(peer: int, numel: int) -> No
         assert each_rank(body, 4) == [None] * 4
 
 
+@pytest.mark.parametrize("peer", [1, 3])
+def test_every_open_work_ends_with_a_mismatch(peer: int) -> None:
+    """The one whose message it is, those started with it, and those of before."""
+    with engine_contexts(NAMED["2x2"]) as contexts:
+
+        def body(rank: int) -> None:
+            ctx = contexts[rank]
+            if rank == 0:
+                ctx.send(np.zeros(4, np.float32), peer, 2)
+            elif rank == peer:
+                before = ctx.irecv(np.zeros(4, np.float32), 0, 1)
+                time.sleep(0.2)
+                ops = [P2POp(hybridcomm.irecv, np.zeros(4, np.int32), 0, ctx, tag) for tag in (2, 3)]
+                (batch,) = batch_isend_irecv(ops)
+                for work in (before, batch):
+                    with pytest.raises(PlanMismatchError, match="rank 0 sends a message with tag 2"):
+                        work.wait(10)
+
+        assert each_rank(body, 4) == [None] * 4
+
+
 def test_refusals() -> None:
     with engine_contexts(Topology.virtual(1, 2)) as contexts:
         ctx, t = contexts[0], np.zeros(3, np.float32)

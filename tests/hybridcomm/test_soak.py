@@ -6,11 +6,15 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from hybridcomm.topology import Topology
 from tests.census import trend
 from tests.native import ROOT
 from tests.soak import KINDS, LEAST_LEAK, MAX_NUMEL, draw
+from tests.soak_codecs import CODECS, Codec
+from tests.soak_operations import Draw
 
 
 def walk(operations: int, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -43,6 +47,16 @@ def test_operations_are_the_same_on_all_ranks_and_cover_sizes_and_kinds() -> Non
     assert 0 in sizes
     assert MAX_NUMEL / 2 < max(sizes) < MAX_NUMEL
     assert {kind.name for kind, _, _ in walks[0]} == {kind.name for kind in KINDS}
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: str(codec.compress))
+def test_control_a_wrong_compressed_sum_is_noticed(codec: Codec) -> None:
+    topology = Topology.virtual(2, 2)
+    operation = Draw(number=3, numel=1001, pick=5, async_op=False)
+    parts = [codec.inputs(rank, topology, operation) for rank in range(4)]
+    want = np.sum(parts, axis=0)
+    for got in (np.zeros_like(want), parts[0], want - parts[2], np.roll(want, 1) + parts[0]):
+        assert not codec.check(got, want, 2)
 
 
 def test_a_trend_is_told_from_noise() -> None:

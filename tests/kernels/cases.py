@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -196,3 +197,10 @@ def guarded(source: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
     memory = Guarded(source.nbytes).bytes
     memory[:] = np.ascontiguousarray(source).view(np.uint8)
     return memory.view(source.dtype)
+
+
+def in_thread(work: Callable[[], None]) -> None:
+    """Thread-wide floating point modes end with their thread."""
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()

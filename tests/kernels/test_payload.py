@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from hybridcomm.kernels import (
     HEADER_NBYTES,
     PayloadFormatError,
+    Spec,
     SpecError,
     Status,
     TopKSpec,
     host,
     reference,
 )
-from tests.kernels import cases
+from tests.kernels import cases, quant_cases
 from tests.kernels.cases import DIGEST, Bytes, Case, Floats
 
 SPEC = TopKSpec(block=64, k=5)
@@ -32,7 +33,7 @@ DECODERS = {
 Decoder = Callable[..., int]
 
 
-def payload_of(spec: TopKSpec = SPEC, numel: int = NUMEL) -> Bytes:
+def payload_of(spec: Spec = SPEC, numel: int = NUMEL) -> Bytes:
     return cases.encoded(Case(spec=spec, kind="normal", numel=numel, seed=5))[1]
 
 
@@ -45,7 +46,7 @@ def put(payload: Bytes, offset: int, form: str, value: int, *, seal: bool = True
     return changed
 
 
-def verdict(decoder: Decoder, payload: Bytes, out: Floats, spec: TopKSpec = SPEC) -> Status:
+def verdict(decoder: Decoder, payload: Bytes, out: Floats, spec: Spec = SPEC) -> Status:
     """What the decoder says; and that it wrote nothing when it refused."""
     before = out.tobytes()
     good = payload_of(spec, out.size)
@@ -100,10 +101,13 @@ def test_every_flipped_bit_is_noticed(decoder: Decoder) -> None:
         assert verdict(decoder, bad, out) is not Status.OK, f"bit {bit} changed unnoticed"
 
 
+@pytest.mark.parametrize("specs", [cases.specs(), quant_cases.specs()], ids=["topk", "quant"])
 @settings(deadline=None, max_examples=150)
 @given(data=st.data(), decoder=st.sampled_from(list(DECODERS.values())), seal=st.booleans())
-def test_random_damage_never_harms(data: st.DataObject, decoder: Decoder, seal: bool) -> None:
-    spec = data.draw(cases.specs())
+def test_random_damage_never_harms(
+    data: st.DataObject, specs: st.SearchStrategy[Spec], decoder: Decoder, seal: bool
+) -> None:
+    spec = data.draw(specs)
     numel = data.draw(st.sampled_from(cases.edge_sizes(spec)))
     bad = payload_of(spec, numel)
     start = data.draw(st.sampled_from([0, HEADER_NBYTES])) if bad.size > HEADER_NBYTES else 0

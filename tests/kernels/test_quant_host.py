@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import threading
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -172,15 +170,8 @@ def test_the_threads_floating_point_mode_does_not_matter(spec: Spec, mode: str) 
 
     for isa in ISAS:
         seen.clear()
-        _in_thread(partial(work, isa))
+        cases.in_thread(partial(work, isa))
         assert seen == wanted, isa
-
-
-def _in_thread(work: Callable[[], None]) -> None:
-    """Thread-wide floating point modes end with their thread."""
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
 
 
 @pytest.mark.parametrize("mutant", sorted(quant_cases.MUTANTS))

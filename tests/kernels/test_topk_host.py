@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import threading
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -115,13 +113,6 @@ def test_a_non_finite_shard_is_flagged_and_loses_nothing(isa: str, kind: str, in
     assert (out.view(np.uint32) == 0x7FC00000).all()
 
 
-def _in_thread(work: Callable[[], None]) -> None:
-    """Thread-wide floating point modes end with their thread."""
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-
-
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("mode", ["flush denormals", "round up"])
 def test_the_threads_floating_point_mode_does_not_matter(isa: str, mode: str) -> None:
@@ -155,7 +146,7 @@ def test_the_threads_floating_point_mode_does_not_matter(isa: str, mode: str) ->
         libm.fesetround(0)
         seen.extend([(*results, out.tobytes()) == want, kept])
 
-    _in_thread(work)
+    cases.in_thread(work)
     assert seen == [True, True], "result unchanged, and the caller's own mode restored"
 
 

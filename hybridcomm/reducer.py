@@ -83,8 +83,9 @@ class Reducer:
         setup.check_agreement(
             ctx, self.layouts, f"{self.policy} {self.intra} {exchange} {self.residual.settings}"
         )
-        self.schedules = setup.schedules_of(ctx, self.layouts, choices)
-        self.exchanges = setup.exchanges_of(ctx, self.layouts, choices, exchange)
+        decided = setup.decided(ctx, self.layouts, choices, exchange)
+        self.schedules = tuple(schedule for schedule, _ in decided)
+        self.exchanges = tuple(way for _, way in decided)
         setup.check_feedback(self.residual, self.schedules)
         self._guard = StepGuard(self.residual, counts=compresses)
         if sync_parameters:

@@ -31,11 +31,10 @@ __all__ = [
     "check_feedback",
     "check_links",
     "choices_of",
-    "exchanges_of",
+    "decided",
     "flat_buffer",
     "layouts_of",
     "regions_of",
-    "schedules_of",
     "sync_parameters",
     "trainable",
 ]
@@ -175,33 +174,24 @@ def layouts_of(
     return plan_buckets(sizes, cap_nbytes=cap)
 
 
-def schedules_of(
-    ctx: ContextLike, layouts: Sequence[BucketLayout], choices: Mapping[str, str | Schedule]
-) -> tuple[Schedule, ...]:
-    """Each bucket's schedule; "auto" is decided here, once, by measured figures and the bucket's size."""
-    found = []
-    for layout in layouts:
-        choice = choices[layout.names[0]]
-        if isinstance(choice, str):
-            context: Any = ctx
-            codec, _ = auto.resolve(context, choice, numel=layout.numel, dtype="float32", op="mean")
-            choice = Schedule((0, codec))
-        found.append(choice)
-    return tuple(found)
-
-
-def exchanges_of(
+def decided(
     ctx: ContextLike, layouts: Sequence[BucketLayout], choices: Mapping[str, str | Schedule], exchange: str
-) -> tuple[str, ...]:
-    """``exchange`` of each bucket's calls; where "auto" decides on the compressor, it also decides on this."""
+) -> tuple[tuple[Schedule, str], ...]:
+    """Each bucket's schedule, and the exchange of its calls.
+
+    "auto" is decided here, once, by measured figures, the bucket's size and ``exchange``; its answer says which
+    exchange it was predicted with.
+    """
     found = []
     for layout in layouts:
         choice, way, context = choices[layout.names[0]], exchange, cast(Any, ctx)
         if isinstance(choice, str):
-            _, way = auto.resolve(
-                context, choice, numel=layout.numel, dtype="float32", op="mean", exchange=exchange
+            numel = layout.numel
+            codec, way = auto.resolve(
+                context, choice, numel=numel, dtype="float32", op="mean", exchange=exchange
             )
-        found.append(way)
+            choice = Schedule((0, codec))
+        found.append((choice, way))
     return tuple(found)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hybridcomm import policy
 from hybridcomm.auto import Policy
-from hybridcomm.compress import Compressor
+from hybridcomm.compress import Compressor, resolve
 from hybridcomm.cost import KernelCost
 from hybridcomm.errors import ResidualError, UnsupportedError
 from hybridcomm.plan import Plan
@@ -185,6 +185,27 @@ def test_auto_compression_carries_out_the_exchange_that_it_chose() -> None:
         got = by_engine(contexts, inputs, compress="auto", exchange="two_stage")
     want = Oracle().run(two_stage(Topology.virtual(3, 1), 5000, op="mean"), inputs, with_residual=False)
     assert [a.tobytes() for a in got] == [b.tobytes() for b in want]
+
+
+def test_a_reducer_keeps_to_the_exchange_that_auto_decided_with() -> None:
+    """Half of the bytes pay on six nodes in two stages alone: where a gather is asked for, dense is the answer."""
+    from torch import nn
+
+    from hybridcomm.reducer import Reducer
+
+    def ways(ctx: Any, exchange: str) -> tuple[list[str], tuple[str, ...]]:
+        module = nn.Linear(256, 512, bias=False)
+        reducer = Reducer(module, ctx=ctx, compress="auto", exchange=exchange)
+        return [str(schedule) for schedule in reducer.schedules], reducer.exchanges
+
+    codec = resolve("fp16")
+    assert codec is not None
+    with engine_contexts(Topology.virtual(6, 1)) as contexts:
+        for context in contexts:
+            context.policies["auto"] = measured(6, 1e-4, codec)
+        for exchange, want in (("auto", ("fp16", "two_stage")), ("gather", ("none", "auto"))):
+            for found in run_ranks(lambda ctx, exchange=exchange: ways(ctx, exchange), contexts):
+                assert found == ([want[0]], (want[1],))
 
 
 def test_cost_of_one_slice_in_closed_form() -> None:

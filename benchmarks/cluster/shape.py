@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 from benchmarks.cluster.errors import ClusterError
 
-__all__ = ["ETHERNET_OVERHEAD", "MTU", "PACKET_HEADERS", "Shape", "parse_rate"]
+__all__ = ["CONGESTION_CONTROL", "ETHERNET_OVERHEAD", "MTU", "PACKET_HEADERS", "Shape", "parse_rate"]
 
 _UNITS = {"bit": 1, "kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
+
+CONGESTION_CONTROL = "cubic"
+"""Of every node's TCP, whatever this machine uses: Linux's own default, so that figures compare from host to host."""
 
 MTU = 1500
 """Bytes of an IP packet on every link."""
@@ -77,5 +80,6 @@ class Shape:
     def __str__(self) -> str:
         return (
             f"tbf {self.rate / 1e6:g} Mbit/s each way, burst {self.burst / 1024:.0f} KiB "
-            f"({self.burst / self.bytes_per_second * 1e3:.2f} ms), queue {self.latency * 1e3:g} ms, MTU {MTU}"
+            f"({self.burst / self.bytes_per_second * 1e3:.2f} ms), queue {self.latency * 1e3:g} ms, MTU {MTU}, "
+            f"TCP {CONGESTION_CONTROL}"
         )

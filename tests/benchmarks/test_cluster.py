@@ -33,9 +33,8 @@ def test_other_rates_are_refused(text: str) -> None:
 
 
 def test_shape_says_what_it_is() -> None:
-    assert (
-        str(Shape.at("1gbit")) == "tbf 1000 Mbit/s each way, burst 122 KiB (1.00 ms), queue 50 ms, MTU 1500"
-    )
+    said = "tbf 1000 Mbit/s each way, burst 122 KiB (1.00 ms), queue 50 ms, MTU 1500, TCP cubic"
+    assert str(Shape.at("1gbit")) == said
 
 
 @pytest.mark.parametrize("layout", [(0, 1), (2, 0), (2, (1, 1, 1)), (251, 1)])
@@ -63,6 +62,7 @@ def test_ranks_see_their_place_and_nodes_are_apart() -> None:
     script = (
         "echo $RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $(hostname) $MASTER_ADDR $(ls /dev/shm | wc -l)"
     )
+    script += " $(cat /proc/sys/net/ipv4/tcp_congestion_control)"
     script += "; touch /dev/shm/mark$RANK; readlink /proc/self/ns/ipc >&2"
     with Cluster(3, (2, 1, 1), None) as cluster:
         result = cluster.run(["sh", "-c", script])
@@ -75,6 +75,7 @@ def test_ranks_see_their_place_and_nodes_are_apart() -> None:
         ["3", "4", "0", "1", "node2"],
     ]
     assert {f[5] for f in fields} == {"10.231.0.1"}
+    assert {f[7] for f in fields} == {"cubic"}
     assert [text.split() for text in again.stdout] == [["mark0", "mark1"]] * 2 + [["mark2"], ["mark3"]]
     assert not list(Path("/dev/shm").glob("mark*"))
     ipc = [text.strip() for text in result.stderr]

@@ -207,7 +207,9 @@ def naive_topk_hook(ratio: float, bucket: dist.GradBucket) -> torch.futures.Futu
         dist.all_gather(all_indices, indices, async_op=True),
     ]
 
-    def add(_: object) -> torch.Tensor:
+    def add(gathered: torch.futures.Future[list[torch.futures.Future[object]]]) -> torch.Tensor:
+        for future in gathered.value():
+            future.value()  # raises what went wrong, before anything is made of it
         buffer.zero_()
         for some_indices, some_values in zip(all_indices, all_values, strict=True):
             buffer.index_add_(0, some_indices, some_values, alpha=1 / world)

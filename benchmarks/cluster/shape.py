@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 from benchmarks.cluster.errors import ClusterError
 
-__all__ = ["CONGESTION_CONTROL", "ETHERNET_OVERHEAD", "MTU", "PACKET_HEADERS", "Shape", "parse_rate"]
+__all__ = [
+    "CONGESTION_CONTROL",
+    "ETHERNET_OVERHEAD",
+    "MTU",
+    "PACKET_HEADERS",
+    "SEGMENT",
+    "Shape",
+    "parse_rate",
+]
 
 _UNITS = {"bit": 1, "kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
 
@@ -19,6 +27,11 @@ MTU = 1500
 
 PACKET_HEADERS = 14 + 20 + 32
 """Bytes of Ethernet, IP and TCP headers in each packet, and all there is of an acknowledgement."""
+
+SEGMENT = 70_000
+"""Bytes of a segment offload unit: 64 KiB, with the headers of its 46 packets. With a smaller burst tbf cuts units
+up, and processors are busy with packets as behind no network card.
+"""
 
 ETHERNET_OVERHEAD = (MTU + 14) / (MTU - 20 - 32)
 """Wire bytes per TCP payload byte: 14 of Ethernet, 20 of IP, 32 of TCP with time stamps (1.0456)."""
@@ -56,9 +69,9 @@ class Shape:
 
     @classmethod
     def at(cls, rate: str | int, burst: int | None = None) -> Shape:
-        """Shape for a rate; the burst is 1 ms of the rate, but at least one 64 KiB segment offload unit."""
+        """Shape for a rate; the burst is 1 ms of the rate, but at least one segment offload unit (`SEGMENT`)."""
         bits = parse_rate(rate) if isinstance(rate, str) else rate
-        return cls(rate=bits, burst=burst if burst is not None else max(66_000, bits // 8_000))
+        return cls(rate=bits, burst=burst if burst is not None else max(SEGMENT, bits // 8_000))
 
     @property
     def bytes_per_second(self) -> float:

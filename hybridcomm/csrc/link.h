@@ -73,8 +73,11 @@ class DataSocket {
     Tag expected;
     std::byte* data;
   };
+  void wake_for(size_t nbytes);
+
   Fd fd_;
   bool readable_ = true, writable_ = true;
+  int awaited_ = 1;  // bytes
   std::deque<Outgoing> out_;
   size_t sent_ = 0;  // of the front message, header included
   std::deque<Incoming> in_;

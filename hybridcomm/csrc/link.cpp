@@ -10,9 +10,6 @@ namespace hybridcomm {
 namespace {
 
 constexpr size_t kHeader = sizeof(FrameHeader);
-// What is worth waking up for in the middle of a message; on a slow link a packet brings a hundredth of it.
-constexpr size_t kWorthReading = 256 * 1024;
-constexpr size_t kShort = 16 * 1024;  // left to come: not worth a system call
 
 bool would_block() { return errno == EAGAIN || errno == EWOULDBLOCK; }
 
@@ -83,8 +80,7 @@ DataSocket::Result DataSocket::progress_receive(int peer, Completion& done, Wire
       if (n == 0 || !would_block()) return Result::closed;
       readable_ = false;
       // Of a message whose header has not been checked, anything: it may be another, and shorter.
-      const size_t left = received_ < kHeader ? 0 : total - received_;
-      wake_for(left < kShort ? 1 : std::min(left, kWorthReading));
+      wake_mark_.set(fd_.get(), received_ < kHeader ? 0 : total - received_);
       return result;
     }
     result = Result::moved;
@@ -102,14 +98,6 @@ DataSocket::Result DataSocket::progress_receive(int peer, Completion& done, Wire
     }
   }
   return result;
-}
-
-// The kernel reports the socket as readable from so many bytes on, or at its end.
-void DataSocket::wake_for(size_t nbytes) {
-  const int wanted = static_cast<int>(nbytes);
-  if (wanted == awaited_) return;
-  awaited_ = wanted;
-  ::setsockopt(fd_.get(), SOL_SOCKET, SO_RCVLOWAT, &wanted, sizeof(wanted));
 }
 
 bool Link::receiving() const {

@@ -16,6 +16,7 @@
 
 #include "common.h"
 #include "tag.h"
+#include "wake_mark.h"
 
 namespace hybridcomm {
 
@@ -73,11 +74,9 @@ class DataSocket {
     Tag expected;
     std::byte* data;
   };
-  void wake_for(size_t nbytes);
-
   Fd fd_;
   bool readable_ = true, writable_ = true;
-  int awaited_ = 1;  // bytes
+  WakeMark wake_mark_;
   std::deque<Outgoing> out_;
   size_t sent_ = 0;  // of the front message, header included
   std::deque<Incoming> in_;

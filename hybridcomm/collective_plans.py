@@ -112,7 +112,8 @@ def allreduce(
     if one_shot:
         shards, size = [[Region(0, numel)]], max(size, numel)
     writer, divisor = Writer(topology, bucket), world if op == "mean" else 1
-    if way == "none" and policy.exchange_at_once(nodes, numel * policy.itemsize(dtype)):
+    link, nbytes = topology.inter_node, numel * policy.itemsize(dtype)
+    if way == "none" and policy.exchange_at_once(nodes, nbytes, alpha=link.alpha, beta=link.beta):
         way = "at_once"
     route = Route(divisor=divisor, one_shot=one_shot, intra=intra is not None, exchange=way, whole=whole)
     route.write(writer, shards, size=size, align=align)

@@ -113,14 +113,17 @@ def one_shot_nbytes(ranks: int) -> int:
     return ONE_SHOT_READ_NBYTES // max(ranks - 1, 1)
 
 
-def exchange_at_once(nodes: int, nbytes: int) -> bool:
+def exchange_at_once(
+    nodes: int, nbytes: int, *, alpha: float | None = None, beta: float | None = None
+) -> bool:
     """Whether the owners of a shard each get all others' sums and add them, instead of a slice each and then its total.
 
     It saves a hop. Of two nodes it sends just as much, ``2 (M - 1) / M * nbytes`` a node; of more ``(M - 1) * nbytes``,
-    which pays while the difference takes less time than the hop, on Ethernet of 1 Gbit/s.
+    which pays while the difference takes less time than the hop. ``alpha`` and ``beta`` as for `exchange`.
     """
-    more = (nodes - 1) * (nodes - 2) / nodes * nbytes
-    return more * _ASSUMED_BETA <= _ASSUMED_ALPHA
+    if alpha is None or beta is None:
+        alpha, beta = _ASSUMED_ALPHA, _ASSUMED_BETA
+    return (nodes - 1) * (nodes - 2) / nodes * nbytes * beta <= alpha
 
 
 def is_relayed(nbytes: int) -> bool:

@@ -30,9 +30,9 @@ def _measured(topology: Topology, *, alpha: float = ALPHA, beta: float = BETA) -
 def _allreduce(
     sizes: list[int], numel: int, compressor: object = None, **options: int
 ) -> tuple[Plan, Topology]:
-    topology = Topology.from_sizes(sizes)
+    topology = _measured(Topology.from_sizes(sizes))
     plan = collective_plans.allreduce(topology, numel, compressor=compressor, **options)  # type: ignore[arg-type]
-    return plan, _measured(topology)
+    return plan, topology
 
 
 def test_every_op_of_a_plan_has_a_cost() -> None:

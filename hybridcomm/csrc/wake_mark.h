@@ -1,7 +1,7 @@
 // How many bytes a data socket must hold before the kernel reports it as readable.
 //
-// On a slow link a packet brings a hundredth of a message. To wake up for each costs more processor time than all the
-// rest of communication, and it is taken from whoever computes on the core meanwhile.
+// On a slow link a packet may bring a hundredth of a message. To wake up for each then costs more processor time than
+// all the rest of communication, and it is taken from whoever computes on the core meanwhile.
 #pragma once
 
 #include <sys/socket.h>

@@ -92,6 +92,13 @@ class Oracle:
         self.residuals = after
         return buffers
 
+    def check_residuals(self, residuals: Sequence[Residual]) -> None:
+        """Those of the engine's ranks are the interpreter's, byte for byte."""
+        assert self.residuals is not None
+        assert len(self.residuals) == len(residuals)
+        for rank, residual in enumerate(residuals):
+            assert residual_of(residual).tobytes() == self.residuals[rank].tobytes(), rank
+
 
 def next_call(contexts: Sequence[Context]) -> int:
     """The number that the next collective of all ranks has."""

@@ -47,7 +47,13 @@ Isa isa_of(const Case& one) {
 // Bytes of the input, again and again until `nbytes` are there.
 void fill(void* to, size_t nbytes, const Input& input) {
   auto* bytes = static_cast<uint8_t*>(to);
-  for (size_t i = 0; i < nbytes && input.left() > 0; ++i) bytes[i] = input.rest()[i % input.left()];
+  size_t done = std::min(nbytes, input.left());
+  if (done == 0) return;
+  std::memcpy(bytes, input.rest(), done);
+  for (size_t more; done < nbytes; done += more) {
+    more = std::min(nbytes - done, done);
+    std::memcpy(bytes + done, bytes, more);
+  }
 }
 
 Status decode(const Region& region, const std::vector<const uint8_t*>& payloads, bool clear, Isa isa,

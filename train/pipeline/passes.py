@@ -7,9 +7,28 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from train.errors import ScheduleError
+from train.pipeline.costs import Costs
+from train.pipeline.head import split_head
 from train.pipeline.instructions import COMPUTE, SEND, Instruction, PipelineSchedule
 
-__all__ = ["add_communication", "add_reduce"]
+__all__ = ["add_communication", "add_reduce", "lower"]
+
+
+def lower(
+    schedule: PipelineSchedule,
+    *,
+    head: bool = False,
+    buckets: int | Sequence[int] = 0,
+    costs: Costs | None = None,
+) -> PipelineSchedule:
+    """All passes, in their order: `split_head` if asked for, `add_communication`, `add_reduce` if there are buckets.
+
+    ``costs`` (without a head) tell `split_head` what runs when. The result is what a runtime executes.
+    """
+    if head:
+        schedule = split_head(schedule, costs)
+    schedule = add_communication(schedule)
+    return schedule if buckets == 0 else add_reduce(schedule, buckets)
 
 
 def add_communication(schedule: PipelineSchedule, *, ahead: int = 1) -> PipelineSchedule:

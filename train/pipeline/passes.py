@@ -41,6 +41,8 @@ def add_communication(schedule: PipelineSchedule, *, ahead: int = 1) -> Pipeline
     """
     if schedule.communicates:
         raise ScheduleError(f"schedule {schedule.name} communicates already")
+    if ahead < 0:
+        raise ScheduleError(f"ahead={ahead}: a receive cannot be asked for after its use")
     sends: dict[tuple[str, int, int], list[Instruction]] = defaultdict(list)
     lists: list[list[tuple[float, Instruction]]] = []
     for rank, entries in enumerate(schedule.lists):

@@ -147,9 +147,7 @@ class _Model:
             sides[rank] = post
             source, target = (rank, entry.peer) if entry.op in SEND else (entry.peer, rank)
             if len(sides) == 2:
-                nbytes = self.costs.stages[
-                    entry.stage + step - 1 if kind == "F" else entry.stage + step
-                ].nbytes
+                nbytes = self.costs.stages[key[1] - (kind == "F")].nbytes  # what lies between the two stages
                 self.arrived[(*key, target)] = self._transfer(kind, source, target, nbytes, sides)
             return (*key, target)
         key = (entry.op, entry.stage, entry.microbatch)

@@ -123,6 +123,15 @@ def test_a_split_head_takes_less_time_than_a_whole_one(name: str, head: float) -
     assert split.bubble < 1.5 * simulate(schedule).bubble
 
 
+@pytest.mark.parametrize(("name", "percent"), [("1f1b", 24), ("1f1b+1", 7.5), ("zbv", 1.4)])
+def test_bubbles_of_a_split_head_are_as_documented(name: str, percent: float) -> None:
+    """docs/architecture.md: four ranks, 32 microbatches, a head of 0.45 forwards per rank."""
+    lowered = lower(make_schedule(name, 4, 32), head=True)
+    costs = replace(Costs.unit(lowered), heads=(HeadCost(score=0.3, weight_grad=0.15),) * 4)
+    digits = 0 if percent == 24 else 1
+    assert round(100 * simulate(lowered, costs).bubble, digits) == percent
+
+
 def test_passes_refuse_what_they_cannot_lower() -> None:
     schedule = make_schedule("1f1b", 2, 2)
     lowered = lower(schedule, buckets=1)
@@ -137,6 +146,8 @@ def test_passes_refuse_what_they_cannot_lower() -> None:
     for buckets in ([1], [1, -1], -1):
         with pytest.raises(ScheduleError, match="give 2 counts >= 0"):
             add_reduce(schedule, buckets)
+    with pytest.raises(ScheduleError, match="ahead=-1"):
+        add_communication(schedule, ahead=-1)
     free = replace(Costs.unit(schedule).stages[0], weight_grad=0.0)
     with pytest.raises(ScheduleError, match="must take some"):
         split_head(schedule, Costs(stages=(free, free)))

@@ -1,8 +1,8 @@
 """Generators: from ranks and microbatches to each rank's list of compute, for any number of either.
 
 A generator writes down one rank at a time, as the papers draw it. Those that are drawn for a least number of
-microbatches, or a multiple, are written for the next such number; then what belongs to microbatches that are not
-there is left out. That keeps every order between those that are, so a correct schedule stays correct.
+microbatches are written for that number; then what belongs to microbatches that are not there is left out. That keeps
+every order between those that are, so a correct schedule stays correct.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from train.pipeline.instructions import Instruction, PipelineSchedule
 
 __all__ = ["SCHEDULES", "Generator", "make_schedule"]
 
-List = Iterator[Instruction]
+Instructions = Iterator[Instruction]
 
 
 def straight(ranks: int, chunks: int) -> tuple[int, ...]:
@@ -42,7 +42,7 @@ class Generator:
     splits_backward: bool
     placement: Callable[[int, int], tuple[int, ...]]
     chunks: int | None
-    rank_list: Callable[[int, int, int, int], List]
+    rank_list: Callable[[int, int, int, int], Instructions]
     peak: Callable[[int, int, int, int], int]
 
 
@@ -71,7 +71,7 @@ def make_schedule(name: str, ranks: int, microbatches: int, *, chunks: int | Non
     )
 
 
-def gpipe(rank: int, ranks: int, microbatches: int, chunks: int) -> List:
+def gpipe(rank: int, ranks: int, microbatches: int, chunks: int) -> Instructions:
     """All forwards, then all backwards (arXiv 1811.06965); everything is alive in between."""
     for microbatch in range(microbatches):
         yield Instruction("F", rank, microbatch)
@@ -79,7 +79,7 @@ def gpipe(rank: int, ranks: int, microbatches: int, chunks: int) -> List:
         yield Instruction("B", rank, microbatch)
 
 
-def one_f_one_b(rank: int, ranks: int, microbatches: int, chunks: int, ahead: int = 0) -> List:
+def one_f_one_b(rank: int, ranks: int, microbatches: int, chunks: int, ahead: int = 0) -> Instructions:
     """One forward, one backward (PipeDream-Flush, arXiv 2006.09503): p - rank microbatches alive at most.
 
     ``ahead``: so many more go forward first, which hides a delay between the last forward and its backward.
@@ -93,7 +93,7 @@ def one_f_one_b(rank: int, ranks: int, microbatches: int, chunks: int, ahead: in
         yield Instruction("B", rank, microbatch)
 
 
-def interleaved(rank: int, ranks: int, microbatches: int, chunks: int, ahead: int = 0) -> List:
+def interleaved(rank: int, ranks: int, microbatches: int, chunks: int, ahead: int = 0) -> Instructions:
     """1F1B over several stages per rank (arXiv 2104.04473): a bubble 1/chunks as long.
 
     Microbatches take turns through the stages, p or more at a time; longer turns come first, so that the warmup, which
@@ -105,7 +105,7 @@ def interleaved(rank: int, ranks: int, microbatches: int, chunks: int, ahead: in
         forward += [(chunk, microbatch) for chunk in range(chunks) for microbatch in span]
         first += turn
     backward = [(chunks - 1 - chunk, microbatch) for chunk, microbatch in forward]
-    warmup = interleaved_peak(rank, ranks, microbatches, chunks, ahead - 1)
+    warmup = interleaved_peak(rank, ranks, microbatches, chunks, ahead - 1)  # the peak is one more
     for number in range(len(forward) + warmup):
         if number < len(forward):
             chunk, microbatch = forward[number]
@@ -127,10 +127,10 @@ def _turns(ranks: int, microbatches: int) -> list[int]:
     return [microbatches // turns + (turn < microbatches % turns) for turn in range(turns)]
 
 
-def zb_h1(rank: int, ranks: int, microbatches: int, chunks: int) -> List:
+def zb_h1(rank: int, ranks: int, microbatches: int, chunks: int) -> Instructions:
     """1F1B whose W waits (arXiv 2401.10241, section 2.1): a third of its bubble, p microbatches alive at most.
 
-    Rank r has r more microbatches between I and W than it would need, so all ranks hold as much as the first.
+    On rank r, W comes r microbatches behind its I, so that all ranks hold as much as the first.
     """
     warmup, weights = min(ranks - rank - 1, microbatches), 0
     for microbatch in range(warmup):
@@ -161,7 +161,7 @@ class _Fold:
         return Instruction(op, self.stage[chunk], microbatch)
 
 
-def zbv(rank: int, ranks: int, microbatches: int, chunks: int) -> List:
+def zbv(rank: int, ranks: int, microbatches: int, chunks: int) -> Instructions:
     """Zero bubble on a V (arXiv 2401.10241, section 6): p - 1 units of bubble in all, as much memory as 1F1B.
 
     Written for 2p - 1 microbatches or more.
@@ -186,7 +186,7 @@ def zbv(rank: int, ranks: int, microbatches: int, chunks: int) -> List:
             yield do("W", chunk)
 
 
-def dualpipev(rank: int, ranks: int, microbatches: int, chunks: int) -> List:
+def dualpipev(rank: int, ranks: int, microbatches: int, chunks: int) -> Instructions:
     """DualPipe cut in half (arXiv 2412.19437, on a V): 2p + 1 half stages alive at most.
 
     The forward of one stage stands beside the backward of the other, to be overlapped where a device can. Written
@@ -207,7 +207,7 @@ def dualpipev(rank: int, ranks: int, microbatches: int, chunks: int) -> List:
     yield from _dualpipev_end(rank, behind, do)
 
 
-def _dualpipev_end(rank: int, behind: int, do: _Fold) -> List:
+def _dualpipev_end(rank: int, behind: int, do: _Fold) -> Instructions:
     """The last rank + 1 backwards of either stage: from the middle on W waits, to fill the gaps of the end."""
     late: list[int] = []  # stages of the Ws that wait
     for number in range(2 * (rank + 1)):

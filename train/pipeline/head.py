@@ -44,13 +44,15 @@ def split_head(schedule: PipelineSchedule, costs: Costs | None = None) -> Pipeli
         )
     timeline = simulate(schedule, costs)
     root = schedule.placement[schedule.last]
-    hidden = [
-        finish
+    hidden = {
+        entry.microbatch: finish
         for entry, finish in zip(schedule.lists[root], timeline.finish[root], strict=True)
         if (entry.op, entry.stage) == ("F", schedule.last)
-    ]
+    }
+    if list(hidden) != list(range(schedule.microbatches)):
+        raise ScheduleError(f"schedule {schedule.name}: the last stage must do all microbatches, in order")
     shards = (
-        _shard([bisect_left(starts, time) for time in hidden], schedule.head, rank == root)
+        _shard([bisect_left(starts, time) for time in hidden.values()], schedule.head, rank == root)
         for rank, starts in enumerate(timeline.start)
     )
     lists = (

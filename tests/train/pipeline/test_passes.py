@@ -148,6 +148,11 @@ def test_passes_refuse_what_they_cannot_lower() -> None:
             add_reduce(schedule, buckets)
     with pytest.raises(ScheduleError, match="ahead=-1"):
         add_communication(schedule, ahead=-1)
+    reverse = PipelineSchedule.parse(
+        schedule.text.replace(".0", ".x").replace(".1", ".0").replace(".x", ".1")
+    )
+    with pytest.raises(ScheduleError, match="all microbatches, in order"):
+        split_head(reverse)
     free = replace(Costs.unit(schedule).stages[0], weight_grad=0.0)
     with pytest.raises(ScheduleError, match="must take some"):
         split_head(schedule, Costs(stages=(free, free)))

@@ -1,4 +1,4 @@
-"""Dropout under tensor parallelism: one mask where all ranks have the same tensor, different ones where each has a part.
+"""Dropout under tensor parallelism: one mask where all ranks have one tensor, different ones where each has a part.
 
 Masks come from one generator that is in step on all ranks. Where they have to differ, it gives a number that is the
 same on all ranks, and number and rank seed a generator for this one mask. So there is no state beside torch's

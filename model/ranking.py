@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.scores import Tile, Tiles
+from model.scores import TILE, Tile, Tiles
 from model.tensor_parallel import TOTAL
 from model.vocab import Items
 
@@ -27,7 +27,7 @@ def target_ranks(
     items: Items,
     *,
     histories: Sequence[np.ndarray],
-    tile: Tile = Tile(),  # noqa: B008, E501
+    tile: Tile = TILE,
 ) -> Tensor:
     """Rank (1 = best) of each row's target among all items that are not in the row's history: int64 [N].
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from model.tensor_parallel import COPY, TensorParallel
 
-__all__ = ["Columns", "Tile", "Tiles", "log_sums"]
+__all__ = ["TILE", "Columns", "Tile", "Tiles", "log_sums"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,9 @@ class Tile:
 
     rows: int = 512
     columns: int = 512
+
+
+TILE = Tile()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,7 @@ class Columns:
     bias: Tensor | None = None
     names: Tensor | None = None
     leave_out: Tensor | None = None
-    tile: Tile = Tile()
+    tile: Tile = TILE
 
 
 class Tiles:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hybridcomm.errors import UnsupportedError
 from model.linear import Linear
-from model.scores import Columns, Tile, log_sums
+from model.scores import TILE, Columns, Tile, log_sums
 from model.sharding import Sharding, draw_whole
 from model.tensor_parallel import ALONE, SCATTER, TOTAL, TensorParallel, through
 
@@ -42,7 +42,7 @@ class Items:
 
     def here(self, items: Tensor) -> tuple[Tensor, Tensor]:
         """Which of ``items`` [N] this rank has: their places among them, and their rows in its table."""
-        if items.numel() and not (0 <= int(items.min()) and int(items.max()) < self.count):
+        if items.numel() and (int(items.min()) < 0 or int(items.max()) >= self.count):
             raise UnsupportedError(
                 f"items must be in 0..{self.count - 1}: {int(items.min())}..{int(items.max())}"
             )
@@ -103,7 +103,7 @@ def embed(item_ids: Tensor, table: Tensor, items: Items) -> Tensor:
     return through(vectors, TOTAL, items.tp).view(*item_ids.shape, table.shape[1])
 
 
-def item_loss(hidden: Tensor, table: Tensor, targets: Tensor, items: Items, *, tile: Tile = Tile()) -> Tensor:  # noqa: B008
+def item_loss(hidden: Tensor, table: Tensor, targets: Tensor, items: Items, *, tile: Tile = TILE) -> Tensor:
     """Sum over predictions of the cross-entropy over all items, in nats; no score table is made.
 
     hidden [N, D], the same on all ranks; table [rows, D], this rank's; targets int64 [N] -> scalar, the same on all
@@ -125,22 +125,24 @@ class Negatives:
     log_expected: Tensor
 
 
-def draw_negatives(count: int, num: int, *, seed: int, weights: Tensor | None = None) -> Negatives:
-    """Draws ``num`` of ``count`` items, the same on every rank and at any number of them.
+def draw_negatives(num_items: int, count: int, *, seed: int, weights: Tensor | None = None) -> Negatives:
+    """Draws ``count`` of ``num_items`` items, the same on every rank and at any number of them.
 
-    Without ``weights`` each item at most once, all alike; with ``weights`` [count] >= 0 with replacement.
+    Without ``weights`` each item at most once, all alike; with ``weights`` [items] >= 0 with replacement.
     """
     generator = torch.Generator().manual_seed(seed)
     if weights is None:
-        if num > count:
-            raise UnsupportedError(f"{num} different items cannot be drawn from {count}")
-        drawn = torch.randperm(count, generator=generator)[:num]
-        return Negatives(items=drawn, log_expected=torch.full((num,), num / count, dtype=torch.float64).log())
-    if len(weights) != count:
-        raise UnsupportedError(f"{len(weights)} weights for {count} items")
-    chances = weights.double() / weights.double().sum()
-    drawn = torch.multinomial(chances, num, replacement=True, generator=generator)
-    return Negatives(items=drawn, log_expected=(num * chances[drawn]).log())
+        if count > num_items:
+            raise UnsupportedError(f"{count} different items cannot be drawn from {num_items}")
+        drawn = torch.randperm(num_items, generator=generator)[:count]
+        expected = torch.full((count,), count / num_items, dtype=torch.float64)
+    else:
+        if len(weights) != num_items:
+            raise UnsupportedError(f"{len(weights)} weights for {num_items} items")
+        chances = weights.double() / weights.double().sum()
+        drawn = torch.multinomial(chances, count, replacement=True, generator=generator)
+        expected = count * chances[drawn]
+    return Negatives(items=drawn, log_expected=expected.log())
 
 
 def sampled_item_loss(
@@ -150,7 +152,7 @@ def sampled_item_loss(
     items: Items,
     *,
     negatives: Negatives,
-    tile: Tile = Tile(),  # noqa: B008
+    tile: Tile = TILE,
 ) -> Tensor:
     """`item_loss` with the softmax's sum estimated from the target and the negatives that all states share.
 

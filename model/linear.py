@@ -35,7 +35,8 @@ class WeightGradients:
         queue.run()                       # weight.grad is what plain backward would have left, bit for bit
 
     Any number of queues may be filled before the first runs. Inputs and output gradients of the layers stay in memory
-    until then. Hooks on the parameters do not fire for what a queue adds: ``run`` has a callback instead.
+    until then. torch fires the parameters' hooks in backward all the same, where nothing has been added yet: what waits
+    for complete gradients has to go by the callback of ``run``.
     """
 
     def __init__(self) -> None:

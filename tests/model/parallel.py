@@ -60,7 +60,11 @@ class Decoder(nn.Module):
 
 
 def build(
-    tp: TensorParallel = ALONE, config: ModelConfig = CONFIG, *, dtype: torch.dtype = torch.float64, text: bool = True
+    tp: TensorParallel = ALONE,
+    config: ModelConfig = CONFIG,
+    *,
+    dtype: torch.dtype = torch.float64,
+    text: bool = True,
 ) -> Decoder:
     """A decoder of one seed, whatever the number of ranks; not to be called by two threads at once."""
     torch.manual_seed(0)
@@ -69,7 +73,9 @@ def build(
         if isinstance(layer, ItemTable):
             layer.draw(config.init_std)
         elif isinstance(layer, Linear):
-            draw_whole(layer, "weight", lambda whole: nn.init.normal_(whole, std=config.init_std), rank=tp.rank)
+            draw_whole(
+                layer, "weight", lambda whole: nn.init.normal_(whole, std=config.init_std), rank=tp.rank
+            )
         elif isinstance(layer, RMSNorm):
             nn.init.uniform_(layer.weight, 0.5, 1.5)
     return model
@@ -82,7 +88,9 @@ def batch() -> Packed:
     return pack(sequences, [random.integers(0, ITEMS, len(sequence)) for sequence in sequences])
 
 
-def over(contexts: Sequence[Context], size: int, body: Callable[[TensorParallel], Any], **options: Any) -> list[Any]:
+def over(
+    contexts: Sequence[Context], size: int, body: Callable[[TensorParallel], Any], **options: Any
+) -> list[Any]:
     """Results of ``body`` on the first ``size`` ranks, each with the tensor-parallel value of their group."""
 
     def on_rank(context: Context) -> Any:
@@ -91,7 +99,9 @@ def over(contexts: Sequence[Context], size: int, body: Callable[[TensorParallel]
     return run_ranks(on_rank, contexts[:size])
 
 
-def built(contexts: Sequence[Context], size: int, make: Callable[[TensorParallel], Any], **options: Any) -> list[Any]:
+def built(
+    contexts: Sequence[Context], size: int, make: Callable[[TensorParallel], Any], **options: Any
+) -> list[Any]:
     """``make`` on each rank, one after the other: torch has one generator for all threads."""
     return [
         make(TensorParallel(group=context.group(list(range(size))), **options)) for context in contexts[:size]
@@ -104,5 +114,7 @@ def bound(exact: Tensor, dtype: str, config: ModelConfig = CONFIG) -> float:
     The longest chain of roundings through the decoder and back: per layer twice (forward, backward) four products
     of up to 2 hidden, 3 dim or 64 terms, and norms of dim; then the items, and the predictions' sum.
     """
-    rounds = 2 * (config.layers * (4 * max(2 * config.hidden, 3 * config.dim, 64) + 2 * config.dim) + ITEMS + 64)
+    rounds = 2 * (
+        config.layers * (4 * max(2 * config.hidden, 3 * config.dim, 64) + 2 * config.dim) + ITEMS + 64
+    )
     return 2 * gamma(rounds, dtype) * float(exact.abs().max())

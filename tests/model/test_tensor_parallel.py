@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,22 +10,14 @@ import model.scores
 import model.vocab
 from hybridcomm.context import Context
 from hybridcomm.errors import UnsupportedError
-from hybridcomm.topology import Topology
 from model import linear, tensor_parallel
 from model.config import ModelConfig
 from model.sharding import join_states, partial_parameters, shard_state, shardings
 from model.tensor_parallel import KEEP, Pair, TensorParallel, gather_state, sum_partial_gradients
-from tests.engine_ranks import engine_contexts
 from tests.model.parallel import CONFIG, Decoder, batch, bound, build, built
 from tests.ranks import run_ranks
 
 FEW_HEADS = CONFIG.model_copy(update={"heads": 3, "hidden": 3, "tied": False})
-
-
-@pytest.fixture(scope="module")
-def contexts() -> Iterator[list[Context]]:
-    with engine_contexts(Topology.virtual(1, 4)) as made:
-        yield made
 
 
 def trained(decoder: Decoder) -> tuple[Tensor, dict[str, Tensor]]:
@@ -62,7 +52,9 @@ def errors(
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("config", [CONFIG, FEW_HEADS], ids=["tied", "few heads, untied"])
-@pytest.mark.parametrize(("size", "sequence"), [(1, False), (2, False), (2, True), (3, True), (4, False), (4, True)])
+@pytest.mark.parametrize(
+    ("size", "sequence"), [(1, False), (2, False), (2, True), (3, True), (4, False), (4, True)]
+)
 def test_sharded_equals_unsharded(
     contexts: list[Context], size: int, sequence: bool, config: ModelConfig, dtype: str
 ) -> None:
@@ -75,7 +67,9 @@ def test_states_are_parts_of_the_whole(contexts: list[Context], size: int, seque
     """One seed draws the same weights at any size; a checkpoint of one fits the other, both ways."""
     whole = build(config=FEW_HEADS).state_dict()
     ranks = built(contexts, size, lambda tp: build(tp, FEW_HEADS), sequence=sequence)
-    gathered = run_ranks(lambda context: gather_state(ranks[context.rank], ranks[context.rank].tp), contexts[:size])
+    gathered = run_ranks(
+        lambda context: gather_state(ranks[context.rank], ranks[context.rank].tp), contexts[:size]
+    )
     for rank, decoder in enumerate(ranks):
         part = shard_state(whole, decoder, rank)
         assert {name: value.shape for name, value in part.items()} == {
@@ -91,7 +85,11 @@ def test_partial_parameters_are_norms_and_the_text_projection(contexts: list[Con
         (decoder, _) = built(contexts, 2, build, sequence=sequence)
         return list(partial_parameters(decoder))
 
-    norms = [f"blocks.{layer}.{norm}.weight" for layer in (0, 1) for norm in ("attention_norm", "feed_forward_norm")]
+    norms = [
+        f"blocks.{layer}.{norm}.weight"
+        for layer in (0, 1)
+        for norm in ("attention_norm", "feed_forward_norm")
+    ]
     assert names(False) == ["table.text_projection.weight"]
     assert names(True) == ["table.text_projection.weight", *norms, "final_norm.weight"]
     assert partial_parameters(build()) == {}
@@ -138,7 +136,9 @@ BUGS: dict[str, tuple[bool, object, str, object]] = {
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_control_planted_bugs_are_noticed(contexts: list[Context], bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_planted_bugs_are_noticed(
+    contexts: list[Context], bug: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sequence, where, name, wrong = BUGS[bug]
     monkeypatch.setattr(where, name, wrong)
     found = errors(contexts, 2, sequence=sequence, dtype="float64")

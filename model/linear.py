@@ -20,7 +20,17 @@ from torch import Tensor, nn
 
 from hybridcomm.errors import UnsupportedError
 from model.sharding import Sharding, draw_whole
-from model.tensor_parallel import ALONE, COPY, GATHER, KEEP, SCATTER, TOTAL, Pair, TensorParallel
+from model.tensor_parallel import (
+    ALONE,
+    COPY,
+    GATHER,
+    KEEP,
+    SCATTER,
+    TOTAL,
+    Pair,
+    TensorParallel,
+    without_autocast,
+)
 
 __all__ = ["ColumnLinear", "Linear", "RowLinear", "WeightGradients"]
 
@@ -73,17 +83,15 @@ class WeightGradients:
         ``done(weight)`` is called when all of this queue's gradients of a weight are in ``weight.grad``.
         """
         left = Counter(id(weight) for weight, _, _ in self._entries)
-        while self._entries:
-            weight, grad, x = self._entries.popleft()
-            new = _weight_gradient(grad, x, weight.dtype)
-            if weight.grad is None:
-                weight.grad = new
-            else:
-                with torch.no_grad():
-                    weight.grad.add_(new)
-            left[id(weight)] -= 1
-            if done is not None and not left[id(weight)]:
-                done(weight)
+        with torch.no_grad():
+            while self._entries:
+                weight, grad, x = self._entries.popleft()
+                with without_autocast(grad):
+                    new = _weight_gradient(grad, x, weight.dtype)
+                weight.grad = new if weight.grad is None else weight.grad.add_(new)
+                left[id(weight)] -= 1
+                if done is not None and not left[id(weight)]:
+                    done(weight)
 
 
 class Linear(nn.Linear):
@@ -105,6 +113,7 @@ class Linear(nn.Linear):
         self.entry, self.exit = (entry, exit_) if tp.size > 1 else (KEEP, KEEP)
         self.queue: WeightGradients | None = None
 
+    @torch.compiler.disable  # a queue may collect in backward, which is not known when a graph is traced
     def forward(self, x: Tensor, tokens: int = 0) -> Tensor:
         """``tokens`` is their number on all ranks, where the layer gathers or splits them: x is [tokens, in] then."""
         device = x.device.type
@@ -180,38 +189,40 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: nn.Parameter, layer: Linear, tokens: int) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            low = weight.to(x.dtype) if x.dtype in (torch.bfloat16, torch.float16) else weight
-            ctx.save_for_backward(x, low)
-            ctx.weight, ctx.layer, ctx.tokens = weight, layer, tokens
-            whole = layer.entry.forward(layer.tp, x, tokens, False).wait()
-            return layer.exit.forward(layer.tp, F.linear(whole, low), tokens, False).wait()
+        low = weight if x.dtype == weight.dtype else weight.to(x.dtype)
+        ctx.save_for_backward(x, low)
+        ctx.weight, ctx.layer, ctx.tokens = weight, layer, tokens
+        whole = layer.entry.forward(layer.tp, x, tokens, False).wait()
+        return layer.exit.forward(layer.tp, F.linear(whole, low), tokens, False).wait()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, low = ctx.saved_tensors
-        layer: Linear = ctx.layer
-        tp, queue = layer.tp, layer.queue
-        x_needed, weight_needed = ctx.needs_input_grad[:2]
-        with torch.autocast(grad.device.type, enabled=False):
-            grad = layer.exit.backward(tp, grad, ctx.tokens, False).wait()
-            # Only this rank's tokens were kept: the others come while the input's gradient is computed.
-            whole = layer.entry.forward(tp, x, ctx.tokens, True) if weight_needed else None
-            x_grad = weight_grad = None
-            if x_needed:
-                overlaps = weight_needed and queue is None
-                x_grad = layer.entry.backward(tp, grad @ low, ctx.tokens, overlaps)
-            if whole is not None:
-                if queue is None:
-                    weight_grad = _weight_gradient(grad, whole.wait(), ctx.weight.dtype)
-                else:
-                    queue.put(ctx.weight, grad, whole.wait())
-            return None if x_grad is None else x_grad.wait(), weight_grad, None, None
+        with without_autocast(grad):
+            return *_gradients(ctx, grad), None, None
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    x, low = ctx.saved_tensors
+    layer: Linear = ctx.layer
+    tp, queue = layer.tp, layer.queue
+    x_needed, weight_needed = ctx.needs_input_grad[:2]
+    grad = layer.exit.backward(tp, grad, ctx.tokens, False).wait()
+    # Only this rank's tokens were kept: the others come while the input's gradient is computed.
+    whole = layer.entry.forward(tp, x, ctx.tokens, True) if weight_needed else None
+    x_grad = weight_grad = None
+    if x_needed:
+        overlaps = weight_needed and queue is None
+        x_grad = layer.entry.backward(tp, grad @ low, ctx.tokens, overlaps)
+    if whole is not None and queue is None:
+        weight_grad = _weight_gradient(grad, whole.wait(), ctx.weight.dtype)
+    elif whole is not None:
+        queue.put(ctx.weight, grad, whole.wait())
+    return None if x_grad is None else x_grad.wait(), weight_grad
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+    if grad.dim() != 2:
         rows = math.prod(grad.shape[:-1])
-        flat = grad.reshape(rows, grad.shape[-1]).T @ x.reshape(rows, x.shape[-1])
-        return flat.to(dtype)
+        grad, x = grad.reshape(rows, grad.shape[-1]), x.reshape(rows, x.shape[-1])
+    return (grad.T @ x).to(dtype)

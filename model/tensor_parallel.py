@@ -16,6 +16,7 @@ Sums are formed in the group's order: all ranks hold the same bits, in every run
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ from model.sharding import Sharding, balanced, partial_parameters, shardings
 
 __all__ = [
     "ALONE", "COPY", "GATHER", "KEEP", "SCATTER", "SPREAD", "TOTAL",
-    "Pair", "Pending", "TensorParallel", "gather_state", "sum_partial_gradients", "through",
+    "Pair", "Pending", "TensorParallel", "gather_state", "sum_partial_gradients", "through", "without_autocast",
 ]  # fmt: skip
 
 
@@ -124,6 +125,12 @@ def _own_part(tp: TensorParallel, t: Tensor, tokens: int, async_op: bool) -> Pen
     return Pending(tensor=t.split(list(tp.sizes(tokens)))[tp.rank].clone())
 
 
+def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
+    """A block in which products are in their operands' dtype, on the device of ``t``."""
+    device = t.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 KEEP = Pair(forward=_nothing, backward=_nothing)
 COPY = Pair(forward=_nothing, backward=_all_reduce)
 TOTAL = Pair(forward=_all_reduce, backward=_nothing)
@@ -135,7 +142,12 @@ SPREAD = Pair(forward=_own_part, backward=_all_gather)
 def through(x: Tensor, pair: Pair, tp: TensorParallel, *, tokens: int = 0) -> Tensor:
     """``x`` through an edge outside a layer; ``tokens`` of all ranks where the pair splits or gathers them
     ([tokens, ...])."""
-    return x if tp.size == 1 else _Through.apply(x, pair, tp, tokens)
+    return x if tp.size == 1 else _through(x, pair, tp, tokens)
+
+
+@torch.compiler.disable
+def _through(x: Tensor, pair: Pair, tp: TensorParallel, tokens: int) -> Tensor:
+    return _Through.apply(x, pair, tp, tokens)
 
 
 class _Through(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""What tests of tensor parallelism share: a decoder of the parallel layers, ranks, and bounds of what rounding may do."""
+"""What tests of tensor parallelism share: a decoder of parallel layers, ranks, and what rounding may do."""
 
 from __future__ import annotations
 

@@ -142,5 +142,5 @@ def test_checkpointing_draws_the_same_masks_again() -> None:
     assert torch.equal(x.grad > 0, kept > 0)
     own = Dropout(P, tp=TensorParallel(generator=torch.Generator()))
     loss = checkpoint(lambda t: own(t * 1.0).exp(), x, use_reentrant=False).sum()
-    with pytest.raises(UnsupportedError, match="leave TensorParallel.generator at None"):
+    with pytest.raises(UnsupportedError, match=r"leave TensorParallel\.generator at None"):
         loss.backward()

@@ -12,7 +12,7 @@ from hybridcomm.errors import UnsupportedError
 from model import linear
 from model.linear import ColumnLinear, Linear, RowLinear, WeightGradients
 from model.tensor_parallel import ALONE, TensorParallel
-from tests.model.parallel import Decoder, batch, build, built
+from tests.model.parallel import Decoder, batch, bound, build, built
 from tests.numerics import gamma
 from tests.ranks import run_ranks
 
@@ -213,6 +213,29 @@ def test_ranks_put_off_the_same_bits(contexts: list[Context], sequence: bool, ch
 def wrap(block: nn.Module) -> None:
     inner = block.forward
     block.forward = lambda *args: checkpoint(inner, *args, use_reentrant=False)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_compiled_blocks_work_and_put_off(contexts: list[Context], size: int) -> None:
+    """Linear layers are breaks in the graphs, so queues collect there too; the compiler's own backend that compiles
+    nothing is enough to see it."""
+    models = built(contexts, size, lambda tp: (build(tp), build(tp)))
+    for _, compiled in models:
+        for block in compiled.blocks:
+            block.compile(backend="aot_eager")
+
+    def body(context: Context) -> None:
+        plain, compiled = models[context.rank]
+        plain.loss(batch()).backward()
+        loss, queue = compiled.loss(batch()), WeightGradients()
+        with queue.collect(compiled):
+            loss.backward()
+        assert len(queue) == 4 * len(compiled.blocks) + 1
+        queue.run()
+        for found, exact in zip(grads(compiled), grads(plain), strict=True):
+            torch.testing.assert_close(found, exact, rtol=0.0, atol=bound(exact, "float64"))
+
+    run_ranks(body, contexts[:size])
 
 
 class Recorded:

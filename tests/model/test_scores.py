@@ -231,7 +231,7 @@ def test_control_bugs_planted_in_the_source_are_noticed(mutant: str) -> None:
 
     def loss(sums: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Tensor, Tensor], Tensor]:
         columns = Columns(tp=ALONE, count=41, own=torch.arange(N), places=targets, tile=RAGGED)
-        return lambda h, t: 0.25 * (lambda both: both[0] - both[1])(sums(h, t, columns)).sum()
+        return lambda h, t: 0.25 * torch.sub(*sums(h, t, columns)).sum()
 
     oracle = Oracle(hidden, table, targets, "float64", factor=0.25)
     assert oracle.excess(computed(loss(log_sums), hidden, table)) <= 1

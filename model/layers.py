@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.dropout import Dropout
+from model.linear import ColumnLinear, RowLinear
+from model.tensor_parallel import ALONE, TensorParallel
 
 __all__ = ["Attention", "Block", "RMSNorm", "SwiGLU", "apply_rope", "rope_tables"]
 
@@ -19,8 +22,9 @@ __all__ = ["Attention", "Block", "RMSNorm", "SwiGLU", "apply_rope", "rope_tables
 class RMSNorm(nn.Module):
     """Divides by the root mean square over the last dimension, then scales; [..., D] -> [..., D]."""
 
-    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+    def __init__(self, dim: int, eps: float = 1e-6, *, tp: TensorParallel = ALONE) -> None:
         super().__init__()
+        self.partial = {"weight"} if tp.sequence else set()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
@@ -47,56 +51,69 @@ def apply_rope(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with rotary positions under a boolean mask."""
+    """Multi-head attention with rotary positions under a boolean mask; the ranks of ``tp`` share the heads.
 
-    def __init__(self, config: ModelConfig) -> None:
+    A rank without heads (more ranks than heads) takes part in the collectives and adds nothing.
+    """
+
+    def __init__(self, config: ModelConfig, *, tp: TensorParallel = ALONE) -> None:
         super().__init__()
-        self.heads = config.heads
-        self.dropout = config.dropout
-        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
-        self.out = nn.Linear(config.dim, config.dim, bias=False)
+        self.tp = tp
+        self.channels = config.dim // config.heads
+        heads = tp.sizes(config.heads)
+        self.heads = heads[tp.rank]
+        sizes = tuple(self.channels * each for each in heads)
+        self.qkv = ColumnLinear(config.dim, 3 * config.dim, tp=tp, sizes=sizes, sections=3)
+        self.dropout = Dropout(config.dropout, tp=tp, split=True)
+        self.out = RowLinear(config.dim, config.dim, tp=tp, sizes=sizes)
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        """x [B, T, D], mask [B, 1, T, T] (True = may attend) -> [B, T, D]."""
-        rows, tokens, dim = x.shape
-        query, key, value = (
-            part.view(rows, tokens, self.heads, dim // self.heads).transpose(1, 2)
-            for part in self.qkv(x).chunk(3, dim=-1)
-        )
-        mixed = F.scaled_dot_product_attention(
-            apply_rope(query, tables),
-            apply_rope(key, tables),
-            value,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
-        return self.out(mixed.transpose(1, 2).reshape(rows, tokens, dim))
+        """x [B, T, D], mask [B, 1, T, T] (True = may attend) -> [B, T, D]; tokens [n, D] of the B * T where
+        ranks split them."""
+        rows, tokens = mask.shape[0], mask.shape[-1]
+        qkv = self.qkv(x, rows * tokens).view(rows, tokens, 3, self.heads, self.channels)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()
+        query, key = apply_rope(query, tables), apply_rope(key, tables)
+        if self.dropout.active:
+            weights = (query * self.channels**-0.5) @ key.transpose(-2, -1)
+            weights = weights.masked_fill(~mask, -torch.inf).softmax(-1)
+            mixed = self.dropout(weights) @ value
+        else:
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        shape = (rows * tokens,) if self.tp.sequence else (rows, tokens)
+        return self.out(mixed.transpose(1, 2).reshape(*shape, self.heads * self.channels), rows * tokens)
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward layer: down(silu(gate(x)) * up(x)); [..., D] -> [..., D]."""
+    """Gated feed-forward layer: down(silu(gate(x)) * up(x)); [..., D] -> [..., D]. The ranks of ``tp`` share the
+    hidden channels."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, tp: TensorParallel = ALONE) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.dim, 2 * config.hidden, bias=False)
-        self.down = nn.Linear(config.hidden, config.dim, bias=False)
+        self.gate_up = ColumnLinear(config.dim, 2 * config.hidden, tp=tp, sections=2)
+        self.down = RowLinear(config.hidden, config.dim, tp=tp)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+    def forward(self, x: Tensor, tokens: int = 0) -> Tensor:
+        """``tokens`` of all ranks, where they split them."""
+        gate, up = self.gate_up(x, tokens).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up, tokens)
 
 
 class Block(nn.Module):
-    """Pre-norm decoder block: attention, then the feed-forward layer, each added to the residual stream."""
+    """Pre-norm decoder block: attention, then the feed-forward layer, each added to the residual stream.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Under sequence parallelism the stream between the layers holds this rank's tokens: [n, D] of B * T.
+    """
+
+    def __init__(self, config: ModelConfig, *, tp: TensorParallel = ALONE) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.dim)
-        self.attention = Attention(config)
-        self.feed_forward_norm = RMSNorm(config.dim)
-        self.feed_forward = SwiGLU(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.attention_norm = RMSNorm(config.dim, tp=tp)
+        self.attention = Attention(config, tp=tp)
+        self.feed_forward_norm = RMSNorm(config.dim, tp=tp)
+        self.feed_forward = SwiGLU(config, tp=tp)
+        self.dropout = Dropout(config.dropout, tp=tp, split=tp.sequence)
 
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), tables, mask))
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        tokens = mask.shape[0] * mask.shape[-1]
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x), tokens))

@@ -1,0 +1,228 @@
+"""Linear layers: whole, column-parallel or row-parallel, with a backward pass that can be cut in two.
+
+    1 input gradient     what the layer before waits for; where ranks share the layer, their sum is under way while
+    2 weight gradient    is computed: at once, or put off into a `WeightGradients` queue
+
+Sources: arXiv 1909.08053 (column and row), 2205.05198 (tokens split over the ranks), 2401.10241 (the two parts).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hybridcomm.errors import UnsupportedError
+from model.sharding import Sharding, draw_whole
+from model.tensor_parallel import (
+    ALONE,
+    COPY,
+    GATHER,
+    KEEP,
+    SCATTER,
+    TOTAL,
+    Pair,
+    TensorParallel,
+    without_autocast,
+)
+
+__all__ = ["ColumnLinear", "Linear", "RowLinear", "WeightGradients"]
+
+
+class WeightGradients:
+    """Weight gradients that a backward pass has put off, of one stage and microbatch.
+
+        queue = WeightGradients()
+        with queue.collect(stage):
+            output.backward(gradient)     # the input's gradient is complete, no linear layer's weight gradient is
+        ...
+        queue.run()                       # weight.grad is what plain backward would have left, bit for bit
+
+    Any number of queues may be filled before the first runs. Inputs and output gradients of the layers stay in memory
+    until then. torch fires the parameters' hooks in backward all the same, where nothing has been added yet: what waits
+    for complete gradients has to go by the callback of ``run``.
+    """
+
+    def __init__(self) -> None:
+        self._entries: deque[tuple[nn.Parameter, Tensor, Tensor]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @contextmanager
+    def collect(self, module: nn.Module) -> Iterator[WeightGradients]:
+        """Takes the weight gradients of all linear layers of ``module`` in backward passes inside the block."""
+        layers = [layer for layer in module.modules() if isinstance(layer, Linear)]
+        if any(layer.queue is not None for layer in layers):
+            raise UnsupportedError("another queue collects these weight gradients: leave its block first")
+        for layer in layers:
+            layer.queue = self
+        try:
+            yield self
+        finally:
+            for layer in layers:
+                layer.queue = None
+
+    def put(self, weight: nn.Parameter, grad: Tensor, x: Tensor) -> None:
+        """Puts off adding grad^T x to ``weight.grad``; grad [..., out], x [..., in]."""
+        if not weight.is_leaf:
+            raise UnsupportedError(
+                "a weight that is computed from others has no .grad to add to: it cannot be put off"
+            )
+        self._entries.append((weight, grad, x))
+
+    def run(self, done: Callable[[nn.Parameter], None] | None = None) -> None:
+        """Computes and adds everything in the order it was put off, and forgets it.
+
+        ``done(weight)`` is called when all of this queue's gradients of a weight are in ``weight.grad``.
+        """
+        left = Counter(id(weight) for weight, _, _ in self._entries)
+        with torch.no_grad():
+            while self._entries:
+                weight, grad, x = self._entries.popleft()
+                with without_autocast(grad):
+                    new = _weight_gradient(grad, x, weight.dtype)
+                weight.grad = new if weight.grad is None else weight.grad.add_(new)
+                left[id(weight)] -= 1
+                if done is not None and not left[id(weight)]:
+                    done(weight)
+
+
+class Linear(nn.Linear):
+    """y = x W^T without bias, whole on each rank; [..., in] -> [..., out].
+
+    ``partial``: the ranks of ``tp`` see different inputs, so its gradient is a part of their sum. Under
+    ``torch.autocast`` the product is in autocast's dtype, as ``nn.Linear``'s. Differentiable once.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, tp: TensorParallel = ALONE, partial: bool = False
+    ) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self._split(tp, {}, KEEP, KEEP)
+        self.partial = {"weight"} if partial and tp.size > 1 else set()
+
+    def _split(self, tp: TensorParallel, sharding: dict[str, Sharding], entry: Pair, exit_: Pair) -> None:
+        self.tp, self.sharding, self.partial = tp, sharding, set[str]()
+        self.entry, self.exit = (entry, exit_) if tp.size > 1 else (KEEP, KEEP)
+        self.queue: WeightGradients | None = None
+
+    @torch.compiler.disable  # a queue may collect in backward, which is not known when a graph is traced
+    def forward(self, x: Tensor, tokens: int = 0) -> Tensor:
+        """``tokens`` is their number on all ranks, where the layer gathers or splits them: x is [tokens, in] then."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))
+        return _Product.apply(x, self.weight, self, tokens)
+
+
+class ColumnLinear(Linear):
+    """A linear layer whose outputs are split: rank r has ``sizes[r]`` of each section (default: `balanced`).
+
+    Its input is the same on all ranks, or under sequence parallelism this rank's tokens; its output has all
+    tokens. The sum of the input's gradient over the ranks is under way while the weight's is computed.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        tp: TensorParallel = ALONE,
+        sizes: tuple[int, ...] | None = None,
+        sections: int = 1,
+    ) -> None:
+        sharding = _sharding(0, out_features, sections, sizes, tp)
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, sections * sharding.sizes[tp.rank]
+        self._split(tp, {"weight": sharding}, GATHER if tp.sequence else COPY, KEEP)
+        _make_weight(self)
+
+
+class RowLinear(Linear):
+    """A linear layer whose inputs are split: rank r has ``sizes[r]`` of them (default: `balanced`).
+
+    Its output is the sum over the ranks: on all of them, or under sequence parallelism each rank's tokens.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        tp: TensorParallel = ALONE,
+        sizes: tuple[int, ...] | None = None,
+    ) -> None:
+        sharding = _sharding(1, in_features, 1, sizes, tp)
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = sharding.sizes[tp.rank], out_features
+        self._split(tp, {"weight": sharding}, KEEP, SCATTER if tp.sequence else TOTAL)
+        _make_weight(self)
+
+
+def _sharding(
+    dim: int, features: int, sections: int, sizes: tuple[int, ...] | None, tp: TensorParallel
+) -> Sharding:
+    sharding = Sharding(dim=dim, sizes=sizes or tp.sizes(features // sections), sections=sections)
+    if sharding.whole != features or len(sharding.sizes) != tp.size:
+        raise UnsupportedError(f"{features} features cannot be split over {tp.size} ranks as {sharding}")
+    return sharding
+
+
+def _make_weight(layer: Linear) -> None:
+    layer.register_parameter("bias", None)
+    layer.weight = nn.Parameter(torch.empty(layer.out_features, layer.in_features))
+    # As nn.Linear draws it, so that one seed gives one model at any number of ranks.
+    draw_whole(
+        layer, "weight", lambda whole: nn.init.kaiming_uniform_(whole, a=math.sqrt(5)), rank=layer.tp.rank
+    )
+
+
+class _Product(torch.autograd.Function):
+    """x W^T with what the layer's edges do to x and y."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, layer: Linear, tokens: int) -> Tensor:
+        low = weight if x.dtype == weight.dtype else weight.to(x.dtype)
+        ctx.save_for_backward(x, low)
+        ctx.weight, ctx.layer, ctx.tokens = weight, layer, tokens
+        whole = layer.entry.forward(layer.tp, x, tokens, False).wait()
+        return layer.exit.forward(layer.tp, F.linear(whole, low), tokens, False).wait()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        with without_autocast(grad):
+            return *_gradients(ctx, grad), None, None
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    x, low = ctx.saved_tensors
+    layer: Linear = ctx.layer
+    tp, queue = layer.tp, layer.queue
+    x_needed, weight_needed = ctx.needs_input_grad[:2]
+    grad = layer.exit.backward(tp, grad, ctx.tokens, False).wait()
+    # Only this rank's tokens were kept: the others come while the input's gradient is computed.
+    whole = layer.entry.forward(tp, x, ctx.tokens, True) if weight_needed else None
+    x_grad = weight_grad = None
+    if x_needed:
+        overlaps = weight_needed and queue is None
+        x_grad = layer.entry.backward(tp, grad @ low, ctx.tokens, overlaps)
+    if whole is not None and queue is None:
+        weight_grad = _weight_gradient(grad, whole.wait(), ctx.weight.dtype)
+    elif whole is not None:
+        queue.put(ctx.weight, grad, whole.wait())
+    return None if x_grad is None else x_grad.wait(), weight_grad
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    if grad.dim() != 2:
+        rows = math.prod(grad.shape[:-1])
+        grad, x = grad.reshape(rows, grad.shape[-1]), x.reshape(rows, x.shape[-1])
+    return (grad.T @ x).to(dtype)

@@ -1,0 +1,155 @@
+"""Scores of hidden states against a table, tile by tile: the table of all scores never exists.
+
+    1 tile     hidden rows x table rows, into one buffer of bounded size; fp32 where inputs are shorter
+    2 fold     each row's running maximum, and the sum of exponentials below it
+    3 join     the ranks' maxima, sums and target scores, in one all-gather
+    4 again    backward computes each tile once more, makes it probabilities, and folds both products from it
+
+Sources: running maximum and sum arXiv 1805.02867; recomputed tiles 2205.14135; split vocabularies 1909.08053.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.tensor_parallel import COPY, TensorParallel, without_autocast
+
+__all__ = ["TILE", "Columns", "Tile", "Tiles", "log_sums"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """Bounds of a tile. 1024 x 256 of fp32 is 1 MiB: it stays in a core's second-level cache."""
+
+    rows: int = 1024
+    columns: int = 256
+
+
+TILE = Tile()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Which rows of this rank's table each hidden state is scored against: the first ``count`` of them.
+
+    Hidden state ``own[i]`` has row ``places[i]`` as its target (each state one, on one of the ranks). ``bias`` [count]
+    is added to scores. Row c has the name ``names[c]``, and the state n leaves out rows named ``leave_out[n]``.
+    """
+
+    tp: TensorParallel
+    count: int
+    own: Tensor
+    places: Tensor
+    bias: Tensor | None = None
+    names: Tensor | None = None
+    leave_out: Tensor | None = None
+    tile: Tile = TILE
+
+
+class Tiles:
+    """Tiles of hidden [N, D] @ table[:columns].T, in one buffer: each is gone when the next comes."""
+
+    def __init__(self, hidden: Tensor, table: Tensor, columns: int, tile: Tile) -> None:
+        self.dtype = hidden.dtype if hidden.dtype is torch.float64 else torch.float32
+        self.hidden, self.table, self.columns, self.tile = hidden, table, columns, tile
+        self._buffer = hidden.new_empty(tile.rows * tile.columns, dtype=self.dtype)
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of rows, and their hidden states."""
+        for begin in range(0, len(self.hidden), self.tile.rows):
+            rows = slice(begin, min(begin + self.tile.rows, len(self.hidden)))
+            yield rows, self.hidden[rows].to(self.dtype)
+
+    def of(self, block: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Blocks of columns, their table rows, and the scores of ``block`` against them."""
+        for begin in range(0, self.columns, self.tile.columns):
+            columns = slice(begin, min(begin + self.tile.columns, self.columns))
+            part = self.table[columns].to(self.dtype)
+            out = self._buffer[: len(block) * len(part)].view(len(block), len(part))
+            yield columns, part, torch.mm(block, part.T, out=out)
+
+
+@torch.compiler.disable
+def log_sums(hidden: Tensor, table: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
+    """For each hidden state the log of the sum of exponentials of its scores, and its target's score.
+
+    hidden [N, D], the same on all ranks; table [R, D], this rank's rows -> two tensors [N] over all ranks' rows, fp32
+    (fp64 of fp64). A state without scores gets the lowest finite number. The gradient of ``hidden`` is the sum over
+    the ranks; under sequence parallelism only this rank's part of it, for GATHER to sum.
+    """
+    return _LogSums.apply(hidden, table, columns)
+
+
+class _LogSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, table: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
+        with without_autocast(hidden):
+            tiles = Tiles(hidden, table, columns.count, columns.tile)
+            stats = hidden.new_zeros(3, len(hidden), dtype=tiles.dtype)
+            stats[0] = torch.finfo(tiles.dtype).min
+            for rows, block in tiles.blocks():
+                peak, total, _ = (row[rows] for row in stats)
+                for part, _, scores in tiles.of(block):
+                    _adjust(scores, columns, rows, part)
+                    higher = torch.maximum(peak, scores.amax(1))
+                    scores.sub_(higher[:, None]).exp_()
+                    total.mul_((peak - higher).exp_()).add_(scores.sum(1))
+                    peak.copy_(higher)
+            own, places = columns.own, columns.places
+            stats[2, own] = (hidden[own].to(tiles.dtype) * table[places].to(tiles.dtype)).sum(1)
+            log_sum, target = _joined(stats, columns.tp)
+            ctx.save_for_backward(hidden, table, log_sum)
+            ctx.columns = columns
+            return log_sum, target
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, by_sum: Tensor, by_target: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        hidden, table, log_sum = ctx.saved_tensors
+        columns: Columns = ctx.columns
+        own, places = columns.own, columns.places
+        with without_autocast(hidden):
+            tiles = Tiles(hidden, table, columns.count, columns.tile)
+            hidden_grad = torch.zeros_like(hidden, dtype=tiles.dtype)
+            table_grad = torch.zeros_like(table, dtype=tiles.dtype)
+            for rows, block in tiles.blocks():
+                weight = by_sum[rows, None]
+                weighted = block * weight
+                for part, table_rows, scores in tiles.of(block):
+                    _adjust(scores, columns, rows, part)
+                    chances = scores.sub_(log_sum[rows, None]).exp_()
+                    hidden_grad[rows].addmm_(chances, table_rows)
+                    table_grad[part].addmm_(chances.T, weighted)
+                hidden_grad[rows].mul_(weight)
+            weight = by_target[own, None]
+            hidden_grad.index_add_(0, own, table[places].to(tiles.dtype) * weight)
+            summing = None
+            if columns.tp.size > 1 and not columns.tp.sequence:
+                summing = COPY.backward(columns.tp, hidden_grad, 0, True)
+            table_grad.index_add_(0, places, hidden[own].to(tiles.dtype) * weight)
+            if summing is not None:
+                hidden_grad = summing.wait()
+            return hidden_grad.to(hidden.dtype), table_grad.to(table.dtype), None
+
+
+def _adjust(scores: Tensor, columns: Columns, rows: slice, part: slice) -> None:
+    if columns.bias is not None:
+        scores.add_(columns.bias[part])
+    if columns.names is not None and columns.leave_out is not None:
+        scores.masked_fill_(columns.names[part] == columns.leave_out[rows, None], -torch.inf)
+
+
+def _joined(stats: Tensor, tp: TensorParallel) -> tuple[Tensor, Tensor]:
+    """(log of the sum, target score) of all ranks, from each one's maximum, sum below it and target score, [3, N]."""
+    every = stats[None] if tp.group is None else stats.new_empty(tp.size, *stats.shape)
+    if tp.group is not None:
+        tp.group.all_gather(every, stats)
+    peaks, totals, targets = every.unbind(1)
+    peak = peaks.amax(0)
+    log_sum = peak + (totals * (peaks - peak).exp()).sum(0).log()
+    return log_sum.clamp(min=torch.finfo(stats.dtype).min), targets.sum(0)

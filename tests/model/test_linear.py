@@ -1,0 +1,299 @@
+"""Linear layers against torch's, and weight gradients put off: the same bits as plain backward, when asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hybridcomm.context import Context
+from hybridcomm.errors import UnsupportedError
+from model import linear
+from model.linear import ColumnLinear, Linear, RowLinear, WeightGradients
+from model.tensor_parallel import ALONE, TensorParallel
+from tests.model.parallel import Decoder, batch, bound, build, built
+from tests.numerics import gamma
+from tests.ranks import run_ranks
+
+
+def stack() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(Linear(7, 9), nn.SiLU(), Linear(9, 9), nn.SiLU(), Linear(9, 5))
+
+
+def inputs(microbatch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(10 + microbatch)
+    return torch.randn(2, 6, 7, generator=generator, requires_grad=True)
+
+
+def grads(module: nn.Module) -> list[Tensor | None]:
+    return [parameter.grad for parameter in module.parameters()]
+
+
+def same(left: list[Tensor | None], right: list[Tensor | None]) -> bool:
+    return all(
+        a is not None and b is not None and torch.equal(a, b) for a, b in zip(left, right, strict=True)
+    )
+
+
+def plainly(microbatches: int, *, autocast: bool = False, checkpointed: bool = False) -> tuple[list, list]:
+    """(weight gradients, input gradients) of plain backward over some microbatches."""
+    module, found = stack(), []
+    for microbatch in range(microbatches):
+        x = inputs(microbatch)
+        output(module, x, autocast=autocast, checkpointed=checkpointed).square().sum().backward()
+        found.append(x.grad)
+    return grads(module), found
+
+
+def output(module: nn.Module, x: Tensor, *, autocast: bool = False, checkpointed: bool = False) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        return checkpoint(module, x, use_reentrant=False) if checkpointed else module(x)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7), (0, 7)])
+def test_equals_torch(shape: tuple[int, ...], autocast: bool) -> None:
+    ours = Linear(7, 4)
+    torchs = nn.Linear(7, 4, bias=False)
+    torchs.load_state_dict(ours.state_dict())
+    results = []
+    for module in (ours, torchs):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(2), requires_grad=True)
+        y = output(module, x, autocast=autocast)
+        y.float().square().sum().backward()
+        results.append((y, x.grad, module.weight.grad))
+    for left, right in zip(*results, strict=True):
+        assert left.dtype == right.dtype
+        size = float(right.detach().abs().max()) if right.numel() else 0.0
+        bound = 2 * gamma(2 * max(shape[0] * 3, 7, 4), "bfloat16" if autocast else "float32") * size
+        torch.testing.assert_close(left, right, rtol=0.0, atol=bound)
+
+
+def test_one_seed_draws_torchs_weights() -> None:
+    torch.manual_seed(5)
+    ours = Linear(7, 4)
+    torch.manual_seed(5)
+    assert torch.equal(ours.weight, nn.Linear(7, 4, bias=False).weight)
+    torch.manual_seed(5)
+    assert torch.equal(ours.weight, ColumnLinear(7, 4).weight)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_put_off_gradients_are_those_of_plain_backward(
+    order: tuple[int, ...], checkpointed: bool, autocast: bool
+) -> None:
+    """Three microbatches in flight: after all backward passes no weight has a gradient, inputs have theirs."""
+    options = {"autocast": autocast, "checkpointed": checkpointed}
+    weights, xs = plainly(3, **options)
+    module, queues, given = stack(), [], [inputs(microbatch) for microbatch in range(3)]
+    outputs = [output(module, x, **options).square().sum() for x in given]
+    for loss in outputs:
+        queues.append(WeightGradients())
+        with queues[-1].collect(module):
+            loss.backward()
+    assert grads(module) == [None] * 3
+    assert same([x.grad for x in given], xs)
+    assert [len(queue) for queue in queues] == [3, 3, 3]
+    if order == (0, 1, 2):
+        for queue in queues:
+            queue.run()
+        assert same(grads(module), weights)
+        assert all(len(queue) == 0 for queue in queues)
+    else:  # sums in another order: of other bits, but of the same value
+        for place in order:
+            queues[place].run()
+        for found, exact in zip(grads(module), weights, strict=True):
+            torch.testing.assert_close(
+                found, exact, rtol=0.0, atol=gamma(8, "float32") * 3 * float(exact.abs().max())
+            )
+
+
+def test_plain_and_put_off_microbatches_mix() -> None:
+    weights, _ = plainly(2)
+    module, queue = stack(), WeightGradients()
+    with queue.collect(module):
+        output(module, inputs(0)).square().sum().backward()
+    queue.run()
+    output(module, inputs(1)).square().sum().backward()
+    assert same(grads(module), weights)
+
+
+def test_done_is_called_once_when_a_weight_is_complete() -> None:
+    """Also for a weight that is used twice; the parameters' hooks fire before there is anything, and not again."""
+    shared, queue = Linear(7, 7), WeightGradients()
+    last = Linear(7, 7)
+    fired: list[Tensor | None] = []
+    for parameter in (shared.weight, last.weight):
+        parameter.register_post_accumulate_grad_hook(lambda weight: fired.append(weight.grad))
+    x = inputs(0)
+    with queue.collect(nn.ModuleList([shared, last])):
+        last(shared(shared(x).tanh())).sum().backward()
+    seen: list[tuple[Tensor, Tensor]] = []
+    queue.run(lambda weight: seen.append((weight, weight.grad.clone())))
+    assert fired == [None] * 2
+    assert [weight is each for (weight, _), each in zip(seen, (last.weight, shared.weight), strict=True)] == [
+        True
+    ] * 2
+    assert all(torch.equal(then, weight.grad) for weight, then in seen)
+    assert queue.run(seen.append) is None
+    assert len(seen) == 2
+
+
+def test_frozen_weights_are_left_out() -> None:
+    module, queue = stack(), WeightGradients()
+    module[2].weight.requires_grad_(False)
+    with queue.collect(module):
+        output(module, inputs(0)).sum().backward()
+    assert len(queue) == 2
+
+
+def test_two_queues_at_once_are_refused() -> None:
+    module = stack()
+    with WeightGradients().collect(module), pytest.raises(UnsupportedError, match="another queue"):  # noqa: SIM117
+        with WeightGradients().collect(module[0]):
+            pass
+    assert all(layer.queue is None for layer in module.modules() if isinstance(layer, Linear))
+
+
+def test_a_computed_weight_cannot_be_put_off() -> None:
+    layer, queue = Linear(7, 4), WeightGradients()
+    doubled = {"weight": layer.weight * 2}
+    with queue.collect(layer), pytest.raises(UnsupportedError, match="computed from others"):
+        torch.func.functional_call(layer, doubled, (inputs(0),)).sum().backward()
+
+
+def test_control_a_gradient_put_off_by_another_sum_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that replaces instead of adds, as a reader of ``weight.grad is None`` might get wrong."""
+    weights, _ = plainly(2)
+    module, queues = stack(), [WeightGradients(), WeightGradients()]
+    for microbatch, queue in enumerate(queues):
+        with queue.collect(module):
+            output(module, inputs(microbatch)).square().sum().backward()
+    queues[0].run()
+    module.zero_grad()
+    queues[1].run()
+    assert not same(grads(module), weights)
+
+
+# -- over several ranks ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_ranks_put_off_the_same_bits(contexts: list[Context], sequence: bool, checkpointed: bool) -> None:
+    """A decoder's gradients over 3 ranks, put off for two microbatches and run afterwards, equal plain ones."""
+
+    def body(decoders: list[Decoder], context: Context) -> None:
+        plain, delayed = decoders[context.rank]
+        if checkpointed:
+            for block in (*plain.blocks, *delayed.blocks):
+                wrap(block)
+        data = batch()
+        for _ in range(2):
+            plain.loss(data).backward()
+        queues = []
+        for loss in [delayed.loss(data), delayed.loss(data)]:
+            queues.append(WeightGradients())
+            with queues[-1].collect(delayed):
+                loss.backward()
+        split = [layer for layer in delayed.modules() if isinstance(layer, Linear)]
+        assert all(layer.weight.grad is None for layer in split)
+        for queue in queues:
+            queue.run()
+        assert same(grads(delayed), grads(plain))
+
+    models = built(contexts, 3, lambda tp: (build(tp), build(tp)), sequence=sequence)
+    run_ranks(lambda context: body(models, context), contexts[:3])
+
+
+def wrap(block: nn.Module) -> None:
+    inner = block.forward
+    block.forward = lambda *args: checkpoint(inner, *args, use_reentrant=False)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_compiled_blocks_work_and_put_off(contexts: list[Context], size: int) -> None:
+    """Linear layers are breaks in the graphs, so queues collect there too; the compiler's own backend that compiles
+    nothing is enough to see it."""
+    models = built(contexts, size, lambda tp: (build(tp), build(tp)))
+    for _, compiled in models:
+        for block in compiled.blocks:
+            block.compile(backend="aot_eager")
+
+    def body(context: Context) -> None:
+        plain, compiled = models[context.rank]
+        plain.loss(batch()).backward()
+        loss, queue = compiled.loss(batch()), WeightGradients()
+        with queue.collect(compiled):
+            loss.backward()
+        assert len(queue) == 4 * len(compiled.blocks) + 1
+        queue.run()
+        for found, exact in zip(grads(compiled), grads(plain), strict=True):
+            torch.testing.assert_close(found, exact, rtol=0.0, atol=bound(exact, "float64"))
+
+    run_ranks(body, contexts[:size])
+
+
+class Recorded:
+    """A group that notes what is issued and waited for."""
+
+    def __init__(self, group: object, log: list[str]) -> None:
+        self._group, self._log = group, log
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._group, name)
+
+    def allreduce(self, tensor: Tensor, *, async_op: bool = False) -> object:
+        self._log.append("all-reduce" + (", asynchronous" if async_op else ""))
+        work = self._group.allreduce(tensor, async_op=async_op)
+        return Waited(work, self._log) if async_op else work
+
+
+class Waited:
+    def __init__(self, work: object, log: list[str]) -> None:
+        self._work, self._log = work, log
+
+    def wait(self) -> None:
+        self._log.append("wait")
+        self._work.wait()
+
+
+def test_the_sum_over_ranks_is_under_way_while_the_weight_gradient_is_computed(
+    contexts: list[Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logs: list[list[str]] = [[], []]
+    right = linear._weight_gradient
+
+    def noted(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        logs[int(x[0, 0] > 0)].append("weight gradient")
+        return right(grad, x, dtype)
+
+    monkeypatch.setattr(linear, "_weight_gradient", noted)
+
+    def body(context: Context) -> None:
+        layer, x = layers[context.rank], torch.full((3, 4), float(context.rank), requires_grad=True)
+        layer(x).sum().backward()
+
+    tps = [
+        TensorParallel(group=Recorded(context.group([0, 1]), logs[context.rank])) for context in contexts[:2]
+    ]
+    layers = [ColumnLinear(4, 6, tp=tp) for tp in tps]
+    run_ranks(body, contexts[:2])
+    assert logs == [["all-reduce, asynchronous", "weight gradient", "wait"]] * 2
+
+
+@pytest.mark.parametrize("sizes", [(3, 4), (7,), (3, 3, 1)])
+def test_sizes_that_do_not_fit_are_refused(contexts: list[Context], sizes: tuple[int, ...]) -> None:
+    tp = TensorParallel(group=contexts[0].group([0, 1]))
+    with pytest.raises(UnsupportedError, match="cannot be split over 2 ranks"):
+        RowLinear(8, 4, tp=tp, sizes=sizes)
+
+
+def test_a_whole_layer_is_its_own_single_rank() -> None:
+    layer = ColumnLinear(4, 6, tp=ALONE)
+    assert layer.weight.shape == (6, 4)
+    assert layer(torch.ones(2, 4)).shape == (2, 6)

@@ -10,6 +10,9 @@ so the states of all stages together are the state of the whole.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +22,7 @@ from model.dropout import Dropout
 from model.layers import Block, RMSNorm, rope_tables
 from model.linear import Linear
 from model.parts import Part
+from model.ranking import target_ranks
 from model.sharding import draw_whole
 from model.tensor_parallel import ALONE, GATHER, TensorParallel, through
 from model.vocab import ItemTable, embed, item_loss
@@ -101,18 +105,48 @@ class Recommender(nn.Module):
         A sum and not a mean: the caller divides once by the global number of predictions, so that the gradient of a
         ragged batch over any number of ranks is that of one process (a mean of means is not).
         """
-        rows = None if self.table is None else self.table()
-        if self.table is not None and self.part.embeds:
-            x = self.embedding_dropout(embed(items, rows, self.table.items))
-        if x is None:
-            raise UnsupportedError(f"the part {self.part} continues another one: give it that one's output")
-        x = self._decode(x, segments, positions)
+        x, rows = self._run(items, segments, positions, x)
         if not self.part.scores:
             return x
         hidden = self._final(x, segments.numel(), picks)
-        table = self.table if self.head is None else self.head
-        rows = rows if self.head is None else self.head()
+        table, rows = self._scoring(rows)
         return hidden @ rows.T if targets is None else item_loss(hidden, rows, targets, table.items)
+
+    def target_ranks(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+        targets: Tensor,
+        histories: Sequence[np.ndarray],
+        x: Tensor | None = None,
+    ) -> Tensor:
+        """The last part, for evaluation: each target's rank among the items that are not in its history, int64 [N].
+
+        ``inputs`` are the first four arguments of `forward`; see `model.ranking.target_ranks`. Equal on all ranks.
+        """
+        items, segments, positions, picks = inputs
+        x, rows = self._run(items, segments, positions, x)
+        table, rows = self._scoring(rows)
+        hidden = self._final(x, segments.numel(), picks)
+        return target_ranks(hidden, rows, targets, table.items, histories=histories)
+
+    def _run(
+        self, items: Tensor, segments: Tensor, positions: Tensor, x: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What comes out of the part's last block, and the rows of its table."""
+        rows = None if self.table is None else self.table()
+        if self.table is not None and rows is not None and self.part.embeds:
+            x = self.embedding_dropout(embed(items, rows, self.table.items))
+        if x is None:
+            raise UnsupportedError(f"the part {self.part} continues another one: give it that one's output")
+        return self._decode(x, segments, positions), rows
+
+    def _scoring(self, rows: Tensor | None) -> tuple[ItemTable, Tensor]:
+        """The table that items are scored with, and its rows: those of the input's, if the model is tied."""
+        if self.head is not None:
+            return self.head, self.head()
+        if self.table is None or rows is None:
+            raise UnsupportedError(f"the part {self.part} does not score")
+        return self.table, rows
 
     def _decode(self, x: Tensor, segments: Tensor, positions: Tensor) -> Tensor:
         tokens = segments.shape[1]

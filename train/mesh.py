@@ -94,6 +94,11 @@ class Mesh:
         places = {"dp": mine.dp, "pp": mine.pp, "tp": mine.tp}
         return tuple(self.rank(Coordinates(**{**places, axis: place})) for place in range(self.size(axis)))
 
+    def replica(self, rank: int) -> tuple[int, ...]:
+        """The ranks that hold one copy of the model together with ``rank``."""
+        dp = self.at(rank).dp
+        return tuple(other for other in self._places() if self.at(other).dp == dp)
+
     def group(self, axis: Axis, ctx: Grouping) -> Group:
         """This rank's group along ``axis``, in which its rank is its place; no communication."""
         return ctx.group(self.along(axis, ctx.rank))

@@ -8,9 +8,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,7 @@ from model.vocab import ItemTable
 from train.batch import Packed
 from train.errors import ConfigError
 from train.mesh import Mesh
+from train.outcome import StepTimes
 from train.pipeline.instructions import PipelineSchedule
 from train.pipeline.runtime import PipelineRuntime
 
@@ -70,6 +73,7 @@ class Replica:
         self.place = mesh.at(ctx.rank)
         self.tp = TensorParallel(group=mesh.group("tp", ctx) if mesh.tp > 1 else None, sequence=sequence)
         self._pipeline = mesh.group("pp", ctx) if mesh.pp > 1 else None
+        self._model = ctx.group(mesh.replica(ctx.rank)) if mesh.pp * mesh.tp > 1 else None
         self.stages = {stage: self._make(spec, parts[stage]) for stage in schedule.stages_of(self.place.pp)}
         self._tie = self._share_table(spec)
         self.module = nn.ModuleDict({str(stage): module for stage, module in self.stages.items()})
@@ -109,21 +113,65 @@ class Replica:
         both = first is not None and last is not None and first is not last
         return first.table if both and first.table is last.table else None
 
-    def step(self, batches: Sequence[Packed], scale: float = 1.0) -> float:
+    def step(self, batches: Sequence[Packed], scale: float = 1.0, times: StepTimes | None = None) -> float:
         """Gradients of one optimizer step in .grad; the loss's sum over this replica's predictions, on all its ranks.
 
         ``batches`` are the replica's microbatches, the same on all its ranks. ``scale``: what the sum of losses is
         multiplied by before backward; reducers divide by the number of replicas.
         """
-        loss = self.runtime.step(batches, scale)
+        times = StepTimes() if times is None else times
+        loss = self.runtime.step(batches, scale, times)
+        begin = time.perf_counter()
         if self._tie is not None:
             self._sum_copies(self._tie)
         sum_partial_gradients(self.module, self.tp)
-        if self._pipeline is None:
-            return loss
-        total = torch.tensor([loss], dtype=torch.float64)
-        self._pipeline.broadcast(total, self.schedule.placement[-1])
-        return float(total)
+        if self._pipeline is not None:
+            total = torch.tensor([loss], dtype=torch.float64)
+            self._pipeline.broadcast(total, self.schedule.placement[-1])
+            loss = float(total)
+        times.exposed += time.perf_counter() - begin
+        return loss
+
+    @torch.no_grad()
+    def target_ranks(self, batch: Packed, histories: Sequence[np.ndarray]) -> Tensor:
+        """Each target's rank (`Recommender.target_ranks`) through all stages, one after the other; on all ranks."""
+        me, placement, x = self.place.pp, self.schedule.placement, None
+        ranks = torch.zeros(len(batch.targets), dtype=torch.int64)
+        sends = []
+        for stage, holder in enumerate(placement):
+            if holder != me:
+                continue
+            module = self.stages[stage]
+            if stage > 0 and placement[stage - 1] != me:
+                x = self.runtime.room(batch, module)
+                self._pipeline.recv(x, placement[stage - 1])
+            if stage == self.schedule.last:
+                ranks = module.target_ranks(batch.inputs, batch.targets, histories, x)
+                break
+            x = module(*batch.inputs, None, x)
+            if placement[stage + 1] != me:
+                sends.append(self._pipeline.isend(x.contiguous(), placement[stage + 1]))
+        for work in sends:
+            work.wait()
+        if self._pipeline is not None:
+            self._pipeline.broadcast(ranks, placement[-1])
+        return ranks
+
+    def gradient_norm(self) -> Tensor:
+        """Norm of the whole model's gradient, fp64: every parameter once, whatever copies and shares there are."""
+        split, square = self.shares(), torch.zeros(1, dtype=torch.float64)
+        copied = self._tie is not None and self.place.pp != self.schedule.placement[0]
+        for name, parameter in self.named_parameters().items():
+            mine = name in split or self.place.tp == 0
+            if parameter.grad is not None and mine and not (copied and name.startswith("table.")):
+                square += parameter.grad.double().square().sum()
+        if self._model is not None:
+            self._model.allreduce(square)
+        return square.sqrt()[0]
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """This rank's, under the names that the whole model has."""
+        return {name: p for module in self.stages.values() for name, p in module.named_parameters()}
 
     def parameters(self) -> list[nn.Parameter]:
         """This rank's, each once, in the order of stages."""

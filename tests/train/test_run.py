@@ -104,7 +104,7 @@ def test_four_ranks_as_two_nodes(tmp_path: Path) -> None:
 def test_dense_runs_do_not_depend_on_ranks_or_backend(tmp_path: Path) -> None:
     dense = ["--compress", "none"]
     one = final(tmp_path / "one", *dense, "--nproc", "1", "--nodes", "1")
-    three = final(tmp_path / "three", *dense, "--nproc", "3", "--nodes", "2", "--accumulate", "2")
+    three = final(tmp_path / "three", *dense, "--nproc", "3", "--nodes", "2", "--microbatches", "2")
     peer = final(tmp_path / "peer", *dense, "--nproc", "2", "--nodes", "2", "--comm", "ddp")
     # Eight steps of Adam from one gradient that differs in its last bits; a step counted twice changes
     # percents.

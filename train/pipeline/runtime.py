@@ -13,6 +13,7 @@ nothing about shapes is ever sent.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +28,8 @@ from model.linear import WeightGradients
 from model.recommender import Recommender
 from train.batch import Packed
 from train.errors import ScheduleError
-from train.pipeline.instructions import Instruction, PipelineSchedule
+from train.outcome import StepTimes
+from train.pipeline.instructions import BACKWARD, Instruction, PipelineSchedule
 
 __all__ = ["PipelineRuntime"]
 
@@ -48,6 +50,12 @@ class _Step:
     receives: dict[tuple[str, int, int], tuple[Work, Tensor]] = field(default_factory=dict)
     sends: list[Work] = field(default_factory=list)
     loss: Tensor | None = None
+    times: StepTimes
+
+    def wait(self, work: Work) -> None:
+        begin = time.perf_counter()
+        work.wait()
+        self.times.waiting += time.perf_counter() - begin
 
 
 class PipelineRuntime:
@@ -99,25 +107,34 @@ class PipelineRuntime:
             "REDUCE": self._reduce,
         }
 
-    def step(self, batches: Sequence[Packed], scale: float = 1.0) -> float:
+    def step(self, batches: Sequence[Packed], scale: float = 1.0, times: StepTimes | None = None) -> float:
         """Forward and backward of all microbatches: gradients of ``scale`` times the sum of losses are added to .grad.
 
         Returns the sum of this rank's losses, in nats: of all microbatches on the rank of the last stage, else 0.
-        Gradients are accumulated in the order of microbatches, and where there are reducers they are means over the
-        replicas when this returns. After an error nothing of the step is left, but what is in .grad.
+        Adds to ``times`` where this rank's time went. Gradients are accumulated in the order of microbatches, and
+        where there are reducers they are means over the replicas when this returns. After an error nothing of the
+        step is left, but what is in .grad.
         """
         if len(batches) != self.schedule.microbatches:
             raise ScheduleError(f"{len(batches)} microbatches for a schedule of {self.schedule.microbatches}")
-        step = _Step(batches=batches, scale=scale)
+        step = _Step(batches=batches, scale=scale, times=StepTimes() if times is None else times)
         for place, entry in enumerate(self._list):
+            begin, waited = time.perf_counter(), step.times.waiting
             self._ops[entry.op](step, entry, place in self._final)
+            took = time.perf_counter() - begin - (step.times.waiting - waited)
+            if entry.op == "F":
+                step.times.forward += took
+            elif entry.op in BACKWARD:
+                step.times.backward += took
             if self.shared is not None and place == self._last_use:
                 for parameter in self.shared.parameters:
                     self.shared.ready(parameter)
         for work in step.sends:
-            work.wait()
+            step.wait(work)
+        begin = time.perf_counter()
         for reducer in self.all_reducers():
             reducer.finalize()
+        step.times.exposed += time.perf_counter() - begin
         return 0.0 if step.loss is None else float(step.loss)
 
     # -- computation -----------------------------------------------------------------------------------------
@@ -207,7 +224,7 @@ class PipelineRuntime:
 
     def _receive(self, step: _Step, entry: Instruction, _: bool) -> None:
         op, stage, microbatch, peer, _ = entry
-        room = self._room(step.batches[microbatch], self.stages[stage])
+        room = self.room(step.batches[microbatch], self.stages[stage])
         step.receives[op[-1], stage, microbatch] = self._peers().irecv(room, peer, _TAGS[op[-1]]), room
 
     def _arrived(self, step: _Step, kind: str, place: Place) -> Tensor | None:
@@ -215,11 +232,11 @@ class PipelineRuntime:
         found = step.receives.pop((kind, *place), None)
         if found is None:
             return None
-        found[0].wait()
+        step.wait(found[0])
         return found[1]
 
     @staticmethod
-    def _room(batch: Packed, stage: Recommender) -> Tensor:
+    def room(batch: Packed, stage: Recommender) -> Tensor:
         """Memory for what goes between stages, for one microbatch."""
         weight = next(stage.parameters())
         if not stage.tp.sequence:

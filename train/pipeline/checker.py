@@ -9,13 +9,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 from train.pipeline.execute import broken, execution_order
 from train.pipeline.instructions import COMPUTE, OPS, RECEIVE, SEND, Instruction, PipelineSchedule
 
-__all__ = ["Report", "check", "peak_activations"]
+__all__ = ["Report", "check"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,38 +47,35 @@ def check(schedule: PipelineSchedule, *, slots: int | None = None) -> Report:
         _one_order_of_collectives(schedule)
     execution_order(schedule, slots=slots)
     return Report(
-        peak_activations=peak_activations(schedule),
-        peak_receives=_peaks(schedule, {"RECV_F": 1, "RECV_I": 1}, _uses_message),
-        peak_hidden=_peaks(schedule, {"HEAD_X": 1, "HEAD_T": -1}),
+        peak_activations=_peaks(schedule, _activations(schedule)),
+        peak_receives=_peaks(schedule, _messages(schedule)),
+        peak_hidden=_peaks(schedule, {("HEAD_X", schedule.head): 1, ("HEAD_T", schedule.head): -1}),
     )
-
-
-def peak_activations(schedule: PipelineSchedule) -> tuple[int, ...]:
-    """By rank: the most stages' microbatches alive at once, from F until W or B has used them."""
-    return _peaks(schedule, {"F": 1, "W": -1, "B": -1})
 
 
 # -- memory ------------------------------------------------------------------------------------------------
 
 
-def _peaks(
-    schedule: PipelineSchedule,
-    change: Mapping[str, int],
-    uses: Callable[[PipelineSchedule, Instruction], int] | None = None,
-) -> tuple[int, ...]:
-    peaks = []
-    for entries in schedule.lists:
-        now = peak = 0
-        for entry in entries:
-            now += change.get(entry.op, 0) - (uses(schedule, entry) if uses else 0)
-            peak = max(peak, now)
-        peaks.append(peak)
-    return tuple(peaks)
+def _peaks(schedule: PipelineSchedule, change: Mapping[tuple[str, int], int]) -> tuple[int, ...]:
+    """By rank: the most that ``change``, by op and stage, sums up to along its list."""
+    return tuple(
+        max(accumulate((change.get(entry[:2], 0) for entry in entries), initial=0))
+        for entries in schedule.lists
+    )
 
 
-def _uses_message(schedule: PipelineSchedule, entry: Instruction) -> int:
-    step = {"F": -1, "I": 1, "B": 1}.get(entry.op)
-    return 1 if step and schedule.communicates and schedule.peer(entry.stage, step) >= 0 else 0
+def _activations(schedule: PipelineSchedule) -> dict[tuple[str, int], int]:
+    return {(op, stage): 1 if op == "F" else -1 for stage in range(schedule.stages) for op in ("F", "W", "B")}
+
+
+def _messages(schedule: PipelineSchedule) -> dict[tuple[str, int], int]:
+    """Asked for by a receive, used up by F, I or B of a stage whose neighbour is on another rank."""
+    change: dict[tuple[str, int], int] = {}
+    for stage in range(schedule.stages) if schedule.communicates else ():
+        for step, receive, users in ((-1, "RECV_F", ("F",)), (1, "RECV_I", ("I", "B"))):
+            if schedule.peer(stage, step) >= 0:
+                change |= {(receive, stage): 1, **{(op, stage): -1 for op in users}}
+    return change
 
 
 # -- completeness ------------------------------------------------------------------------------------------

@@ -31,7 +31,8 @@ def split_head(schedule: PipelineSchedule, costs: Costs | None = None) -> Pipeli
 
     Every rank stops for its HEAD_S when, in a simulation with ``costs`` (of the stages, without a head; None: unit
     costs), the last stage has its hidden states: no instruction that is to run later stands before it, so the
-    lists can run. HEAD_T follows one computation later. HEAD_X is started one computation before HEAD_S.
+    lists can run. HEAD_T follows one computation later. The last stage's rank starts HEAD_X at once, the others
+    one computation before their HEAD_S.
     """
     if schedule.split_head:
         raise ScheduleError(f"the head of schedule {schedule.name} is split already")
@@ -66,7 +67,7 @@ def split_head(schedule: PipelineSchedule, costs: Costs | None = None) -> Pipeli
 
 _Key = tuple[int, int, int, int]
 """Where an instruction stands: before which place of the old list; among those there; microbatch; step."""
-_WEIGHTS, _SCORE, _ASK, _LAST = range(4)
+_TELL, _WEIGHTS, _SCORE, _ASK, _LAST = range(5)
 
 
 def _shard(turns: list[int], head: int, root: bool) -> list[tuple[_Key, Instruction]]:
@@ -74,8 +75,11 @@ def _shard(turns: list[int], head: int, root: bool) -> list[tuple[_Key, Instruct
     out: list[tuple[_Key, Instruction]] = []
     for microbatch, turn in enumerate(turns):
         # Asking early must not overtake the HEAD_C before: that would be another order than the root's.
-        early = not root and turn > (turns[microbatch - 1] if microbatch else 0)
-        ask = (turn - 1, _ASK, microbatch, 0) if early else (turn, _SCORE, microbatch, 0)
+        early = turn > (turns[microbatch - 1] if microbatch else 0)
+        if root:
+            ask = (turn, _TELL, microbatch, 0)
+        else:
+            ask = (turn - 1, _ASK, microbatch, 0) if early else (turn, _SCORE, microbatch, 0)
         keys = (
             ask,
             (turn, _SCORE, microbatch, 1),

@@ -11,6 +11,7 @@ from hybridcomm.context import Context
 from hybridcomm.errors import UnsupportedError
 from model import linear
 from model.linear import ColumnLinear, Linear, RowLinear, WeightGradients
+from model.sharding import join_states
 from model.tensor_parallel import ALONE, TensorParallel
 from tests.model.parallel import Decoder, batch, bound, build, built
 from tests.numerics import gamma
@@ -213,6 +214,45 @@ def test_ranks_put_off_the_same_bits(contexts: list[Context], sequence: bool, ch
 def wrap(block: nn.Module) -> None:
     inner = block.forward
     block.forward = lambda *args: checkpoint(inner, *args, use_reentrant=False)
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_autocast_over_ranks(contexts: list[Context], sequence: bool) -> None:
+    """A column and a row layer over 3 ranks against fp64: products and sums over ranks in bf16, gradients in fp32."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(10, 8, generator=generator)
+
+    def body(context: Context) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        pair = pairs[context.rank]
+        tp = pair[0].tp
+        own = (x.split(list(tp.sizes(10)))[tp.rank] if sequence else x).clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = pair[1](pair[0](own, 10), 10)
+        y.float().sum().backward()
+        assert y.dtype == torch.bfloat16
+        return y.detach(), own.grad, {name: p.grad for name, p in pair.named_parameters()}
+
+    def make(tp: TensorParallel) -> nn.ModuleList:
+        torch.manual_seed(6)
+        return nn.ModuleList([ColumnLinear(8, 7, tp=tp), RowLinear(7, 5, tp=tp)])
+
+    pairs = built(contexts, 3, make, sequence=sequence)
+    found = run_ranks(body, contexts[:3])
+    first, second = (weight.double() for weight in make(ALONE).parameters())
+    first, second = first.detach().requires_grad_(), second.detach().requires_grad_()
+    wide = x.double().requires_grad_()
+    exact = wide @ first.T @ second.T
+    exact.sum().backward()
+    # Operands, the inner activation or gradient, each rank's product and the steps of the sum are rounded to bf16.
+    error = gamma(3 + 1 + 1 + 3, "bfloat16")
+    sizes = [x.abs().double(), first.detach().abs(), second.detach().abs()]
+    ones = torch.ones(10, 5, dtype=torch.float64)
+    y, grad = (torch.cat([each[part] for each in found]) if sequence else found[0][part] for part in (0, 1))
+    assert ((y.double() - exact).abs() <= error * (sizes[0] @ sizes[1].T @ sizes[2].T)).all()
+    assert ((grad.double() - wide.grad).abs() <= error * (ones @ sizes[2] @ sizes[1])).all()
+    whole = join_states([weights for _, _, weights in found], pairs[0])
+    assert ((whole["0.weight"] - first.grad).abs() <= error * ((ones @ sizes[2]).T @ sizes[0])).all()
+    assert ((whole["1.weight"] - second.grad).abs() <= error * (ones.T @ (sizes[0] @ sizes[1].T))).all()
 
 
 @pytest.mark.parametrize("size", [1, 2])

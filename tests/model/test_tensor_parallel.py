@@ -13,7 +13,7 @@ from hybridcomm.errors import UnsupportedError
 from model import linear, tensor_parallel
 from model.config import ModelConfig
 from model.sharding import join_states, partial_parameters, shard_state, shardings
-from model.tensor_parallel import KEEP, Pair, TensorParallel, gather_state, sum_partial_gradients
+from model.tensor_parallel import KEEP, Pair, TensorParallel, check_alike, gather_state, sum_partial_gradients
 from tests.model.parallel import CONFIG, Decoder, batch, bound, build, built
 from tests.ranks import run_ranks
 
@@ -93,6 +93,30 @@ def test_partial_parameters_are_norms_and_the_text_projection(contexts: list[Con
     assert names(False) == ["table.text_projection.weight"]
     assert names(True) == ["table.text_projection.weight", *norms, "final_norm.weight"]
     assert partial_parameters(build()) == {}
+
+
+def test_ranks_that_are_not_alike_are_found(contexts: list[Context]) -> None:
+    """On all of them, by name: another seed, another norm."""
+
+    def checked(seeds: tuple[int, int], decoders: list[Decoder]) -> list[str]:
+        def body(context: Context) -> str:
+            generator = torch.Generator().manual_seed(seeds[context.rank])
+            try:
+                check_alike(
+                    decoders[context.rank], TensorParallel(group=context.group([0, 1]), generator=generator)
+                )
+            except UnsupportedError as error:
+                return str(error)
+            return ""
+
+        return run_ranks(body, contexts[:2])
+
+    ranks = built(contexts, 2, build)
+    assert checked((5, 5), ranks) == ["", ""]
+    assert all("differ in the generator: start" in text for text in checked((5, 6), ranks))
+    with torch.no_grad():
+        ranks[1].final_norm.weight[3] += 1
+    assert all("differ in final_norm.weight: start" in text for text in checked((5, 5), ranks))
 
 
 def test_sequence_parallelism_of_one_rank_is_refused() -> None:

@@ -10,10 +10,12 @@ from torch.utils.checkpoint import checkpoint
 from hybridcomm.context import Context
 from hybridcomm.errors import UnsupportedError
 from model import linear
-from model.linear import ColumnLinear, Linear, RowLinear, WeightGradients
+from model.config import ModelConfig
+from model.linear import ColumnLinear, Linear, RowLinear
 from model.sharding import join_states
 from model.tensor_parallel import ALONE, TensorParallel
-from tests.model.parallel import Decoder, batch, bound, build, built
+from model.weight_gradients import WeightGradients
+from tests.model.parallel import CONFIG, FEW_HEADS, Decoder, batch, bound, build, built
 from tests.numerics import gamma
 from tests.ranks import run_ranks
 
@@ -185,8 +187,14 @@ def test_control_a_gradient_put_off_by_another_sum_is_noticed(monkeypatch: pytes
 
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_ranks_put_off_the_same_bits(contexts: list[Context], sequence: bool, checkpointed: bool) -> None:
-    """A decoder's gradients over 3 ranks, put off for two microbatches and run afterwards, equal plain ones."""
+@pytest.mark.parametrize("config", [CONFIG, FEW_HEADS], ids=["tied", "untied"])
+def test_ranks_put_off_the_same_bits(
+    contexts: list[Context], config: ModelConfig, sequence: bool, checkpointed: bool
+) -> None:
+    """A decoder's gradients over 3 ranks, put off for two microbatches and run afterwards, equal plain ones.
+
+    A table of its own is put off as well; one that is computed from features gets its gradient at once.
+    """
 
     def body(decoders: list[Decoder], context: Context) -> None:
         plain, delayed = decoders[context.rank]
@@ -203,11 +211,13 @@ def test_ranks_put_off_the_same_bits(contexts: list[Context], sequence: bool, ch
                 loss.backward()
         split = [layer for layer in delayed.modules() if isinstance(layer, Linear)]
         assert all(layer.weight.grad is None for layer in split)
+        assert delayed.table.embedding.grad is not None
+        assert delayed.head is None or delayed.head.embedding.grad is None
         for queue in queues:
             queue.run()
         assert same(grads(delayed), grads(plain))
 
-    models = built(contexts, 3, lambda tp: (build(tp), build(tp)), sequence=sequence)
+    models = built(contexts, 3, lambda tp: (build(tp, config), build(tp, config)), sequence=sequence)
     run_ranks(lambda context: body(models, context), contexts[:3])
 
 

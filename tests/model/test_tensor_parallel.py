@@ -14,10 +14,8 @@ from model import linear, tensor_parallel
 from model.config import ModelConfig
 from model.sharding import join_states, partial_parameters, shard_state, shardings
 from model.tensor_parallel import KEEP, Pair, TensorParallel, check_alike, gather_state, sum_partial_gradients
-from tests.model.parallel import CONFIG, Decoder, batch, bound, build, built
+from tests.model.parallel import CONFIG, FEW_HEADS, Decoder, batch, bound, build, built
 from tests.ranks import run_ranks
-
-FEW_HEADS = CONFIG.model_copy(update={"heads": 3, "hidden": 3, "tied": False})
 
 
 def trained(decoder: Decoder) -> tuple[Tensor, dict[str, Tensor]]:

@@ -128,7 +128,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: nn.Parameter, layer: Linear, tokens: int) -> Tensor:
-        low = weight if x.dtype == weight.dtype else weight.to(x.dtype)
+        low = weight.to(x.dtype) if torch.is_autocast_enabled(x.device.type) else weight
         ctx.save_for_backward(x, low)
         ctx.weight, ctx.layer, ctx.tokens = weight, layer, tokens
         whole = layer.entry.forward(layer.tp, x, tokens, False).wait()

@@ -40,7 +40,9 @@ def same(left: list[Tensor | None], right: list[Tensor | None]) -> bool:
     )
 
 
-def plainly(microbatches: int, *, autocast: bool = False, checkpointed: bool = False) -> tuple[list, list]:
+def plainly(
+    microbatches: int, *, autocast: bool = False, checkpointed: str | None = None
+) -> tuple[list, list]:
     """(weight gradients, input gradients) of plain backward over some microbatches."""
     module, found = stack(), []
     for microbatch in range(microbatches):
@@ -50,9 +52,15 @@ def plainly(microbatches: int, *, autocast: bool = False, checkpointed: bool = F
     return grads(module), found
 
 
-def output(module: nn.Module, x: Tensor, *, autocast: bool = False, checkpointed: bool = False) -> Tensor:
+def output(
+    module: nn.Module, x: Tensor, *, autocast: bool = False, checkpointed: str | None = None
+) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        return checkpoint(module, x, use_reentrant=False) if checkpointed else module(x)
+        return (
+            module(x)
+            if checkpointed is None
+            else checkpoint(module, x, use_reentrant=checkpointed == "reentrant")
+        )
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -74,6 +82,11 @@ def test_equals_torch(shape: tuple[int, ...], autocast: bool) -> None:
         torch.testing.assert_close(left, right, rtol=0.0, atol=bound)
 
 
+def test_dtypes_mix_under_autocast_only() -> None:
+    with pytest.raises(RuntimeError, match="dtype"):
+        Linear(7, 4)(torch.ones(2, 7, dtype=torch.bfloat16))
+
+
 def test_one_seed_draws_torchs_weights() -> None:
     torch.manual_seed(5)
     ours = Linear(7, 4)
@@ -84,10 +97,10 @@ def test_one_seed_draws_torchs_weights() -> None:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("checkpointed", [None, "reentrant", "not reentrant"])
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
 def test_put_off_gradients_are_those_of_plain_backward(
-    order: tuple[int, ...], checkpointed: bool, autocast: bool
+    order: tuple[int, ...], checkpointed: str | None, autocast: bool
 ) -> None:
     """Three microbatches in flight: after all backward passes no weight has a gradient, inputs have theirs."""
     options = {"autocast": autocast, "checkpointed": checkpointed}

@@ -1,7 +1,8 @@
 """The long run, ``make verify``: everything, property tests under more seeds, sanitizers; writes a dated report.
 
-``python -m tests.verify [--only NAME ...] [--fuzz-runs N] [--report FILE]``; exit code 0 when every step passed. A
-report that is checked in goes stale: `staleness` says by how much.
+``python -m tests.verify [--only NAME ...] [--fuzz-runs N] [--report FILE]``; exit code 0 when every step passed. The
+report is written after each step; steps of the same commit that are in it already, and are not run again, stay. One
+that is checked in goes stale: `staleness` says by how much.
 """
 
 from __future__ import annotations
@@ -145,13 +146,17 @@ def git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+def today() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+
+
 def facts() -> dict[str, str]:
     processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     compiler = subprocess.run(["c++", "--version"], capture_output=True, text=True, check=False).stdout
     changed = ", with uncommitted changes" if git("status", "--porcelain", "--untracked-files=no") else ""
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "triton", "numpy")]
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": today(),
         "commit": (git("rev-parse", "HEAD") or "not in a git checkout") + changed,
         "processor": f"{processor[1] if processor else platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "system": f"{platform.system()} {platform.release()}, root: {'yes' if os.geteuid() == 0 else 'no'}",
@@ -175,6 +180,32 @@ def report(about: Mapping[str, str], outcomes: list[Outcome]) -> str:
         if outcome.tail:
             lines += ["", f"## {outcome.name}: the end of its output", "", "```", outcome.tail, "```"]
     return "\n".join(lines) + "\n"
+
+
+def kept(page: str, commit: str) -> list[Outcome]:
+    """The steps of a report of this very commit, to which others may be added; none of any other report."""
+    if f"| commit | {commit} |" not in page:
+        return []
+    rows = re.findall(
+        r"^\| (\w+) \|[^|]*\| (passed|\*\*FAILED\*\*) \| (\d+) s \| (.*) \|$", page, re.MULTILINE
+    )
+    found = []
+    for name, verdict, seconds, summary in rows:
+        details = re.search(rf"^## {name}\n\n(.*?)(?=\n\n## |\Z)", page, re.MULTILINE | re.DOTALL)
+        tail = re.search(
+            rf"^## {name}: the end of its output\n\n```\n(.*?)\n```$", page, re.MULTILINE | re.DOTALL
+        )
+        found.append(
+            Outcome(
+                name=name,
+                passed=verdict == "passed",
+                seconds=float(seconds),
+                summary=summary,
+                tail=tail[1] if tail else "",
+                details=details[1].strip() if details else "",
+            )
+        )
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,9 +273,14 @@ def main() -> int:
     parser.add_argument("--report", type=Path, default=REPORT, help="file to write")
     options = parser.parse_args()
     about = facts()
-    outcomes = [perform(name, options) for name in options.only]
-    options.report.write_text(report(about, outcomes), encoding="utf-8")
-    failed = [outcome.name for outcome in outcomes if not outcome.passed]
+    page = options.report.read_text(encoding="utf-8") if options.report.exists() else ""
+    clean = "uncommitted" not in about["commit"]
+    outcomes = {outcome.name: outcome for outcome in kept(page, about["commit"]) if clean}
+    for name in options.only:
+        outcomes[name] = perform(name, options)
+        every = [outcomes[step] for step in STEPS if step in outcomes]
+        options.report.write_text(report({**about, "date": today()}, every), encoding="utf-8")
+    failed = [outcome.name for outcome in outcomes.values() if not outcome.passed]
     print(f"\n{options.report.name}: {f'FAILED: {failed}' if failed else 'all steps passed'}")
     return 1 if failed else 0
 

@@ -75,8 +75,8 @@ bool Messages::begin_send(Peer& peer) {
   std::optional<Node::Pointer> pointer;
   if (peer.local >= 0 && message.nbytes > 0)
     pointer = node_.point_to(message.data, message.nbytes, peer.local);
-  const uint64_t most =
-      peer.local >= 0 ? std::min<uint64_t>(kEagerNbytes, mesh_.slot_nbytes()) : kEagerNbytes;
+  const uint64_t slot_nbytes = mesh_.segment_shape().message_slot_nbytes();
+  const uint64_t most = peer.local >= 0 ? std::min(kEagerNbytes, slot_nbytes) : kEagerNbytes;
   if (pointer) {
     outgoing.pointer = *pointer;
   } else if (message.nbytes <= most && peer.window + message.nbytes + kOverhead <= kEagerWindow) {
@@ -100,7 +100,7 @@ bool Messages::begin_send(Peer& peer) {
 bool Messages::send_piece(Peer& peer) {
   const uint64_t id = peer.streaming.front();
   const Message& message = peer.announced.at(id);
-  const uint64_t most = peer.local >= 0 ? mesh_.slot_nbytes() : kPieceNbytes;
+  const uint64_t most = peer.local >= 0 ? mesh_.segment_shape().message_slot_nbytes() : kPieceNbytes;
   Outgoing outgoing;
   outgoing.frame.kind = FrameKind::data;
   outgoing.frame.id = id;

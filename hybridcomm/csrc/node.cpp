@@ -23,8 +23,9 @@ Node::Node(Mesh& mesh, bool single_copy) : mesh_(mesh), me_(mesh.local_rank()), 
   reach_.resize(locals, Reach::staged);
   posted_.resize(kLanes * locals);
   taken_.resize(kLanes * locals);
-  staged_.resize(locals);
-  slots_.resize(locals * static_cast<size_t>(mesh_.slots()));
+  const auto areas = static_cast<size_t>(mesh_.segment_shape().areas());
+  staged_.resize(areas);
+  slots_.resize(areas * static_cast<size_t>(mesh_.slots()));
   if (locals_ == 1) return;
   Fd fd(::fcntl(mesh_.own().fd(), F_DUPFD_CLOEXEC, 0));
   if (!fd) throw Error(Code::shared_memory, errno_text("no descriptor left for the shared arena"));
@@ -180,10 +181,11 @@ bool Node::post_frame(int reader, const MessageFrame& frame, Pointer pointer, co
   std::vector<Use> forgotten;
   std::vector<Use>* uses = &forgotten;
   if (data != nullptr && frame.tag.nbytes > 0) {
-    uses = free_slot(reader, &pointer.at);
+    const int area = mesh_.segment_shape().message_area(reader);
+    uses = free_slot(area, &pointer.at);
     if (uses == nullptr) return false;
     uses->clear();
-    ++staged_[static_cast<size_t>(reader)];
+    ++staged_[static_cast<size_t>(area)];
     std::memcpy(mesh_.own().at(pointer.at, frame.tag.nbytes), data, frame.tag.nbytes);
   }
   write(Lane::message, reader, frame, pointer.place, pointer.at, *uses);

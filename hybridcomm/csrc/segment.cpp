@@ -17,6 +17,10 @@ constexpr size_t kPage = 4096;
 size_t round_up(size_t nbytes, size_t to) { return (nbytes + to - 1) / to * to; }
 
 size_t slot_stride(const SegmentShape& shape) { return round_up(shape.slot_nbytes, 64); }
+size_t message_slot_stride(const SegmentShape& shape) { return round_up(shape.message_slot_nbytes(), 64); }
+size_t slots_of_a_kind(const SegmentShape& shape) {
+  return static_cast<size_t>(shape.slots) * static_cast<size_t>(shape.local_size);
+}
 
 }  // namespace
 
@@ -30,9 +34,12 @@ size_t Segment::slots_offset(const SegmentShape& shape) {
   return round_up(descriptors_offset(shape) + kLanes * locals * kRing * sizeof(Descriptor), kPage);
 }
 
+size_t Segment::message_slots_offset(const SegmentShape& shape) {
+  return slots_offset(shape) + slot_stride(shape) * slots_of_a_kind(shape);
+}
+
 size_t Segment::arena_offset(const SegmentShape& shape) {
-  const size_t slots = static_cast<size_t>(shape.slots) * static_cast<size_t>(shape.local_size);
-  return round_up(slots_offset(shape) + slot_stride(shape) * slots, kPage);
+  return round_up(message_slots_offset(shape) + message_slot_stride(shape) * slots_of_a_kind(shape), kPage);
 }
 
 void allocate_shared(int fd, size_t offset, size_t nbytes, const std::string& what_to_do) {
@@ -84,7 +91,11 @@ Descriptor& Segment::descriptor(Lane lane, int to, uint64_t index) {
 
 uint64_t Segment::slot(int area, uint64_t index) const {
   const auto slots = static_cast<uint64_t>(shape_.slots);
-  return slots_offset(shape_) + (static_cast<uint64_t>(area) * slots + index % slots) * slot_stride(shape_);
+  const bool of_messages = area >= shape_.local_size;
+  const auto local = static_cast<uint64_t>(of_messages ? area - shape_.local_size : area);
+  const uint64_t place = local * slots + index % slots;
+  return of_messages ? message_slots_offset(shape_) + place * message_slot_stride(shape_)
+                     : slots_offset(shape_) + place * slot_stride(shape_);
 }
 
 std::byte* Segment::at(uint64_t offset, size_t nbytes) {

@@ -4,8 +4,9 @@
 //    /dev/shm's size does not bound it. Its pages are allocated at creation, so a full memory is an error,
 //    not a SIGBUS.
 // 2. It holds a control block; rings of descriptors for each local rank, which say where messages to that rank
-//    lie; the tails of the rings that the owner reads; staging slots for messages that have to be copied; and
-//    behind all that, allocated as tensors ask for it, the arena (arena.h).
+//    lie; the tails of the rings that the owner reads; staging slots for what has to be copied, those of collectives
+//    and those of point-to-point messages apart, since neither may wait for the other; and behind all that, allocated
+//    as tensors ask for it, the arena (arena.h).
 // 3. A descriptor fills a cache line and carries its own number, written last: a reader polls the line that it
 //    needs anyway. Tails only grow, and each has one writer.
 // 4. A sleeping rank says so; whoever writes what it may wait for rings its doorbell. Those words and
@@ -15,6 +16,7 @@
 //    until none is at it: `touching` is raised before `revoked` is looked at.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -48,7 +50,12 @@ static_assert(sizeof(Descriptor) == 64, "one cache line");
 struct SegmentShape {
   int local_size = 1;
   size_t slot_nbytes = 0;
-  int slots = 0;
+  int slots = 0;  // per staging area
+
+  // Staging areas, one for each local rank: of collectives, and behind them of point-to-point messages.
+  int message_area(int local) const { return local_size + local; }
+  int areas() const { return 2 * local_size; }
+  size_t message_slot_nbytes() const { return std::min(slot_nbytes, size_t{64} << 10); }
 };
 
 class Segment {
@@ -100,6 +107,7 @@ class Segment {
   static constexpr int kCounters = kLanes + 2;  // per local rank
   static size_t descriptors_offset(const SegmentShape& shape);
   static size_t slots_offset(const SegmentShape& shape);
+  static size_t message_slots_offset(const SegmentShape& shape);
 
   Segment(Fd fd, Mapping mapping, const SegmentShape& shape)
       : fd_(std::move(fd)), mapping_(std::move(mapping)), shape_(shape) {}

@@ -20,15 +20,6 @@ bool valid(const CodecParams& params) {
   return rows >= 2 && rows <= 256 && params.value_bits >= 3 && params.value_bits <= 16 - row_bits_of(params);
 }
 
-Layout layout_of(const CodecParams& params, size_t numel) {
-  Layout layout{};
-  layout.nblocks = numel / params.block + (numel % params.block != 0);
-  layout.sections[0] = {sizeof(Header), layout.nblocks};
-  layout.sections[1] = {sizeof(Header) + align16(layout.nblocks), 2 * size_t{params.k} * layout.nblocks};
-  layout.nbytes = layout.sections[1].offset + align16(layout.sections[1].used);
-  return layout;
-}
-
 bool check(const CodecParams& params, const Layout& layout, const uint8_t* payload, size_t numel) {
   const uint8_t* scales = payload + layout.sections[0].offset;
   bool good = true;
@@ -54,6 +45,6 @@ bool check(const CodecParams& params, const Layout& layout, const uint8_t* paylo
 }  // namespace
 
 extern const CodecRow kGtop1Row;
-const CodecRow kGtop1Row = {valid, layout_of, check, false, false, SPARSE_KERNELS(gtop1)};
+const CodecRow kGtop1Row = {valid, record_sections, check, false, false, SPARSE_KERNELS(gtop1)};
 
 }  // namespace hybridcomm::kernels

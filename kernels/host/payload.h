@@ -37,6 +37,16 @@ constexpr uint32_t kMaxBlock = 4096;
 // `nbytes` rounded up to a whole section.
 inline size_t align16(size_t nbytes) { return (nbytes + 15) / 16 * 16; }
 
+// Of topk and gtop1: per block a scale, one byte, and k records of 16 bits.
+inline Layout record_sections(const CodecParams& params, size_t numel) {
+  Layout layout{};
+  layout.nblocks = numel / params.block + (numel % params.block != 0);
+  layout.sections[0] = {sizeof(Header), layout.nblocks};
+  layout.sections[1] = {sizeof(Header) + align16(layout.nblocks), 2 * size_t{params.k} * layout.nblocks};
+  layout.nbytes = layout.sections[1].offset + align16(layout.sections[1].used);
+  return layout;
+}
+
 void write_header(const CodecParams& params, const Layout& layout, size_t numel, uint64_t digest,
                   uint32_t flags, uint64_t seed, uint8_t* payload);
 void write_checksum(const SharedKernels& shared, uint8_t* payload, size_t nbytes);

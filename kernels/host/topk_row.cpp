@@ -20,15 +20,6 @@ bool valid(const CodecParams& params) {
   return signs ? params.value_bits == 2 : params.value_bits >= 3 && params.value_bits <= 16 - index_bits;
 }
 
-Layout layout_of(const CodecParams& params, size_t numel) {
-  Layout layout{};
-  layout.nblocks = numel / params.block + (numel % params.block != 0);
-  layout.sections[0] = {sizeof(Header), layout.nblocks};
-  layout.sections[1] = {sizeof(Header) + align16(layout.nblocks), 2 * size_t{params.k} * layout.nblocks};
-  layout.nbytes = layout.sections[1].offset + align16(layout.sections[1].used);
-  return layout;
-}
-
 bool check(const CodecParams& params, const Layout& layout, const uint8_t* payload, size_t numel) {
   const uint8_t* scales = payload + layout.sections[0].offset;
   bool good = true;
@@ -51,7 +42,8 @@ bool check(const CodecParams& params, const Layout& layout, const uint8_t* paylo
 }  // namespace
 
 extern const CodecRow kTopkRow;
-const CodecRow kTopkRow = {valid, layout_of, check,
-                           false, false,     {&kTopkScalar, X86_ONLY(&kTopkAvx2), X86_ONLY(&kTopkAvx512)}};
+const CodecRow kTopkRow = {valid, record_sections,
+                           check, false,
+                           false, {&kTopkScalar, X86_ONLY(&kTopkAvx2), X86_ONLY(&kTopkAvx512)}};
 
 }  // namespace hybridcomm::kernels

@@ -1,14 +1,12 @@
-"""gtop1 as data: the largest element of each strided group; docs/payload.md has the prose.
-
-[ scales, one u8 per block ][ records, k x u16 per block ]
-"""
+"""gtop1 as data: the largest of each strided group; ``records.py`` has the sections, docs/payload.md the prose."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
-from hybridcomm.kernels.payload import HEADER_NBYTES, Codec, SpecError, align
+from hybridcomm.kernels.payload import Codec, SpecError
+from hybridcomm.kernels.specs.records import RecordSections
 from hybridcomm.kernels.specs.topk import DEFAULT_RATIO, MAX_BLOCK, MIN_VALUE_BITS
 
 __all__ = ["GTop1Spec"]
@@ -18,7 +16,7 @@ MIN_GROUPS = 16  # a whole vector of groups
 
 
 @dataclass(frozen=True, kw_only=True)
-class GTop1Spec:
+class GTop1Spec(RecordSections):
     """Of each group of ``rows`` elements exactly the largest magnitude is sent: no threshold, no compaction.
 
     A block is ``rows`` rows of ``k`` elements, and group j is its column j: elements j, j + k, j + 2 k, ... A
@@ -80,17 +78,6 @@ class GTop1Spec:
         rows, k, value_bits = self.layout
         lost = 4.0 ** (2 - value_bits)
         return 1 / rows / (1 + k * lost / (1 - lost))
-
-    def nblocks(self, numel: int) -> int:
-        return -(-numel // self.block)
-
-    def records_offset(self, numel: int) -> int:
-        """First byte of the records, a multiple of 16."""
-        return HEADER_NBYTES + align(self.nblocks(numel))
-
-    def nbytes(self, numel: int) -> int:
-        """Bytes of the payload of ``numel`` elements, a multiple of 16."""
-        return self.records_offset(numel) + align(2 * self.layout[1] * self.nblocks(numel))
 
     def __str__(self) -> str:
         rows, k, bits = self.layout

@@ -1,16 +1,12 @@
-"""Block-wise top-k as data: text, settings, sections and static size; docs/payload.md has the prose.
-
-Sections:
-
-    [ scales, one u8 per block ][ records, k x u16 per block ]
-"""
+"""Block-wise top-k as data: text and settings; ``records.py`` has the sections, docs/payload.md the prose."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
 
-from hybridcomm.kernels.payload import HEADER_NBYTES, Codec, SpecError, align
+from hybridcomm.kernels.payload import Codec, SpecError
+from hybridcomm.kernels.specs.records import RecordSections
 
 __all__ = ["DEFAULT_BLOCK", "DEFAULT_RATIO", "TopKSpec"]
 
@@ -24,7 +20,7 @@ COMPOSITIONS = {"int8": (256, 8), "sign": (4096, SIGN_BITS)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopKSpec:
+class TopKSpec(RecordSections):
     """Block-wise top-k with error feedback: of each ``block`` elements the ``k`` largest magnitudes are sent.
 
     Give ``ratio`` (k = max(1, round(ratio * block))) or ``k``; both only if they agree. A record is 16 bits:
@@ -118,17 +114,6 @@ class TopKSpec:
             return 8 / 9 * (1 - 2.0**-20) / block
         lost = 4.0 ** (2 - value_bits)
         return k / block / (1 + k * lost / (1 - lost))
-
-    def nblocks(self, numel: int) -> int:
-        return -(-numel // self.block)
-
-    def records_offset(self, numel: int) -> int:
-        """First byte of the records, a multiple of 16."""
-        return HEADER_NBYTES + align(self.nblocks(numel))
-
-    def nbytes(self, numel: int) -> int:
-        """Bytes of the payload of ``numel`` elements, a multiple of 16."""
-        return self.records_offset(numel) + align(2 * self.layout[1] * self.nblocks(numel))
 
     def __str__(self) -> str:
         block, k, bits = self.layout

@@ -216,8 +216,9 @@ int main() {
   using namespace hybridcomm::test;
   ::alarm(100);  // a hang is a failure
   for (const Layout layout : {Layout{2, 2}, Layout{1, 3}, Layout{2, 1}}) {
-    for (const auto test : {blocking, mixed, references, withdrawn, mismatch, aborted, left, stalled,
-                            concurrent_close, messages, messages_abandoned, wrong_answers, crosswise, circle})
+    for (const auto test :
+         {blocking, mixed, references, withdrawn, mismatch, aborted, left, stalled, concurrent_close,
+          messages, messages_beside_full_slots, messages_abandoned, wrong_answers, crosswise, circle})
       test(layout);
   }
   std::printf("%d failures\n", failures);

@@ -92,6 +92,7 @@ inline const std::function<void()> kNobody;
 
 // The cases of message_cases.cpp.
 void messages(const Layout& layout);
+void messages_beside_full_slots(const Layout& layout);
 void messages_abandoned(const Layout& layout);
 void wrong_answers(const Layout& layout);
 void crosswise(const Layout& layout);

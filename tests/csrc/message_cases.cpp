@@ -120,6 +120,31 @@ void messages(const Layout& layout) {
   with_ranks(layout, body);
 }
 
+// A collective may fill all its slots for a peer that takes part only once it has a message.
+void messages_beside_full_slots(const Layout& layout) {
+  if (layout.per_node == 1) return;
+  const auto body = [&](int rank, Engine& engine) {
+    const DenseAllreduce plan(layout, rank, 40, 64, 1);
+    std::vector<float> values(plan.numel(), static_cast<float>(rank + 1)), got(3000, -1.0f);
+    std::vector<float> sent = content(0, 1, got.size(), 0);
+    std::shared_ptr<Work> begun;
+    if (rank == 0) {
+      begun = engine.submit(plan.program(), buffers_of(values));
+      while (engine.counters().shm_bytes.load() == 0) std::this_thread::yield();
+      engine.exchange({half(true, 1, 0, sent)}, kNobody);
+      begun->wait(20);
+    }
+    if (rank == 1) {
+      engine.exchange({half(false, 0, 0, got)}, kNobody);
+      check(got == sent, "a message beside a collective that has begun");
+    }
+    if (rank != 0) engine.run(plan.program(), buffers_of(values), kNobody);
+    const auto want = static_cast<float>(layout.world() * (layout.world() + 1) / 2);
+    check(std::all_of(values.begin(), values.end(), [want](float v) { return v == want; }), "and its sum");
+  };
+  with_ranks(layout, body, 5);
+}
+
 // Works that are open when a rank gives up end too, on both sides.
 void messages_abandoned(const Layout& layout) {
   std::atomic<int> done{0};

@@ -92,6 +92,29 @@ class Oracle:
         self.residuals = after
         return buffers
 
+    def check_steps(
+        self,
+        contexts: Sequence[Grouping],
+        plan: Plan,
+        steps: Sequence[Arrays],
+        first_call: int = 1,
+        digest: int | None = None,
+        **call: Any,
+    ) -> None:
+        """The engine's means are the interpreter's bytes in all ``steps``, and so are the residuals after them.
+
+        ``first_call``, ``digest``: see `Interpreter`; ``call``: what `by_engine` takes.
+        """
+        residuals = [Residual() for _ in contexts]
+        for step, inputs in enumerate(steps):
+            want = self.run(plan, inputs, call=first_call + step, digest=digest)
+            got = by_engine(contexts, inputs, residuals=residuals, **call)
+            assert [a.tobytes() for a in got] == [b.tobytes() for b in want], step
+            assert len({a.tobytes() for a in got}) == 1, step
+            for residual in residuals:
+                residual.commit()
+        self.check_residuals(residuals)
+
     def check_residuals(self, residuals: Sequence[Residual]) -> None:
         """Those of the engine's ranks are the interpreter's, byte for byte."""
         assert self.residuals is not None

@@ -34,17 +34,9 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[list[Context]]:
 
 @pytest.mark.parametrize("numel", SIZES)
 def test_engine_gives_the_interpreters_bytes_over_steps(ranks: list[Context], numel: int) -> None:
-    oracle, residuals = Oracle(), [Residual() for _ in ranks]
     plan = ranks[0].plan_allreduce(numel, op="mean", compress=CODEC, exchange="two_stage")
-    for step in range(3):
-        inputs = gradients(len(ranks), numel, seed=10 * numel + step)
-        want = oracle.run(plan, inputs)
-        got = by_engine(ranks, inputs, residuals=residuals, exchange="two_stage")
-        assert [a.tobytes() for a in got] == [b.tobytes() for b in want], step
-        assert len({a.tobytes() for a in got}) == 1
-        for residual in residuals:
-            residual.commit()
-    oracle.check_residuals(residuals)
+    steps = [gradients(len(ranks), numel, seed=10 * numel + step) for step in range(3)]
+    Oracle().check_steps(ranks, plan, steps, exchange="two_stage")
 
 
 def test_memoryless_engine_gives_the_interpreters_bytes(ranks: list[Context]) -> None:

@@ -180,6 +180,30 @@ def test_unasked_messages_do_not_stop_collectives(ranks: list[Context]) -> None:
     run_ranks(body, ranks)
 
 
+@pytest.mark.parametrize("numel", [500, 40_000])
+def test_a_collective_that_fills_its_slots_holds_no_message_up(numel: int) -> None:
+    """Its peer takes part only once it has the message: slots for both kinds would be a deadlock."""
+    with engine_contexts(Topology.virtual(1, 2), chunk_nbytes=4096, single_copy=False) as contexts:
+
+        def body(ctx: Context) -> None:
+            bucket = np.full(100_000, ctx.rank + 1, np.float32)
+            if ctx.rank == 0:
+                work = ctx.allreduce(bucket, async_op=True)
+                assert work is not None
+                while not ctx.counters()["shm_bytes"]:
+                    time.sleep(0.001)  # until chunks lie in the slots
+                ctx.send(message(0, 1, 0, numel), 1)
+                work.wait(20)
+            else:
+                got = np.empty(numel, np.float32)
+                ctx.recv(got, 0)
+                assert got.tobytes() == message(0, 1, 0, numel).tobytes()
+                ctx.allreduce(bucket)
+            assert (bucket == 3).all()
+
+        run_ranks(body, contexts, timeout=50)
+
+
 def test_a_pipeline_with_buckets_between(ranks: list[Context]) -> None:
     """Microbatches down the ranks and back, asynchronous all-reduces in between, at other places on each rank."""
     microbatches, numel = 12, 30_000

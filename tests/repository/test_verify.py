@@ -49,6 +49,22 @@ def test_every_step_is_described() -> None:
     assert about["date"].endswith("UTC")
 
 
+def test_steps_are_added_to_a_report_of_the_same_commit() -> None:
+    outcomes = [
+        Outcome(
+            name="fuzz", passed=True, seconds=60, summary="15 targets", details="| target |\n|---|\n| a |"
+        ),
+        Outcome(name="soak", passed=False, seconds=3, summary="leaks", tail="rank 1\nleaks"),
+    ]
+    page = verify.report({"commit": "a" * 40}, outcomes)
+    assert verify.kept(page, "a" * 40) == outcomes
+    assert verify.kept(page, "b" * 40) == []
+    assert (
+        verify.kept(verify.report({"commit": "a" * 40 + ", with uncommitted changes"}, outcomes), "a" * 40)
+        == []
+    )
+
+
 # -- how old the report is ---------------------------------------------------------------------------------
 
 

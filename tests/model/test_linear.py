@@ -9,12 +9,14 @@ from torch.utils.checkpoint import checkpoint
 
 from hybridcomm.context import Context
 from hybridcomm.errors import UnsupportedError
+from hybridcomm.topology import Topology
 from model import linear
 from model.config import ModelConfig
 from model.linear import ColumnLinear, Linear, RowLinear
 from model.sharding import join_states
 from model.tensor_parallel import ALONE, TensorParallel
 from model.weight_gradients import WeightGradients
+from tests.engine_ranks import engine_contexts
 from tests.model.parallel import CONFIG, FEW_HEADS, Decoder, batch, bound, build, built
 from tests.numerics import gamma
 from tests.ranks import run_ranks
@@ -279,26 +281,26 @@ def test_autocast_over_ranks(contexts: list[Context], sequence: bool) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_compiled_blocks_work_and_put_off(contexts: list[Context], size: int) -> None:
+def test_compiled_blocks_work_and_put_off(size: int) -> None:
     """Linear layers are breaks in the graphs, so queues collect there too; the compiler's own backend that compiles
-    nothing is enough to see it."""
-    models = built(contexts, size, lambda tp: (build(tp), build(tp)))
-    for _, compiled in models:
-        for block in compiled.blocks:
-            block.compile(backend="aot_eager")
+    nothing is enough to see it. A rank may wait long for one that traces: the contexts have patience."""
+    with engine_contexts(Topology.virtual(1, size), timeout=100.0) as patient:
+        models = built(patient, size, lambda tp: (build(tp), build(tp)))
+        for _, compiled in models:
+            for block in compiled.blocks:
+                block.compile(backend="aot_eager")
+        run_ranks(lambda context: compare(*models[context.rank]), patient, timeout=110.0)
 
-    def body(context: Context) -> None:
-        plain, compiled = models[context.rank]
-        plain.loss(batch()).backward()
-        loss, queue = compiled.loss(batch()), WeightGradients()
-        with queue.collect(compiled):
-            loss.backward()
-        assert len(queue) == 4 * len(compiled.blocks) + 1
-        queue.run()
-        for found, exact in zip(grads(compiled), grads(plain), strict=True):
-            torch.testing.assert_close(found, exact, rtol=0.0, atol=bound(exact, "float64"))
 
-    run_ranks(body, contexts[:size])
+def compare(plain: Decoder, compiled: Decoder) -> None:
+    plain.loss(batch()).backward()
+    loss, queue = compiled.loss(batch()), WeightGradients()
+    with queue.collect(compiled):
+        loss.backward()
+    assert len(queue) == 4 * len(compiled.blocks) + 1
+    queue.run()
+    for found, exact in zip(grads(compiled), grads(plain), strict=True):
+        torch.testing.assert_close(found, exact, rtol=0.0, atol=bound(exact, "float64"))
 
 
 class Recorded:

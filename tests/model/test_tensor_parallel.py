@@ -10,10 +10,12 @@ import model.scores
 import model.vocab
 from hybridcomm.context import Context
 from hybridcomm.errors import UnsupportedError
+from hybridcomm.topology import Topology
 from model import linear, tensor_parallel
 from model.config import ModelConfig
 from model.sharding import join_states, partial_parameters, shard_state, shardings
 from model.tensor_parallel import KEEP, Pair, TensorParallel, check_alike, gather_state, sum_partial_gradients
+from tests.engine_ranks import engine_contexts
 from tests.model.parallel import CONFIG, FEW_HEADS, Decoder, batch, bound, build, built
 from tests.ranks import run_ranks
 
@@ -58,6 +60,21 @@ def test_sharded_equals_unsharded(
 ) -> None:
     found = errors(contexts, size, sequence=sequence, dtype=dtype, config=config)
     assert max(found.values()) <= 1, found
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_any_group_will_do(sequence: bool) -> None:
+    """Ranks of two nodes, in an order of their own."""
+    members = [3, 0, 1]
+    with engine_contexts(Topology.virtual(2, 2)) as job:
+        chosen = [job[member] for member in members]
+        ranks = [build(TensorParallel(group=context.group(members), sequence=sequence)) for context in chosen]
+        results = run_ranks(lambda context: trained(ranks[members.index(context.rank)]), chosen)
+    loss, grads = trained(build())
+    whole = join_states([found for _, found in results], ranks[0])
+    assert float((results[0][0] - loss).abs()) <= bound(loss, "float64")
+    for name, exact in grads.items():
+        assert float((whole[name] - exact).abs().max()) <= bound(exact, "float64"), name
 
 
 @pytest.mark.parametrize(("size", "sequence"), [(1, False), (3, False), (4, True)])

@@ -8,6 +8,7 @@ own, which activation checkpointing restores; the number of ranks and their rank
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridcomm.errors import UnsupportedError
@@ -35,20 +36,21 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.active:
             return x
-        keep = torch.empty_like(x).bernoulli_(1.0 - self.p, generator=self._source(x.device))
-        return x * keep.div_(1.0 - self.p)
+        alike = not self.split or self.tp.size == 1
+        return F.dropout(x, self.p) if alike and self.tp.generator is None else x * self._mask(x)
 
-    def _source(self, device: torch.device) -> torch.Generator | None:
-        own = self.tp.generator
-        if own is not None and torch._C._current_graph_task_id() != -1:
+    @torch.compiler.disable  # generators of one's own are nothing that a graph can hold
+    def _mask(self, x: Tensor) -> Tensor:
+        source = self.tp.generator
+        if source is not None and torch._C._current_graph_task_id() != -1:
             raise UnsupportedError(
                 "activation checkpointing draws the masks of a segment again, and restores torch's own generator for "
                 "it: leave TensorParallel.generator at None"
             )
-        if not self.split or self.tp.size == 1:
-            return own
-        drawn = int(torch.randint(2**62, (), generator=own))
-        return torch.Generator(device).manual_seed((drawn + self.tp.rank * _SPREAD) % 2**63)
+        if self.split and self.tp.size > 1:
+            drawn = int(torch.randint(2**62, (), generator=source))
+            source = torch.Generator(x.device).manual_seed((drawn + self.tp.rank * _SPREAD) % 2**63)
+        return torch.empty_like(x).bernoulli_(1.0 - self.p, generator=source).div_(1.0 - self.p)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, split={self.split}"

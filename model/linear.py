@@ -1,7 +1,7 @@
 """Linear layers: whole, column-parallel or row-parallel, with a backward pass that can be cut in two.
 
     1 input gradient     what the layer before waits for; where ranks share the layer, their sum is under way while
-    2 weight gradient    is computed: at once, or put off into a `WeightGradients` queue
+    2 weight gradient    is computed: at once, or put off (`model.weight_gradients`)
 
 Sources: arXiv 1909.08053 (column and row), 2205.05198 (tokens split over the ranks), 2401.10241 (the two parts).
 """
@@ -9,9 +9,7 @@ Sources: arXiv 1909.08053 (column and row), 2205.05198 (tokens split over the ra
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,87 +29,28 @@ from model.tensor_parallel import (
     TensorParallel,
     without_autocast,
 )
+from model.weight_gradients import Deferring
 
-__all__ = ["ColumnLinear", "Linear", "RowLinear", "WeightGradients"]
-
-
-class WeightGradients:
-    """Weight gradients that a backward pass has put off, of one stage and microbatch.
-
-        queue = WeightGradients()
-        with queue.collect(stage):
-            output.backward(gradient)     # the input's gradient is complete, no linear layer's weight gradient is
-        ...
-        queue.run()                       # weight.grad is what plain backward would have left, bit for bit
-
-    Any number of queues may be filled before the first runs. Inputs and output gradients of the layers stay in memory
-    until then. torch fires the parameters' hooks in backward all the same, where nothing has been added yet: what waits
-    for complete gradients has to go by the callback of ``run``.
-    """
-
-    def __init__(self) -> None:
-        self._entries: deque[tuple[nn.Parameter, Tensor, Tensor]] = deque()
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    @contextmanager
-    def collect(self, module: nn.Module) -> Iterator[WeightGradients]:
-        """Takes the weight gradients of all linear layers of ``module`` in backward passes inside the block."""
-        layers = [layer for layer in module.modules() if isinstance(layer, Linear)]
-        if any(layer.queue is not None for layer in layers):
-            raise UnsupportedError("another queue collects these weight gradients: leave its block first")
-        for layer in layers:
-            layer.queue = self
-        try:
-            yield self
-        finally:
-            for layer in layers:
-                layer.queue = None
-
-    def put(self, weight: nn.Parameter, grad: Tensor, x: Tensor) -> None:
-        """Puts off adding grad^T x to ``weight.grad``; grad [..., out], x [..., in]."""
-        if not weight.is_leaf:
-            raise UnsupportedError(
-                "a weight that is computed from others has no .grad to add to: it cannot be put off"
-            )
-        self._entries.append((weight, grad, x))
-
-    def run(self, done: Callable[[nn.Parameter], None] | None = None) -> None:
-        """Computes and adds everything in the order it was put off, and forgets it.
-
-        ``done(weight)`` is called when all of this queue's gradients of a weight are in ``weight.grad``.
-        """
-        left = Counter(id(weight) for weight, _, _ in self._entries)
-        with torch.no_grad():
-            while self._entries:
-                weight, grad, x = self._entries.popleft()
-                with without_autocast(grad):
-                    new = _weight_gradient(grad, x, weight.dtype)
-                weight.grad = new if weight.grad is None else weight.grad.add_(new)
-                left[id(weight)] -= 1
-                if done is not None and not left[id(weight)]:
-                    done(weight)
+__all__ = ["ColumnLinear", "Linear", "RowLinear"]
 
 
-class Linear(nn.Linear):
+class Linear(nn.Linear, Deferring):
     """y = x W^T without bias, whole on each rank; [..., in] -> [..., out].
 
-    ``partial``: the ranks of ``tp`` see different inputs, so its gradient is a part of their sum. Under
+    ``summed``: the ranks of ``tp`` see different inputs, and its gradient is the sum of theirs. Under
     ``torch.autocast`` the product is in autocast's dtype, as ``nn.Linear``'s. Differentiable once.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, tp: TensorParallel = ALONE, partial: bool = False
+        self, in_features: int, out_features: int, *, tp: TensorParallel = ALONE, summed: bool = False
     ) -> None:
         super().__init__(in_features, out_features, bias=False)
         self._split(tp, {}, KEEP, KEEP)
-        self.partial = {"weight"} if partial and tp.size > 1 else set()
+        self.partial = {"weight"} if summed and tp.size > 1 else set()
 
     def _split(self, tp: TensorParallel, sharding: dict[str, Sharding], entry: Pair, exit_: Pair) -> None:
         self.tp, self.sharding, self.partial = tp, sharding, set[str]()
         self.entry, self.exit = (entry, exit_) if tp.size > 1 else (KEEP, KEEP)
-        self.queue: WeightGradients | None = None
 
     @torch.compiler.disable  # a queue may collect in backward, which is not known when a graph is traced
     def forward(self, x: Tensor, tokens: int = 0) -> Tensor:
@@ -189,7 +128,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: nn.Parameter, layer: Linear, tokens: int) -> Tensor:
-        low = weight if x.dtype == weight.dtype else weight.to(x.dtype)
+        low = weight.to(x.dtype) if torch.is_autocast_enabled(x.device.type) else weight
         ctx.save_for_backward(x, low)
         ctx.weight, ctx.layer, ctx.tokens = weight, layer, tokens
         whole = layer.entry.forward(layer.tp, x, tokens, False).wait()
@@ -217,7 +156,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     if whole is not None and queue is None:
         weight_grad = _weight_gradient(grad, whole.wait(), ctx.weight.dtype)
     elif whole is not None:
-        queue.put(ctx.weight, grad, whole.wait())
+        queue.put(ctx.weight, partial(_weight_gradient, grad, whole.wait(), ctx.weight.dtype))
     return None if x_grad is None else x_grad.wait(), weight_grad
 
 

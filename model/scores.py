@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from model.tensor_parallel import COPY, TensorParallel, without_autocast
+from model.weight_gradients import Deferring
 
 __all__ = ["TILE", "Columns", "Tile", "Tiles", "log_sums"]
 
@@ -38,7 +40,8 @@ class Columns:
     """Which rows of this rank's table each hidden state is scored against: the first ``count`` of them.
 
     Hidden state ``own[i]`` has row ``places[i]`` as its target (each state one, on one of the ranks). ``bias`` [count]
-    is added to scores. Row c has the name ``names[c]``, and the state n leaves out rows named ``leave_out[n]``.
+    is added to scores. Row c has the name ``names[c]``, and the state n leaves out rows named ``leave_out[n]``. A
+    queue of ``owner`` takes the table's gradient.
     """
 
     tp: TensorParallel
@@ -48,6 +51,7 @@ class Columns:
     bias: Tensor | None = None
     names: Tensor | None = None
     leave_out: Tensor | None = None
+    owner: Deferring | None = None
     tile: Tile = TILE
 
 
@@ -104,37 +108,60 @@ class _LogSums(torch.autograd.Function):
             stats[2, own] = (hidden[own].to(tiles.dtype) * table[places].to(tiles.dtype)).sum(1)
             log_sum, target = _joined(stats, columns.tp)
             ctx.save_for_backward(hidden, table, log_sum)
-            ctx.columns = columns
+            ctx.columns, ctx.leaf = columns, table if table.is_leaf else None
             return log_sum, target
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, by_sum: Tensor, by_target: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        hidden, table, log_sum = ctx.saved_tensors
         columns: Columns = ctx.columns
-        own, places = columns.own, columns.places
-        with without_autocast(hidden):
-            tiles = Tiles(hidden, table, columns.count, columns.tile)
-            hidden_grad = torch.zeros_like(hidden, dtype=tiles.dtype)
-            table_grad = torch.zeros_like(table, dtype=tiles.dtype)
-            for rows, block in tiles.blocks():
-                weight = by_sum[rows, None]
-                weighted = block * weight
-                for part, table_rows, scores in tiles.of(block):
-                    _adjust(scores, columns, rows, part)
-                    chances = scores.sub_(log_sum[rows, None]).exp_()
-                    hidden_grad[rows].addmm_(chances, table_rows)
-                    table_grad[part].addmm_(chances.T, weighted)
-                hidden_grad[rows].mul_(weight)
-            weight = by_target[own, None]
-            hidden_grad.index_add_(0, own, table[places].to(tiles.dtype) * weight)
-            summing = None
-            if columns.tp.size > 1 and not columns.tp.sequence:
-                summing = COPY.backward(columns.tp, hidden_grad, 0, True)
-            table_grad.index_add_(0, places, hidden[own].to(tiles.dtype) * weight)
-            if summing is not None:
-                hidden_grad = summing.wait()
-            return hidden_grad.to(hidden.dtype), table_grad.to(table.dtype), None
+        again = partial(_gradients, *ctx.saved_tensors, columns, (by_sum, by_target))
+        hidden_needed, table_needed, _ = ctx.needs_input_grad
+        queue = None if columns.owner is None or ctx.leaf is None else columns.owner.queue
+        with without_autocast(by_sum):
+            hidden_grad, table_grad = again(of_hidden=hidden_needed, of_table=table_needed and queue is None)
+            if hidden_grad is not None and columns.tp.size > 1 and not columns.tp.sequence:
+                hidden_grad = COPY.backward(columns.tp, hidden_grad, 0, False).wait()
+        if table_needed and queue is not None:
+            queue.put(ctx.leaf, lambda: again(of_hidden=False, of_table=True)[1])
+        return None if hidden_grad is None else hidden_grad.to(ctx.saved_tensors[0].dtype), table_grad, None
+
+
+def _gradients(
+    hidden: Tensor,
+    table: Tensor,
+    log_sum: Tensor,
+    columns: Columns,
+    by: tuple[Tensor, Tensor],
+    *,
+    of_hidden: bool,
+    of_table: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """This rank's part of the hidden states' gradient, and its table's, of a loss whose derivatives by the logs of sums
+    and by the target scores are ``by``."""
+    tiles = Tiles(hidden, table, columns.count, columns.tile)
+    hidden_grad = torch.zeros_like(hidden, dtype=tiles.dtype) if of_hidden else None
+    table_grad = torch.zeros_like(table, dtype=tiles.dtype) if of_table else None
+    for rows, block in tiles.blocks() if of_hidden or of_table else ():
+        weight = by[0][rows, None]
+        weighted = block * weight
+        for part, table_rows, scores in tiles.of(block):
+            _adjust(scores, columns, rows, part)
+            chances = scores.sub_(log_sum[rows, None]).exp_()
+            if hidden_grad is not None:
+                hidden_grad[rows].addmm_(chances, table_rows)
+            if table_grad is not None:
+                table_grad[part].addmm_(chances.T, weighted)
+        if hidden_grad is not None:
+            hidden_grad[rows].mul_(weight)
+    own, places = columns.own, columns.places
+    weight = by[1][own, None]
+    if hidden_grad is not None:
+        hidden_grad.index_add_(0, own, table[places].to(tiles.dtype) * weight)
+    if table_grad is not None:
+        table_grad.index_add_(0, places, hidden[own].to(tiles.dtype) * weight)
+        table_grad = table_grad.to(table.dtype)
+    return hidden_grad, table_grad
 
 
 def _adjust(scores: Tensor, columns: Columns, rows: slice, part: slice) -> None:

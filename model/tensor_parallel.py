@@ -15,6 +15,7 @@ Sums are formed in the group's order: all ranks hold the same bits, in every run
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ from model.sharding import Sharding, balanced, partial_parameters, shardings
 
 __all__ = [
     "ALONE", "COPY", "GATHER", "KEEP", "SCATTER", "SPREAD", "TOTAL",
-    "Pair", "Pending", "TensorParallel", "gather_state", "sum_partial_gradients", "through", "without_autocast",
+    "Pair", "Pending", "TensorParallel",
+    "check_alike", "gather_state", "sum_partial_gradients", "through", "without_autocast",
 ]  # fmt: skip
 
 
@@ -182,6 +184,27 @@ def sum_partial_gradients(module: nn.Module, tp: TensorParallel) -> None:
             if parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter)
             parameter.grad.copy_(total.view_as(parameter))
+
+
+def check_alike(module: nn.Module, tp: TensorParallel) -> None:
+    """Raises `UnsupportedError` on all ranks where they differ in what has to be alike: the state of the generator that
+    dropout draws from, and the parameters that are not split. All ranks call it, before training say.
+    """
+    if tp.size == 1:
+        return
+    split = shardings(module)
+    state = torch.get_rng_state() if tp.generator is None else tp.generator.get_state()
+    kept = {"the generator": state} | {n: p for n, p in module.named_parameters() if n not in split}
+    own = torch.tensor(
+        [zlib.crc32(t.detach().cpu().contiguous().view(torch.uint8).numpy()) for t in kept.values()]
+    )
+    every = own.new_empty(tp.size, len(own))
+    _group(tp).all_gather(every, own)
+    wrong = [name for name, column in zip(kept, every.T, strict=True) if (column != column[0]).any()]
+    if wrong:
+        raise UnsupportedError(
+            f"tensor-parallel ranks differ in {', '.join(wrong)}: start all of them from one seed"
+        )
 
 
 def gather_state(module: nn.Module, tp: TensorParallel) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from model.linear import Linear
 from model.scores import TILE, Columns, Tile, log_sums
 from model.sharding import Sharding, draw_whole
 from model.tensor_parallel import ALONE, SCATTER, TOTAL, TensorParallel, through
+from model.weight_gradients import Deferring
 
 __all__ = ["ItemTable", "Items", "Negatives", "draw_negatives", "embed", "item_loss", "sampled_item_loss"]
 
@@ -57,7 +58,7 @@ class Items:
             )
 
 
-class ItemTable(nn.Module):
+class ItemTable(Deferring):
     """Vectors of this rank's items: an embedding, plus a projection of their frozen text features, if any.
 
     ``features`` fp32 [items, F] are those of all items; the rank keeps its rows, in a buffer that checkpoints leave
@@ -76,7 +77,7 @@ class ItemTable(nn.Module):
         own = None if features is None else self.items.sharding.take(features, tp.rank)
         self.register_buffer("features", own, persistent=False)
         if own is not None:
-            self.text_projection = Linear(own.shape[1], dim, tp=tp, partial=True)
+            self.text_projection = Linear(own.shape[1], dim, tp=tp, summed=True)
 
     def draw(self, std: float) -> None:
         """Draws the embedding from N(0, std^2), the same items' rows at any number of ranks."""
@@ -103,16 +104,25 @@ def embed(item_ids: Tensor, table: Tensor, items: Items) -> Tensor:
     return through(vectors, TOTAL, items.tp).view(*item_ids.shape, table.shape[1])
 
 
-def item_loss(hidden: Tensor, table: Tensor, targets: Tensor, items: Items, *, tile: Tile = TILE) -> Tensor:
+def item_loss(
+    hidden: Tensor,
+    table: Tensor,
+    targets: Tensor,
+    items: Items,
+    *,
+    owner: Deferring | None = None,
+    tile: Tile = TILE,
+) -> Tensor:
     """Sum over predictions of the cross-entropy over all items, in nats; no score table is made.
 
     hidden [N, D], the same on all ranks; table [rows, D], this rank's; targets int64 [N] -> scalar, the same on all
     ranks. Equals ``next_item_loss(hidden @ whole_table.T, targets)``. Under sequence parallelism ``hidden`` comes
-    through GATHER, which sums its gradient.
+    through GATHER, which sums its gradient. ``owner`` may have a queue that the table's gradient is put off into, if
+    the table is a leaf (an embedding alone, or detached); else it is computed at once.
     """
     items.check(table)
     own, places = items.here(targets)
-    columns = Columns(tp=items.tp, count=len(table), own=own, places=places, tile=tile)
+    columns = Columns(tp=items.tp, count=len(table), own=own, places=places, owner=owner, tile=tile)
     log_sum, target = log_sums(hidden, table, columns)
     return (log_sum - target).sum()
 

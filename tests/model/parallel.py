@@ -25,6 +25,8 @@ ITEMS = 37
 FEATURES = 5
 CONFIG = ModelConfig(dim=24, layers=2, heads=6, hidden=19, max_len=12, dropout=0.0, init_std=0.3)
 """6 heads, 19 hidden channels and 37 items: nothing that 2 or 4 divide both ways."""
+FEW_HEADS = CONFIG.model_copy(update={"heads": 3, "hidden": 3, "tied": False})
+"""Fewer heads and channels than ranks; items are scored by a table of their own."""
 
 
 class Decoder(nn.Module):
@@ -56,7 +58,9 @@ class Decoder(nn.Module):
     def loss(self, batch: Packed) -> Tensor:
         table = self.table()
         hidden = self.hidden(batch, table)
-        return item_loss(hidden, table if self.head is None else self.head(), batch.targets, self.table.items)
+        owner = self.table if self.head is None else self.head
+        scored = table if self.head is None else self.head()
+        return item_loss(hidden, scored, batch.targets, self.table.items, owner=owner)
 
 
 def build(

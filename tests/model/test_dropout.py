@@ -132,15 +132,24 @@ def test_the_mean_over_masks_is_the_layer_without_them(contexts: list[Context]) 
     assert drawn.std(0).mean() > 0.01 * plain.abs().mean()
 
 
-def test_checkpointing_draws_the_same_masks_again() -> None:
-    """With torch's own generator, which it restores; from another it would draw others, so that is refused."""
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_draws_the_same_masks_again(
+    contexts: list[Context], reentrant: bool, split: bool
+) -> None:
+    """With torch's own generator, which it restores: also where that seeds a rank's mask of its own."""
+    layer = Dropout(P, tp=TensorParallel(group=contexts[1].group([0, 1])), split=split)
     x = torch.ones(N, requires_grad=True)
     torch.manual_seed(1)
-    y = checkpoint(lambda t: Dropout(P)(t * 1.0).exp(), x, use_reentrant=False)
+    y = checkpoint(lambda t: layer(t * 1.0).exp(), x, use_reentrant=reentrant)
+    torch.manual_seed(2)
     y.sum().backward()
-    kept = (y.detach() > 1.0).double()
-    assert torch.equal(x.grad > 0, kept > 0)
-    own = Dropout(P, tp=TensorParallel(generator=torch.Generator()))
+    assert torch.equal(x.grad > 0, y > 1.0)
+
+
+def test_checkpointing_with_another_generator_is_refused() -> None:
+    own = Dropout(P, tp=TensorParallel(generator=torch.Generator().manual_seed(1)))
+    x = torch.ones(N, requires_grad=True)
     loss = checkpoint(lambda t: own(t * 1.0).exp(), x, use_reentrant=False).sum()
     with pytest.raises(UnsupportedError, match=r"leave TensorParallel\.generator at None"):
         loss.backward()

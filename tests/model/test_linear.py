@@ -9,10 +9,15 @@ from torch.utils.checkpoint import checkpoint
 
 from hybridcomm.context import Context
 from hybridcomm.errors import UnsupportedError
+from hybridcomm.topology import Topology
 from model import linear
-from model.linear import ColumnLinear, Linear, RowLinear, WeightGradients
+from model.config import ModelConfig
+from model.linear import ColumnLinear, Linear, RowLinear
+from model.sharding import join_states
 from model.tensor_parallel import ALONE, TensorParallel
-from tests.model.parallel import Decoder, batch, bound, build, built
+from model.weight_gradients import WeightGradients
+from tests.engine_ranks import engine_contexts
+from tests.model.parallel import CONFIG, FEW_HEADS, Decoder, batch, bound, build, built
 from tests.numerics import gamma
 from tests.ranks import run_ranks
 
@@ -37,7 +42,9 @@ def same(left: list[Tensor | None], right: list[Tensor | None]) -> bool:
     )
 
 
-def plainly(microbatches: int, *, autocast: bool = False, checkpointed: bool = False) -> tuple[list, list]:
+def plainly(
+    microbatches: int, *, autocast: bool = False, checkpointed: str | None = None
+) -> tuple[list, list]:
     """(weight gradients, input gradients) of plain backward over some microbatches."""
     module, found = stack(), []
     for microbatch in range(microbatches):
@@ -47,9 +54,15 @@ def plainly(microbatches: int, *, autocast: bool = False, checkpointed: bool = F
     return grads(module), found
 
 
-def output(module: nn.Module, x: Tensor, *, autocast: bool = False, checkpointed: bool = False) -> Tensor:
+def output(
+    module: nn.Module, x: Tensor, *, autocast: bool = False, checkpointed: str | None = None
+) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        return checkpoint(module, x, use_reentrant=False) if checkpointed else module(x)
+        return (
+            module(x)
+            if checkpointed is None
+            else checkpoint(module, x, use_reentrant=checkpointed == "reentrant")
+        )
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -71,6 +84,11 @@ def test_equals_torch(shape: tuple[int, ...], autocast: bool) -> None:
         torch.testing.assert_close(left, right, rtol=0.0, atol=bound)
 
 
+def test_dtypes_mix_under_autocast_only() -> None:
+    with pytest.raises(RuntimeError, match="dtype"):
+        Linear(7, 4)(torch.ones(2, 7, dtype=torch.bfloat16))
+
+
 def test_one_seed_draws_torchs_weights() -> None:
     torch.manual_seed(5)
     ours = Linear(7, 4)
@@ -81,10 +99,10 @@ def test_one_seed_draws_torchs_weights() -> None:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("checkpointed", [None, "reentrant", "not reentrant"])
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
 def test_put_off_gradients_are_those_of_plain_backward(
-    order: tuple[int, ...], checkpointed: bool, autocast: bool
+    order: tuple[int, ...], checkpointed: str | None, autocast: bool
 ) -> None:
     """Three microbatches in flight: after all backward passes no weight has a gradient, inputs have theirs."""
     options = {"autocast": autocast, "checkpointed": checkpointed}
@@ -184,8 +202,14 @@ def test_control_a_gradient_put_off_by_another_sum_is_noticed(monkeypatch: pytes
 
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_ranks_put_off_the_same_bits(contexts: list[Context], sequence: bool, checkpointed: bool) -> None:
-    """A decoder's gradients over 3 ranks, put off for two microbatches and run afterwards, equal plain ones."""
+@pytest.mark.parametrize("config", [CONFIG, FEW_HEADS], ids=["tied", "untied"])
+def test_ranks_put_off_the_same_bits(
+    contexts: list[Context], config: ModelConfig, sequence: bool, checkpointed: bool
+) -> None:
+    """A decoder's gradients over 3 ranks, put off for two microbatches and run afterwards, equal plain ones.
+
+    A table of its own is put off as well; one that is computed from features gets its gradient at once.
+    """
 
     def body(decoders: list[Decoder], context: Context) -> None:
         plain, delayed = decoders[context.rank]
@@ -202,11 +226,13 @@ def test_ranks_put_off_the_same_bits(contexts: list[Context], sequence: bool, ch
                 loss.backward()
         split = [layer for layer in delayed.modules() if isinstance(layer, Linear)]
         assert all(layer.weight.grad is None for layer in split)
+        assert delayed.table.embedding.grad is not None
+        assert delayed.head is None or delayed.head.embedding.grad is None
         for queue in queues:
             queue.run()
         assert same(grads(delayed), grads(plain))
 
-    models = built(contexts, 3, lambda tp: (build(tp), build(tp)), sequence=sequence)
+    models = built(contexts, 3, lambda tp: (build(tp, config), build(tp, config)), sequence=sequence)
     run_ranks(lambda context: body(models, context), contexts[:3])
 
 
@@ -215,27 +241,66 @@ def wrap(block: nn.Module) -> None:
     block.forward = lambda *args: checkpoint(inner, *args, use_reentrant=False)
 
 
+@pytest.mark.parametrize("sequence", [False, True])
+def test_autocast_over_ranks(contexts: list[Context], sequence: bool) -> None:
+    """A column and a row layer over 3 ranks against fp64: products and sums over ranks in bf16, gradients in fp32."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(10, 8, generator=generator)
+
+    def body(context: Context) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        pair = pairs[context.rank]
+        tp = pair[0].tp
+        own = (x.split(list(tp.sizes(10)))[tp.rank] if sequence else x).clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = pair[1](pair[0](own, 10), 10)
+        y.float().sum().backward()
+        assert y.dtype == torch.bfloat16
+        return y.detach(), own.grad, {name: p.grad for name, p in pair.named_parameters()}
+
+    def make(tp: TensorParallel) -> nn.ModuleList:
+        torch.manual_seed(6)
+        return nn.ModuleList([ColumnLinear(8, 7, tp=tp), RowLinear(7, 5, tp=tp)])
+
+    pairs = built(contexts, 3, make, sequence=sequence)
+    found = run_ranks(body, contexts[:3])
+    first, second = (weight.double() for weight in make(ALONE).parameters())
+    first, second = first.detach().requires_grad_(), second.detach().requires_grad_()
+    wide = x.double().requires_grad_()
+    exact = wide @ first.T @ second.T
+    exact.sum().backward()
+    # Operands, the inner activation or gradient, each rank's product and the steps of the sum are rounded to bf16.
+    error = gamma(3 + 1 + 1 + 3, "bfloat16")
+    sizes = [x.abs().double(), first.detach().abs(), second.detach().abs()]
+    ones = torch.ones(10, 5, dtype=torch.float64)
+    y, grad = (torch.cat([each[part] for each in found]) if sequence else found[0][part] for part in (0, 1))
+    assert ((y.double() - exact).abs() <= error * (sizes[0] @ sizes[1].T @ sizes[2].T)).all()
+    assert ((grad.double() - wide.grad).abs() <= error * (ones @ sizes[2] @ sizes[1])).all()
+    whole = join_states([weights for _, _, weights in found], pairs[0])
+    assert ((whole["0.weight"] - first.grad).abs() <= error * ((ones @ sizes[2]).T @ sizes[0])).all()
+    assert ((whole["1.weight"] - second.grad).abs() <= error * (ones.T @ (sizes[0] @ sizes[1].T))).all()
+
+
 @pytest.mark.parametrize("size", [1, 2])
-def test_compiled_blocks_work_and_put_off(contexts: list[Context], size: int) -> None:
+def test_compiled_blocks_work_and_put_off(size: int) -> None:
     """Linear layers are breaks in the graphs, so queues collect there too; the compiler's own backend that compiles
-    nothing is enough to see it."""
-    models = built(contexts, size, lambda tp: (build(tp), build(tp)))
-    for _, compiled in models:
-        for block in compiled.blocks:
-            block.compile(backend="aot_eager")
+    nothing is enough to see it. A rank may wait long for one that traces: the contexts have patience."""
+    with engine_contexts(Topology.virtual(1, size), timeout=100.0) as patient:
+        models = built(patient, size, lambda tp: (build(tp), build(tp)))
+        for _, compiled in models:
+            for block in compiled.blocks:
+                block.compile(backend="aot_eager")
+        run_ranks(lambda context: compare(*models[context.rank]), patient, timeout=110.0)
 
-    def body(context: Context) -> None:
-        plain, compiled = models[context.rank]
-        plain.loss(batch()).backward()
-        loss, queue = compiled.loss(batch()), WeightGradients()
-        with queue.collect(compiled):
-            loss.backward()
-        assert len(queue) == 4 * len(compiled.blocks) + 1
-        queue.run()
-        for found, exact in zip(grads(compiled), grads(plain), strict=True):
-            torch.testing.assert_close(found, exact, rtol=0.0, atol=bound(exact, "float64"))
 
-    run_ranks(body, contexts[:size])
+def compare(plain: Decoder, compiled: Decoder) -> None:
+    plain.loss(batch()).backward()
+    loss, queue = compiled.loss(batch()), WeightGradients()
+    with queue.collect(compiled):
+        loss.backward()
+    assert len(queue) == 4 * len(compiled.blocks) + 1
+    queue.run()
+    for found, exact in zip(grads(compiled), grads(plain), strict=True):
+        torch.testing.assert_close(found, exact, rtol=0.0, atol=bound(exact, "float64"))
 
 
 class Recorded:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -84,14 +86,19 @@ def computed(loss: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, table: Te
 
 
 def over_ranks(
-    contexts: list[Context], size: int, data: tuple[Tensor, Tensor, Tensor], *, factor: float = 1.0
+    contexts: list[Context],
+    size: int,
+    data: tuple[Tensor, Tensor, Tensor],
+    *,
+    factor: float = 1.0,
+    tile: Tile = RAGGED,
 ) -> dict[str, Tensor]:
     hidden, table, targets = data
 
     def body(tp: TensorParallel) -> dict[str, Tensor]:
         items = Items(count=len(table), tp=tp)
         own = table[items.begin : items.end]
-        return computed(lambda h, t: item_loss(h, t, targets, items, tile=RAGGED) * factor, hidden, own)
+        return computed(lambda h, t: item_loss(h, t, targets, items, tile=tile) * factor, hidden, own)
 
     found = over(contexts, size, body)
     assert all(torch.equal(each[name], found[0][name]) for each in found for name in ("loss", "hidden"))
@@ -110,6 +117,20 @@ def test_loss_and_gradients_against_fp64(
     oracle = Oracle(*data, working, factor=0.25)
     found = over_ranks(contexts, size, data, factor=0.25)
     assert oracle.excess(found, output=dtype) <= 1
+
+
+@given(
+    rows=st.integers(1, 30),
+    columns=st.integers(1, 50),
+    items=st.integers(1, 45),
+    predictions=st.integers(1, N),
+)
+def test_any_tile_gives_the_same(rows: int, columns: int, items: int, predictions: int) -> None:
+    hidden, table, targets = draw(items, 5.0, torch.float64)
+    hidden, targets = hidden[:predictions], targets[:predictions]
+    tile = Tile(rows=rows, columns=columns)
+    found = computed(lambda h, t: item_loss(h, t, targets, Items(count=items), tile=tile), hidden, table)
+    assert Oracle(hidden, table, targets, "float64").excess(found) <= 1
 
 
 def test_control_scores_in_bf16_are_noticed() -> None:
@@ -143,10 +164,15 @@ def test_autocast_changes_nothing() -> None:
     assert all(torch.equal(value, plain[name]) for name, value in computed(cast, hidden, table).items())
 
 
-def test_no_predictions_give_zero() -> None:
+def test_a_whole_catalogue_over_four_ranks(contexts: list[Context]) -> None:
+    data = draw(63_001, 5.0)
+    assert Oracle(*data, "float32").excess(over_ranks(contexts, 4, data, tile=TILE), output="float32") <= 1
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_no_predictions_give_zero(contexts: list[Context], size: int) -> None:
     hidden, table, _ = draw(41, 1.0)
-    none = torch.zeros(0, dtype=torch.int64)
-    found = computed(lambda h, t: item_loss(h, t, none, Items(count=41)), hidden[:0], table)
+    found = over_ranks(contexts, size, (hidden[:0], table, torch.zeros(0, dtype=torch.int64)))
     assert found["loss"] == 0
     assert not found["table"].any()
 

@@ -10,14 +10,14 @@ import model.scores
 import model.vocab
 from hybridcomm.context import Context
 from hybridcomm.errors import UnsupportedError
+from hybridcomm.topology import Topology
 from model import linear, tensor_parallel
 from model.config import ModelConfig
 from model.sharding import join_states, partial_parameters, shard_state, shardings
-from model.tensor_parallel import KEEP, Pair, TensorParallel, gather_state, sum_partial_gradients
-from tests.model.parallel import CONFIG, Decoder, batch, bound, build, built
+from model.tensor_parallel import KEEP, Pair, TensorParallel, check_alike, gather_state, sum_partial_gradients
+from tests.engine_ranks import engine_contexts
+from tests.model.parallel import CONFIG, FEW_HEADS, Decoder, batch, bound, build, built
 from tests.ranks import run_ranks
-
-FEW_HEADS = CONFIG.model_copy(update={"heads": 3, "hidden": 3, "tied": False})
 
 
 def trained(decoder: Decoder) -> tuple[Tensor, dict[str, Tensor]]:
@@ -62,6 +62,21 @@ def test_sharded_equals_unsharded(
     assert max(found.values()) <= 1, found
 
 
+@pytest.mark.parametrize("sequence", [False, True])
+def test_any_group_will_do(sequence: bool) -> None:
+    """Ranks of two nodes, in an order of their own."""
+    members = [3, 0, 1]
+    with engine_contexts(Topology.virtual(2, 2)) as job:
+        chosen = [job[member] for member in members]
+        ranks = [build(TensorParallel(group=context.group(members), sequence=sequence)) for context in chosen]
+        results = run_ranks(lambda context: trained(ranks[members.index(context.rank)]), chosen)
+    loss, grads = trained(build())
+    whole = join_states([found for _, found in results], ranks[0])
+    assert float((results[0][0] - loss).abs()) <= bound(loss, "float64")
+    for name, exact in grads.items():
+        assert float((whole[name] - exact).abs().max()) <= bound(exact, "float64"), name
+
+
 @pytest.mark.parametrize(("size", "sequence"), [(1, False), (3, False), (4, True)])
 def test_states_are_parts_of_the_whole(contexts: list[Context], size: int, sequence: bool) -> None:
     """One seed draws the same weights at any size; a checkpoint of one fits the other, both ways."""
@@ -93,6 +108,30 @@ def test_partial_parameters_are_norms_and_the_text_projection(contexts: list[Con
     assert names(False) == ["table.text_projection.weight"]
     assert names(True) == ["table.text_projection.weight", *norms, "final_norm.weight"]
     assert partial_parameters(build()) == {}
+
+
+def test_ranks_that_are_not_alike_are_found(contexts: list[Context]) -> None:
+    """On all of them, by name: another seed, another norm."""
+
+    def checked(seeds: tuple[int, int], decoders: list[Decoder]) -> list[str]:
+        def body(context: Context) -> str:
+            generator = torch.Generator().manual_seed(seeds[context.rank])
+            try:
+                check_alike(
+                    decoders[context.rank], TensorParallel(group=context.group([0, 1]), generator=generator)
+                )
+            except UnsupportedError as error:
+                return str(error)
+            return ""
+
+        return run_ranks(body, contexts[:2])
+
+    ranks = built(contexts, 2, build)
+    assert checked((5, 5), ranks) == ["", ""]
+    assert all("differ in the generator: start" in text for text in checked((5, 6), ranks))
+    with torch.no_grad():
+        ranks[1].final_norm.weight[3] += 1
+    assert all("differ in final_norm.weight: start" in text for text in checked((5, 5), ranks))
 
 
 def test_sequence_parallelism_of_one_rank_is_refused() -> None:

@@ -1,7 +1,7 @@
 """Runs one rank's list of a lowered schedule: real computation, real messages, one optimizer step's gradients.
 
     F         the stage's input -> its output (the last stage: the loss); the graph stays until I or B
-    I, W      the gradient of the input; later the weights' (put off by `model.linear.WeightGradients`)
+    I, W      the gradient of the input; later the weights' (put off by `model.weight_gradients`)
     B         both at once
     SEND_*    is started and forgotten until the step's end; a channel (source, target, kind) keeps its order
     RECV_*    is asked for; the wait is where the value is used
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from hybridcomm.groups import Grouping
 from hybridcomm.reducer import Reducer
 from hybridcomm.work import Work
-from model.linear import WeightGradients
 from model.recommender import Recommender
+from model.weight_gradients import WeightGradients
 from train.batch import Packed
 from train.errors import ScheduleError
 from train.outcome import StepTimes
@@ -185,13 +185,13 @@ class PipelineRuntime:
             return
         left = dict.fromkeys(reducer.parameters)
 
-        def complete(parameter: nn.Parameter) -> None:
+        def complete(parameter: Tensor) -> None:
             if parameter in left:  # else it is of the shared table
                 del left[parameter]
                 reducer.ready(parameter)
 
         queue.run(complete)
-        for parameter in tuple(left):  # norms and tables: theirs were complete with the last I
+        for parameter in tuple(left):  # norms: theirs was complete with the last I
             complete(parameter)
 
     @contextmanager

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from train.config import TrainConfig
 from train.data import Dataset, Split, load_directory, split_leave_one_out
-from train.errors import ConfigError, DataError, TrainError
+from train.errors import ConfigError, DataError, ScheduleError, TrainError
 from train.synthetic import generate
 
 if TYPE_CHECKING:
@@ -115,6 +115,7 @@ def _start_ranks(config: TrainConfig, arguments: list[str]) -> int:
     from train.report import refuse_used
 
     _load(config, config.nproc)
+    _check_mesh(config)
     if config.run_dir is not None:
         refuse_used(config.run_dir)
     if config.run_dir is None:
@@ -131,6 +132,22 @@ def _check_compressor(text: str) -> None:
         CompressionPolicy.of(text)
     except CompressorError as error:
         raise ConfigError(f"--compress: {error}") from None
+
+
+def _check_mesh(config: TrainConfig) -> None:
+    """Before any rank starts: a mesh that cannot be, or a model that cannot be cut into so many stages."""
+    from hybridcomm.errors import UnsupportedError
+    from hybridcomm.topology import Topology
+    from model.parts import split
+    from train.mesh import Mesh
+    from train.pipeline import make_schedule
+
+    Mesh.over(Topology.even(config.nodes, config.nproc), pp=config.pp, tp=config.tp, outer=config.outer)
+    try:
+        schedule = make_schedule(config.pipeline, config.pp, config.pieces, chunks=config.chunks)
+        split(config.model.layers, schedule.stages)
+    except (ScheduleError, UnsupportedError) as error:
+        raise ConfigError(f"--pp {config.pp} --schedule {config.pipeline}: {error}") from None
 
 
 def _load(config: TrainConfig, ranks: int) -> tuple[Dataset, Split]:

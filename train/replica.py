@@ -1,7 +1,7 @@
 """A rank's share of the model, cut along the mesh's axes, and one optimizer step's gradients of it.
 
 1. cut       pp: the stages that a schedule places here; tp: the rank's share of each of their layers
-2. run       the rank's list of the lowered schedule (`train.pipeline.runtime`); dp: buckets are averaged beside it
+2. run       the rank's list of the lowered schedule (`train.pipeline.stages`); dp: buckets are averaged beside it
 3. complete  what has parts of its gradient on several ranks is summed: the item table of a tied model whose first and
              last stage are on different ranks, and parameters of which each tp rank has seen a part of the tokens
 """
@@ -29,7 +29,7 @@ from train.errors import ConfigError
 from train.mesh import Mesh
 from train.outcome import StepTimes
 from train.pipeline.instructions import PipelineSchedule
-from train.pipeline.runtime import PipelineRuntime
+from train.pipeline.stages import PipelineRuntime
 
 __all__ = ["ModelSpec", "Replica"]
 
@@ -143,7 +143,7 @@ class Replica:
                 continue
             module = self.stages[stage]
             if stage > 0 and placement[stage - 1] != me:
-                x = self.runtime.room(batch, module)
+                x = self.runtime.room(batch, stage - 1)
                 self._pipeline.recv(x, placement[stage - 1])
             if stage == self.schedule.last:
                 ranks = module.target_ranks(batch.inputs, batch.targets, histories, x)
@@ -159,12 +159,19 @@ class Replica:
 
     def gradient_norm(self) -> Tensor:
         """Norm of the whole model's gradient, fp64: every parameter once, whatever copies and shares there are."""
-        split, square = self.shares(), torch.zeros(1, dtype=torch.float64)
+        split = self.shares()
         copied = self._tie is not None and self.place.pp != self.schedule.placement[0]
-        for name, parameter in self.named_parameters().items():
-            mine = name in split or self.place.tp == 0
-            if parameter.grad is not None and mine and not (copied and name.startswith("table.")):
-                square += parameter.grad.double().square().sum()
+        mine = [
+            parameter.grad
+            for name, parameter in self.named_parameters().items()
+            if parameter.grad is not None
+            and (name in split or self.place.tp == 0)
+            and not (copied and name.startswith("table."))
+        ]
+        norms = [norm.double() for norm in torch._foreach_norm(mine)]
+        square = (
+            torch.stack(norms).square().sum().reshape(1) if norms else torch.zeros(1, dtype=torch.float64)
+        )
         if self._model is not None:
             self._model.allreduce(square)
         return square.sqrt()[0]

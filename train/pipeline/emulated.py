@@ -1,0 +1,85 @@
+"""Runs a rank's list with time that passes in place of computation; all messages are real.
+
+So schedules can be studied with more ranks than cores: who sleeps needs none. What comes of it is *emulated*, and is
+to be called so wherever it is printed.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hybridcomm.groups import Grouping
+from train.errors import ScheduleError
+from train.outcome import StepTimes
+from train.pipeline.costs import Costs
+from train.pipeline.instructions import COMPUTE, Instruction, PipelineSchedule
+from train.pipeline.runtime import ListRuntime, Step
+
+__all__ = ["EmulatedRuntime", "EmulatedStep"]
+
+_WAKE_UP_S = 300e-6  # a sleeper may be woken so much too late: the rest is spent awake
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmulatedStep:
+    """s of a step on this rank: in all, and of computation as it was to take."""
+
+    seconds: float
+    work: float
+
+
+class EmulatedRuntime(ListRuntime[int]):
+    """One rank whose computation takes what ``costs`` say, and whose messages are of the sizes that they say."""
+
+    def __init__(
+        self, schedule: PipelineSchedule, rank: int, costs: Costs, *, group: Grouping | None = None
+    ) -> None:
+        super().__init__(schedule, rank, group=group)
+        costs.check(schedule)
+        if schedule.buckets:
+            raise ScheduleError("nothing is reduced where computation is emulated: lower without buckets")
+        self._costs = costs
+        self._rooms = [torch.zeros(max(1, cost.nbytes // 4)) for cost in costs.stages]
+
+    def step(self, times: StepTimes | None = None) -> EmulatedStep:
+        """Plays the list once."""
+        work = sum(self._costs.seconds(entry, self.rank) for entry in self.list if entry.op in COMPUTE)
+        begin = time.perf_counter()
+        microbatches = range(self.schedule.microbatches)
+        self.run(Step(batches=microbatches, times=StepTimes() if times is None else times))
+        return EmulatedStep(seconds=time.perf_counter() - begin, work=work)
+
+    def room(self, batch: int, stage: int) -> Tensor:
+        return torch.empty_like(self._rooms[stage])
+
+    def _forward(self, step: Step[int], entry: Instruction) -> None:
+        step.arrived("F", (entry.stage, entry.microbatch))
+        self._pass(entry)
+        step.outputs[entry.stage, entry.microbatch] = self._rooms[entry.stage]
+
+    def _input_gradient(self, step: Step[int], entry: Instruction) -> None:
+        step.arrived("I", (entry.stage, entry.microbatch))
+        step.gradients.pop((entry.stage, entry.microbatch), None)
+        self._pass(entry)
+        if entry.stage > 0:
+            step.gradients[entry.stage - 1, entry.microbatch] = self._rooms[entry.stage - 1]
+
+    _backward = _input_gradient
+
+    def _weight_gradients(self, step: Step[int], entry: Instruction) -> None:
+        self._pass(entry)
+
+    def _reduce(self, step: Step[int], entry: Instruction) -> None:
+        raise ScheduleError(f"{entry}: nothing is reduced where computation is emulated")
+
+    def _pass(self, entry: Instruction) -> None:
+        until = time.perf_counter() + self._costs.seconds(entry, self.rank)
+        left = until - time.perf_counter() - _WAKE_UP_S
+        if left > 0:
+            time.sleep(left)
+        while time.perf_counter() < until:
+            pass

@@ -10,7 +10,7 @@ index order on all ranks, whatever order the hooks fire in: a full bucket waits 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +90,7 @@ class Reducer:
         self._guard = StepGuard(self.residual, counts=compresses)
         if sync_parameters:
             setup.sync_parameters(ctx, module)
+        self._names = {parameter: name for name, parameter in self._parameters.items()}
         device = next(iter(self._parameters.values())).device
         self._buckets = [Bucket(layout) for layout in self.layouts]
         self._flats = [setup.flat_buffer(ctx, layout, device) for layout in self.layouts]
@@ -161,6 +162,23 @@ class Reducer:
                 self._on_ready(name, parameter)
 
         return ready
+
+    def ready(self, parameter: torch.nn.Parameter) -> None:
+        """The gradient of ``parameter`` is complete and in ``.grad``; what its hook says after a backward.
+
+        For gradients that are added to ``.grad`` outside of backward, as those that a pipeline puts off: run the
+        backward under `no_sync` then. Each parameter once in a step, in the same order on all ranks.
+        """
+        self._on_ready(self._names[parameter], parameter)
+
+    def launched(self, bucket: int) -> bool:
+        """Whether the all-reduce of this step's bucket has been started."""
+        return self._running and bucket < len(self._works)
+
+    @property
+    def parameters(self) -> Sequence[torch.nn.Parameter]:
+        """All that are averaged, in the order of the module."""
+        return tuple(self._names)
 
     def _on_ready(self, name: str, parameter: torch.Tensor) -> None:
         if not self._running:

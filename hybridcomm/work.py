@@ -49,7 +49,7 @@ class Work:
 
     @property
     def wire_nbytes(self) -> int:
-        """Bytes this rank sent to other nodes for it, framing included; 0 until it is done."""
+        """Bytes this rank sent to other nodes for it, framing included; 0 until it is done, and for messages."""
         return self._work.wire_nbytes
 
     @property

@@ -1,17 +1,31 @@
-"""The decoder recommender: item sequence in, one score per catalogue item out.
+"""The decoder recommender, or a contiguous part of it: item sequence in, a loss or one score per catalogue item out.
 
 1. embed    item id embedding, plus a projection of the item's frozen text features when there are any
 2. decode   pre-norm blocks under a causal mask that also keeps packed users apart
 3. score    the final state against every item (tied or own table)
+
+A pipeline stage is a `Recommender` of a part. Parameters have the same names and the same first values in every part,
+so the states of all stages together are the state of the whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hybridcomm.errors import UnsupportedError
 from model.config import ModelConfig
+from model.dropout import Dropout
 from model.layers import Block, RMSNorm, rope_tables
+from model.linear import Linear
+from model.parts import Part
+from model.ranking import target_ranks
+from model.sharding import draw_whole
+from model.tensor_parallel import ALONE, GATHER, TensorParallel, through
+from model.vocab import ItemTable, embed, item_loss
 
 __all__ = ["Recommender"]
 
@@ -21,59 +35,131 @@ class Recommender(nn.Module):
 
     ``text_features`` is a frozen fp32 tensor [items, features] or None. It is a buffer that checkpoints
     leave out: it is a pure function of the data. Sequences of several users may share a row: ``segments``
-    tells them apart.
+    tells them apart. ``tp``: the ranks that share each layer. ``part``: the whole by default; a part that neither
+    embeds nor (tied) scores has no item table.
     """
 
-    text_features: Tensor | None
-
-    def __init__(self, config: ModelConfig, num_items: int, text_features: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_items: int,
+        text_features: Tensor | None = None,
+        *,
+        part: Part | None = None,
+        tp: TensorParallel = ALONE,
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.num_items = num_items
-        self.item_embedding = nn.Parameter(torch.empty(num_items, config.dim))
-        self.register_buffer("text_features", text_features if config.text else None, persistent=False)
-        if self.text_features is not None:
-            self.text_projection = nn.Linear(self.text_features.shape[1], config.dim, bias=False)
-        self.embedding_dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.final_norm = RMSNorm(config.dim)
-        self.head = None if config.tied else nn.Parameter(torch.empty(num_items, config.dim))
-        self.reset_parameters()
+        seed = int(
+            torch.randint(2**40, ())
+        )  # before layers are made, which draw too: as many as the part has
+        self.config, self.num_items, self.tp = config, num_items, tp
+        self.part = Part.whole(config.layers) if part is None else part
+        self.part.check(config.layers)
+        features = text_features if config.text else None
+        self.table = self.head = None
+        if self.part.embeds or (self.part.scores and config.tied):
+            self.table = ItemTable(num_items, config.dim, features=features, tp=tp)
+        self.embedding_dropout = Dropout(config.dropout, tp=tp, split=tp.sequence)
+        self.blocks = nn.ModuleDict({str(layer): Block(config, tp=tp) for layer in self.part.layers})
+        if self.part.scores:
+            self.final_norm = RMSNorm(config.dim, tp=tp)
+            if not config.tied:
+                self.head = ItemTable(num_items, config.dim, tp=tp)
+        self.reset_parameters(seed)
 
-    def reset_parameters(self) -> None:
-        """Draws all weights from the global torch generator; seed it first."""
-        std = self.config.init_std
-        nn.init.normal_(self.item_embedding, std=std)
-        if self.head is not None:
-            nn.init.normal_(self.head, std=std)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=std)
+    def reset_parameters(self, seed: int) -> None:
+        """Draws all weights: table, head and each block from a seed of its own, so a part has what the whole has there.
 
-    def item_table(self) -> Tensor:
-        """Input vectors of all items, [items, D]."""
-        if self.text_features is None:
-            return self.item_embedding
-        return self.item_embedding + self.text_projection(self.text_features)
-
-    def forward(self, items: Tensor, segments: Tensor, positions: Tensor, picks: Tensor) -> Tensor:
-        """Scores of all items after the picked tokens.
-
-        ``items``, ``segments``, ``positions`` are int64 [B, T]; tokens attend to earlier tokens of their
-        own segment. ``picks`` is int64 [N], indices into the B * T tokens. Returns [N, items].
+        The constructor takes ``seed`` from the global torch generator; seed that first.
         """
-        table = self.item_table()
-        hidden = self.decode(nn.functional.embedding(items, table), segments, positions)
-        hidden = self.final_norm(hidden.reshape(-1, self.config.dim)[picks])
-        return hidden @ (table if self.head is None else self.head).T
+        units = [(0, self.table), (1, self.head), *((2 + int(k), block) for k, block in self.blocks.items())]
+        with torch.random.fork_rng(devices=[]):
+            for number, unit in units:
+                torch.manual_seed(seed * 4096 + number)
+                if isinstance(unit, ItemTable):
+                    unit.draw(self.config.init_std)
+                for layer in unit.modules() if unit is not None else ():
+                    if isinstance(layer, Linear):
+                        draw_whole(layer, "weight", self._draw, rank=self.tp.rank)
 
-    def decode(self, x: Tensor, segments: Tensor, positions: Tensor) -> Tensor:
-        """Runs the blocks: x [B, T, D] -> [B, T, D]."""
+    def _draw(self, whole: Tensor) -> None:
+        nn.init.normal_(whole, std=self.config.init_std)
+
+    def forward(
+        self,
+        items: Tensor,
+        segments: Tensor,
+        positions: Tensor,
+        picks: Tensor,
+        targets: Tensor | None = None,
+        x: Tensor | None = None,
+    ) -> Tensor:
+        """Runs the part: from items, or ``x``, what the part before it gave; to the loss, scores, or what comes next.
+
+        ``items``, ``segments``, ``positions`` are int64 [B, T]; tokens attend to earlier tokens of their own segment.
+        Between parts go vectors [B, T, D]; under sequence parallelism this rank's tokens of them, [n, D]. ``picks`` is
+        int64 [N], indices into the B * T tokens. The last part returns with ``targets`` [N] the sum over the picked
+        tokens of the cross-entropy over all items, in nats, equal on all ranks; without them the scores of the
+        items that this rank's table has, [N, rows].
+
+        A sum and not a mean: the caller divides once by the global number of predictions, so that the gradient of a
+        ragged batch over any number of ranks is that of one process (a mean of means is not).
+        """
+        x, rows = self._run(items, segments, positions, x)
+        if not self.part.scores:
+            return x
+        hidden = self._final(x, segments.numel(), picks)
+        table, rows = self._scoring(rows)
+        return hidden @ rows.T if targets is None else item_loss(hidden, rows, targets, table.items)
+
+    def target_ranks(
+        self,
+        inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+        targets: Tensor,
+        histories: Sequence[np.ndarray],
+        x: Tensor | None = None,
+    ) -> Tensor:
+        """The last part, for evaluation: each target's rank among the items that are not in its history, int64 [N].
+
+        ``inputs`` are the first four arguments of `forward`; see `model.ranking.target_ranks`. Equal on all ranks.
+        """
+        items, segments, positions, picks = inputs
+        x, rows = self._run(items, segments, positions, x)
+        table, rows = self._scoring(rows)
+        hidden = self._final(x, segments.numel(), picks)
+        return target_ranks(hidden, rows, targets, table.items, histories=histories)
+
+    def _run(
+        self, items: Tensor, segments: Tensor, positions: Tensor, x: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What comes out of the part's last block, and the rows of its table."""
+        rows = None if self.table is None else self.table()
+        if self.table is not None and rows is not None and self.part.embeds:
+            x = self.embedding_dropout(embed(items, rows, self.table.items))
+        if x is None:
+            raise UnsupportedError(f"the part {self.part} continues another one: give it that one's output")
+        return self._decode(x, segments, positions), rows
+
+    def _scoring(self, rows: Tensor | None) -> tuple[ItemTable, Tensor]:
+        """The table that items are scored with, and its rows: those of the input's, if the model is tied."""
+        if self.head is not None:
+            return self.head, self.head()
+        if self.table is None or rows is None:
+            raise UnsupportedError(f"the part {self.part} does not score")
+        return self.table, rows
+
+    def _decode(self, x: Tensor, segments: Tensor, positions: Tensor) -> Tensor:
         tokens = segments.shape[1]
         causal = torch.ones(tokens, tokens, dtype=torch.bool, device=segments.device).tril()
         mask = ((segments[:, :, None] == segments[:, None, :]) & causal)[:, None]
-        tables = rope_tables(positions, self.config.dim // self.config.heads, self.config.rope_base)
-        x = self.embedding_dropout(x)
-        for block in self.blocks:
+        cos, sin = rope_tables(positions, self.config.dim // self.config.heads, self.config.rope_base)
+        tables = cos.to(x.dtype), sin.to(x.dtype)
+        for block in self.blocks.values():
             x = block(x, tables, mask)
         return x
+
+    def _final(self, x: Tensor, tokens: int, picks: Tensor) -> Tensor:
+        hidden = self.final_norm(x)
+        if self.tp.sequence:
+            hidden = through(hidden, GATHER, self.tp, tokens=tokens)
+        return hidden.reshape(-1, self.config.dim)[picks]

@@ -173,7 +173,7 @@ def sum_partial_gradients(module: nn.Module, tp: TensorParallel) -> None:
     if tp.size == 1:
         return
     kinds: dict[torch.dtype, list[nn.Parameter]] = {}
-    for parameter in partial_parameters(module).values():
+    for parameter in dict.fromkeys(partial_parameters(module).values()):  # once, where stages share one
         if parameter.requires_grad:
             kinds.setdefault(parameter.dtype, []).append(parameter)
     for parameters in kinds.values():

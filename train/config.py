@@ -66,9 +66,19 @@ class TrainConfig(BaseModel):
     nodes: int = Field(2, ge=1, description="Virtual nodes to spread them over (ignored under torchrun).")
     epochs: int = Field(14, ge=1, description="Passes over the users.")
     batch_size: int = Field(128, ge=1, description="Users per optimizer step, over all ranks.")
-    accumulate: int = Field(
-        1, ge=1, description="Backward passes per optimizer step; the step stays the same."
+    tp: int = Field(1, ge=1, description="Ranks of a node that share each layer (tensor parallelism).")
+    sequence: bool = Field(
+        False, description="Split tokens over the tp ranks between layers (sequence parallelism)."
     )
+    pp: int = Field(1, ge=1, description="Pipeline ranks; what tp and pp leave are replicas.")
+    schedule: str = Field(
+        "auto", description="Of the pipeline: gpipe, 1f1b, interleaved, zb-h1, zbv, dualpipev; auto: zbv."
+    )
+    chunks: int | None = Field(None, ge=1, description="Stages per rank, of an interleaved schedule.")
+    microbatches: int | None = Field(
+        None, ge=1, description="Per optimizer step and replica (default: 1, with a pipeline 2 per rank)."
+    )
+    outer: Literal["dp", "pp"] = Field("pp", description="The axis that spans the nodes.")
     eval_every: int = Field(
         2, ge=1, description="Epochs between validations; the best one's weights are tested."
     )
@@ -90,6 +100,18 @@ class TrainConfig(BaseModel):
     wire: WireConfig = Field(WireConfig(), description="Communication details.")
     synthetic: SyntheticConfig = Field(SyntheticConfig(), description="Generated data, used without --data.")
 
+    @property
+    def pipeline(self) -> str:
+        """The schedule by name: what ``auto`` stands for."""
+        if self.schedule != "auto":
+            return self.schedule
+        return "zbv" if self.pp > 1 else "1f1b"
+
+    @property
+    def pieces(self) -> int:
+        """Microbatches of a replica in an optimizer step."""
+        return self.microbatches or (2 * self.pp if self.pp > 1 else 1)
+
     @model_validator(mode="after")
     def _options_act(self) -> TrainConfig:
         if self.comm == "ddp" and self.compress != "none":
@@ -104,6 +126,14 @@ class TrainConfig(BaseModel):
             and "final_lr" in self.optim.model_fields_set
         ):
             raise ValueError("--optim.final-lr does nothing with --optim.schedule constant")
+        if self.comm == "ddp" and (self.pp, self.tp) != (1, 1):
+            raise ValueError("--comm ddp has the whole model on each rank: leave out --tp and --pp")
+        if self.pp == 1 and (self.schedule != "auto" or self.chunks is not None):
+            raise ValueError("--schedule and --chunks act on a pipeline: pass --pp too")
+        if self.chunks is not None and self.schedule != "interleaved":
+            raise ValueError("--chunks acts on --schedule interleaved only")
+        if self.sequence and self.tp == 1:
+            raise ValueError("--sequence splits tokens over tensor-parallel ranks: pass --tp too")
         if self.nodes > self.nproc:
             raise ValueError(
                 f"--nodes {self.nodes} needs as many ranks or more, --nproc is {self.nproc}; pass both"

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "DataError", "EvaluationError", "TrainError"]
+__all__ = ["ConfigError", "DataError", "EvaluationError", "ScheduleError", "TrainError"]
 
 
 class TrainError(Exception):
@@ -24,3 +24,7 @@ class DataError(TrainError):
 
 class EvaluationError(TrainError):
     """Scores that cannot be ranked, or users that were not counted exactly once."""
+
+
+class ScheduleError(TrainError):
+    """A pipeline schedule that would not run, or would compute something else; the message shows the step."""

@@ -10,17 +10,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model.recommender import Recommender
+from model.ranking import NotFiniteError
 from train.batch import pack, rank_share
 from train.data import Dataset, Split
 from train.errors import EvaluationError
 
-__all__ = ["CUTOFF", "Metrics", "evaluate_model", "evaluate_scores", "popularity_scores", "target_ranks"]
+if TYPE_CHECKING:
+    from train.backend import Backend
+
+__all__ = [
+    "CUTOFF",
+    "Metrics",
+    "evaluate_model",
+    "evaluate_ranks",
+    "evaluate_scores",
+    "popularity_scores",
+    "target_ranks",
+]
 
 CUTOFF = 10
 _BATCH = 256
@@ -67,6 +79,37 @@ def _sums(ranks: Tensor) -> Tensor:
     return torch.stack([hit.sum(), gain.sum(), torch.tensor(len(ranks))])
 
 
+def evaluate_ranks(
+    ranks: Callable[[list[np.ndarray], Tensor], Tensor],
+    data: Dataset,
+    split: Split,
+    *,
+    which: str,
+    rank: int = 0,
+    world_size: int = 1,
+    reduce: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Metrics:
+    """Metrics on the validation or test targets of whatever ranks them: (histories, targets [N]) -> int64 [N].
+
+    ``which`` is ``"validation"`` or ``"test"``; the test history includes the validation item. Users are shared out
+    over ``world_size`` replicas; ``reduce`` adds an int64 array over them. Raises EvaluationError when the users
+    counted are not all users once.
+    """
+    offset = {"validation": 0, "test": 1}[which]
+    total = torch.zeros(3, dtype=torch.int64)
+    share = rank_share(split.users, rank, world_size)
+    for begin in range(0, len(share), _BATCH):
+        users = share[begin : begin + _BATCH]
+        histories = [data.sequence(user)[: split.train_ends[user] + offset] for user in users]
+        targets = torch.from_numpy(data.items[data.starts[users] + split.train_ends[users] + offset])
+        total += _sums(ranks(histories, targets))
+    counts = total.numpy()
+    hits, gain, users_seen = (reduce(counts) if reduce is not None else counts).tolist()
+    if users_seen != len(split.users):
+        raise EvaluationError(f"evaluated {users_seen} users instead of {len(split.users)}")
+    return Metrics(hr=hits / users_seen, ndcg=gain / _GAIN_UNITS / users_seen, users=users_seen)
+
+
 def evaluate_scores(
     score: Callable[[list[np.ndarray]], Tensor],
     data: Dataset,
@@ -77,54 +120,36 @@ def evaluate_scores(
     world_size: int = 1,
     reduce: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Metrics:
-    """Metrics of any scorer (histories -> [N, items]) on the validation or test targets.
+    """`evaluate_ranks` of any scorer: histories -> [N, items]."""
 
-    ``which`` is ``"validation"`` or ``"test"``; the test history includes the validation item. ``reduce``
-    adds an int64 array over all ranks. Raises EvaluationError when the users counted are not all
-    users once.
-    """
-    offset = {"validation": 0, "test": 1}[which]
-    total = torch.zeros(3, dtype=torch.int64)
-    share = rank_share(split.users, rank, world_size)
-    for begin in range(0, len(share), _BATCH):
-        users = share[begin : begin + _BATCH]
-        histories = [data.sequence(user)[: split.train_ends[user] + offset] for user in users]
-        targets = torch.from_numpy(data.items[data.starts[users] + split.train_ends[users] + offset])
-        total += _sums(target_ranks(score(histories), targets, histories))
-    counts = total.numpy()
-    hits, gain, users_seen = (reduce(counts) if reduce is not None else counts).tolist()
-    if users_seen != len(split.users):
-        raise EvaluationError(f"evaluated {users_seen} users instead of {len(split.users)}")
-    return Metrics(hr=hits / users_seen, ndcg=gain / _GAIN_UNITS / users_seen, users=users_seen)
+    def ranks(histories: list[np.ndarray], targets: Tensor) -> Tensor:
+        return target_ranks(score(histories), targets, histories)
+
+    return evaluate_ranks(ranks, data, split, which=which, rank=rank, world_size=world_size, reduce=reduce)
 
 
-def evaluate_model(
-    model: Recommender,
-    data: Dataset,
-    split: Split,
-    *,
-    which: str,
-    rank: int = 0,
-    world_size: int = 1,
-    reduce: Callable[[np.ndarray], np.ndarray] | None = None,
-) -> Metrics:
-    """Metrics of the recommender; leaves its training mode as it was."""
-    was_training = model.training
-    model.eval()
-    nothing = np.zeros(1, dtype=np.int64)
+def evaluate_model(backend: Backend, data: Dataset, split: Split, max_len: int, *, which: str) -> Metrics:
+    """Metrics of the model that ``backend`` has, which reads ``max_len`` items; leaves its training mode as it was."""
+    module = backend.module
+    was_training = module.training
+    module.eval()
 
-    def score(histories: list[np.ndarray]) -> Tensor:
-        recent = [history[-model.config.max_len :] for history in histories]
-        batch = pack(recent, [nothing] * len(recent))
-        with torch.no_grad():
-            return model(*batch.inputs)
+    def ranks(histories: list[np.ndarray], targets: Tensor) -> Tensor:
+        recent = [history[-max_len:] for history in histories]
+        batch = pack(recent, [target.numpy() for target in targets.split(1)])
+        try:
+            with torch.no_grad():
+                return backend.target_ranks(batch, histories)
+        except NotFiniteError as error:
+            raise EvaluationError(str(error)) from None
 
     try:
-        return evaluate_scores(
-            score, data, split, which=which, rank=rank, world_size=world_size, reduce=reduce
-        )
+        return evaluate_ranks(
+            ranks, data, split, which=which,
+            rank=backend.replica, world_size=backend.replicas, reduce=backend.sum,
+        )  # fmt: skip
     finally:
-        model.train(was_training)
+        module.train(was_training)
 
 
 def popularity_scores(data: Dataset, split: Split) -> Tensor:

@@ -8,15 +8,14 @@ number of ranks or microbatches.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
-from model.loss import next_item_loss
-from model.recommender import Recommender
+from train.backend import Backend
 from train.batch import epoch_order, rank_share, step_users, train_batch
-from train.comm import Communicator
 from train.config import TrainConfig
 from train.data import Dataset, Split
 from train.errors import TrainError
@@ -31,16 +30,16 @@ _MAX_SKIPPED_IN_A_ROW = 20
 
 
 class Trainer:
-    """Trains ``model``; ``outcome`` fills while it runs."""
+    """Trains the model that ``backend`` has built, whose ``parameters`` the optimizer has; ``outcome`` fills."""
 
     def __init__(
-        self, config: TrainConfig, *, data: Dataset, split: Split, model: Recommender, comm: Communicator,
-        optimizer: torch.optim.Optimizer, reporter: Reporter,
+        self, config: TrainConfig, *, data: Dataset, split: Split, backend: Backend,
+        parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, reporter: Reporter,
     ) -> None:  # fmt: skip
-        self._config, self._data, self._split, self._comm = config, data, split, comm
-        self._model, self._optimizer, self._reporter = model, optimizer, reporter
+        self._config, self._data, self._split, self._backend = config, data, split, backend
+        self._parameters, self._optimizer, self._reporter = parameters, optimizer, reporter
         self._users = np.flatnonzero(split.train_ends >= 2)
-        self._predictions = np.minimum(split.train_ends, model.config.max_len + 1) - 1
+        self._predictions = np.minimum(split.train_ends, config.model.max_len + 1) - 1
         steps = -(-len(self._users) // config.batch_size) * config.epochs
         self.total_steps = min(steps, config.max_steps) if config.max_steps else steps
         self._skipped_in_a_row = 0
@@ -50,10 +49,10 @@ class Trainer:
 
     def run(self) -> Outcome:
         """All epochs, then the test of the weights that validated best."""
-        self._module = self._comm.prepare(self._model, self._optimizer)
-        self._reporter.started(self._comm.describe(), self.total_steps)
-        self._model.train()
-        torch.manual_seed(self._config.seed * 1_000_003 + self._comm.rank + 1)  # dropout differs per rank
+        self._backend.attach(self._optimizer)
+        self._reporter.started(self._backend.describe(), self.total_steps)
+        self._backend.module.train()
+        torch.manual_seed(self._config.seed * 1_000_003 + self._backend.dropout_seed + 1)
         for epoch in range(1, self._config.epochs + 1):
             for users in self._epoch_steps(epoch - 1):
                 self._timed_step(users)
@@ -63,7 +62,7 @@ class Trainer:
             if done:
                 break
         if self._best is not None:
-            self._model.load_state_dict(self._best)
+            self._backend.module.load_state_dict(self._best)
         self.outcome.test = self._evaluate("test")
         return self.outcome
 
@@ -75,54 +74,39 @@ class Trainer:
             yield users
 
     def _timed_step(self, users: np.ndarray) -> None:
-        begin = time.perf_counter()
-        times = self.outcome.times
-        counted = times.forward + times.backward + times.exposed + times.optimizer
+        begin, times = time.perf_counter(), self.outcome.times
+        known = times.known
         self._step(users)
         took = time.perf_counter() - begin
         times.total += took
-        times.other += took - (times.forward + times.backward + times.exposed + times.optimizer - counted)
+        times.other += took - (times.known - known)
         self.outcome.steps += 1
         self.outcome.samples += len(users)
         self._reporter.stepped(self.outcome.steps, took)
 
     def _step(self, users: np.ndarray) -> None:
-        """One optimizer step on this rank's share of ``users``."""
-        config, times = self._config, self.outcome.times
+        """One optimizer step on this replica's share of ``users``."""
+        config, backend = self._config, self._backend
         predictions = int(self._predictions[users].sum())
-        share = rank_share(users, self._comm.rank, self._comm.world_size)
+        share = rank_share(users, backend.replica, backend.replicas)
+        batches = [
+            train_batch(self._data, self._split, rank_share(share, part, config.pieces), config.model.max_len)
+            for part in range(config.pieces)
+        ]
         self._optimizer.zero_grad(set_to_none=True)
-        for part in range(config.accumulate):
-            sync = part == config.accumulate - 1
-            batch = train_batch(
-                self._data,
-                self._split,
-                rank_share(share, part, config.accumulate),
-                self._model.config.max_len,
-            )
-            with self._comm.accumulating(sync=sync):
-                begin = time.perf_counter()
-                loss = next_item_loss(self._module(*batch.inputs), batch.targets)
-                middle = time.perf_counter()
-                # Averaging over ranks divides by their number, so multiply by it: the sum of all losses /
-                # predictions.
-                self._comm.backward(loss * (self._comm.world_size / predictions), sync=sync)
-                exposed = self._comm.exposed_seconds if sync else 0.0
-                times.forward += middle - begin
-                times.backward += time.perf_counter() - middle - exposed
-                times.exposed += exposed
-            self._loss += (loss.item(), len(batch.targets))
+        # Averaging over replicas divides by their number, so multiply by it: the sum of all losses / predictions.
+        loss = backend.step(batches, backend.replicas / predictions, self.outcome.times)
+        self._loss += (loss, sum(len(batch.targets) for batch in batches))
         begin = time.perf_counter()
         self._apply()
-        times.optimizer += time.perf_counter() - begin
+        self.outcome.times.optimizer += time.perf_counter() - begin
 
     def _apply(self) -> None:
         """Optimizer step, or none at all on any rank when a gradient is not finite: all ranks hold the
         same ones."""
-        gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = self._backend.gradient_norm()
         if not torch.isfinite(norm):
-            self._comm.rollback()
+            self._backend.rollback()
             self.outcome.skipped += 1
             self._skipped_in_a_row += 1
             if self._skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
@@ -133,25 +117,22 @@ class Trainer:
             return
         self._skipped_in_a_row = 0
         if self._config.optim.clip:
-            torch.nn.utils.clip_grads_with_norm_(self._model.parameters(), self._config.optim.clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._config.optim.clip, norm)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self._config.optim, self.outcome.steps, self.total_steps)
         self._optimizer.step()
 
     def _validate(self, epoch: int) -> None:
-        loss, predictions = self._comm.sum(self._loss)
+        loss, predictions = self._backend.sum(self._loss)
         self._loss[:] = 0.0
-        # No rank made a prediction: there is no mean loss.
+        # No replica made a prediction: there is no mean loss.
         self.outcome.loss = float(loss / predictions) if predictions else float("nan")
         metrics = self._evaluate("validation")
         best = self.outcome.validation
         if best is None or metrics.ndcg > best.ndcg:
             self.outcome.validation, self.outcome.best_epoch = metrics, epoch
-            self._best = {name: value.clone() for name, value in self._model.state_dict().items()}
+            self._best = {n: value.clone() for n, value in self._backend.module.state_dict().items()}
         self._reporter.validated(epoch, self.outcome, metrics)
 
     def _evaluate(self, which: str) -> Metrics:
-        return evaluate_model(
-            self._model, self._data, self._split, which=which,
-            rank=self._comm.rank, world_size=self._comm.world_size, reduce=self._comm.sum,
-        )  # fmt: skip
+        return evaluate_model(self._backend, self._data, self._split, self._config.model.max_len, which=which)

@@ -11,14 +11,23 @@ __all__ = ["Outcome", "StepTimes"]
 
 @dataclass(kw_only=True)
 class StepTimes:
-    """Seconds summed over steps, of one rank; backward without the exposed communication at its end."""
+    """Seconds summed over steps, of one rank; backward without the exposed communication at its end.
+
+    ``waiting``: for other stages of the pipeline, in bubbles or because a message took longer than computation.
+    """
 
     forward: float = 0.0
     backward: float = 0.0
+    waiting: float = 0.0
     exposed: float = 0.0
     optimizer: float = 0.0
     other: float = 0.0
     total: float = 0.0
+
+    @property
+    def known(self) -> float:
+        """All but ``other``."""
+        return self.forward + self.backward + self.waiting + self.exposed + self.optimizer
 
 
 @dataclass(kw_only=True)

@@ -119,7 +119,10 @@ def summary(
     """The final figures by name; ``wire`` and ``dense`` are bytes between nodes per step, over all ranks."""
     times, test = outcome.times, outcome.test
     assert test is not None  # noqa: S101 (run() has ended)
-    shares = {name: getattr(times, name) for name in ("forward", "backward", "exposed", "optimizer", "other")}
+    shares = {
+        name: getattr(times, name)
+        for name in ("forward", "backward", "waiting", "exposed", "optimizer", "other")
+    }
     return {
         "loss": outcome.loss,
         "hr": test.hr,
@@ -155,8 +158,8 @@ def final_table(values: dict[str, Any]) -> Table:
         f"{1e3 * values['step_seconds']:.1f} ms/step",
     )
     table.add_row("between nodes", *_wire(values))
-    names = ("forward", "backward", "exposed", "optimizer", "other")
-    labels = {"exposed": "exposed communication"}
+    names = ("forward", "backward", "waiting", "exposed", "optimizer", "other")
+    labels = {"waiting": "waiting for stages", "exposed": "exposed communication"}
     shares = ", ".join(f"{labels.get(name, name)} {100 * values[f'{name}_share']:.0f} %" for name in names)
     table.add_row("step time", shares, f"{values['steps']} steps, {values['skipped_steps']} skipped")
     return table

@@ -2,7 +2,7 @@
 
 1. settings    from the command line (cli.py)
 2. ranks       started here by way of hybridcomm.launch, unless a launcher (torchrun, SLURM) has done so
-3. per rank    data, model, optimizer, communicator, loop, report
+3. per rank    data, backend (mesh, model, gradients), optimizer, loop, report
 
 Exit codes: 0 fine, 2 for what the command line got wrong, 1 for malformed data and failures.
 """
@@ -15,11 +15,17 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from train.config import TrainConfig
 from train.data import Dataset, Split, load_directory, split_leave_one_out
-from train.errors import ConfigError, DataError, TrainError
+from train.errors import ConfigError, DataError, ScheduleError, TrainError
 from train.synthetic import generate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from train.backend import Backend
 
 __all__ = ["main", "train"]
 
@@ -54,41 +60,53 @@ def train(config: TrainConfig) -> int:
     """One rank's whole run; raises typed errors. Returns 0."""
     import torch
 
-    from model.recommender import Recommender
-    from train.comm import connect
     from train.evaluate import evaluate_scores, popularity_scores
     from train.loop import Trainer
     from train.optim import build_optimizer
+    from train.replica import ModelSpec
     from train.report import Reporter, final_table, summary
 
     torch.set_num_threads(config.threads)
     data, split = _load(config, int(os.environ.get("WORLD_SIZE", "1")))
-    comm = connect(config)
+    backend = _connect(config)
     run_dir = config.run_dir or Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    reporter = Reporter(config, run_dir, active=comm.rank == 0)
+    reporter = Reporter(config, run_dir, active=backend.rank == 0)
     try:
-        torch.manual_seed(config.seed)
-        model = Recommender(config.model, data.num_items, _features(config, data, compute=comm.rank == 0))
-        reporter.line(_describe(config, data, sum(p.numel() for p in model.parameters())))
-        optimizer = build_optimizer(model.parameters(), config.optim)
+        features = _features(config, data, backend)
+        spec = ModelSpec(config=config.model, num_items=data.num_items, features=features, seed=config.seed)
+        parameters = backend.build(spec)
+        optimizer = build_optimizer(parameters, config.optim)
         trainer = Trainer(
-            config, data=data, split=split, model=model, comm=comm, optimizer=optimizer, reporter=reporter
-        )
+            config, data=data, split=split, backend=backend, parameters=parameters, optimizer=optimizer,
+            reporter=reporter,
+        )  # fmt: skip
+        reporter.line(_describe(config, data, sum(p.numel() for p in parameters)))
         outcome = trainer.run()
         popular = popularity_scores(data, split)
         popularity = evaluate_scores(
             lambda histories: popular.expand(len(histories), -1), data, split, which="test",
-            rank=comm.rank, world_size=comm.world_size, reduce=comm.sum,
+            rank=backend.replica, world_size=backend.replicas, reduce=backend.sum,
         )  # fmt: skip
-        values = summary(outcome, popularity, data.best_ndcg, *_wire_per_step(comm, outcome.steps))
+        values = summary(outcome, popularity, data.best_ndcg, *_wire_per_step(backend, outcome.steps))
         reporter.event("final", **values)
         reporter.close()
         reporter.console.print(final_table(values))
         reporter.line(f"metrics: {run_dir / 'metrics.jsonl'}")
     finally:
         reporter.close()
-    comm.close()
+    backend.close()
     return 0
+
+
+def _connect(config: TrainConfig) -> Backend:
+    """Joins the job; raises HybridCommError or TrainError naming who did not come."""
+    if config.comm == "ddp":
+        from train.backend_ddp import DDPBackend
+
+        return DDPBackend(config)
+    from train.backend_hybrid import HybridBackend
+
+    return HybridBackend(config)
 
 
 def _start_ranks(config: TrainConfig, arguments: list[str]) -> int:
@@ -97,6 +115,7 @@ def _start_ranks(config: TrainConfig, arguments: list[str]) -> int:
     from train.report import refuse_used
 
     _load(config, config.nproc)
+    _check_mesh(config)
     if config.run_dir is not None:
         refuse_used(config.run_dir)
     if config.run_dir is None:
@@ -115,6 +134,22 @@ def _check_compressor(text: str) -> None:
         raise ConfigError(f"--compress: {error}") from None
 
 
+def _check_mesh(config: TrainConfig) -> None:
+    """Before any rank starts: a mesh that cannot be, or a model that cannot be cut into so many stages."""
+    from hybridcomm.errors import UnsupportedError
+    from hybridcomm.topology import Topology
+    from model.parts import split
+    from train.mesh import Mesh
+    from train.pipeline import make_schedule
+
+    Mesh.over(Topology.even(config.nodes, config.nproc), pp=config.pp, tp=config.tp, outer=config.outer)
+    try:
+        schedule = make_schedule(config.pipeline, config.pp, config.pieces, chunks=config.chunks)
+        split(config.model.layers, schedule.stages)
+    except (ScheduleError, UnsupportedError) as error:
+        raise ConfigError(f"--pp {config.pp} --schedule {config.pipeline}: {error}") from None
+
+
 def _load(config: TrainConfig, ranks: int) -> tuple[Dataset, Split]:
     data = generate(config.synthetic) if config.data is None else load_directory(config.data)
     split = split_leave_one_out(data)
@@ -125,35 +160,39 @@ def _load(config: TrainConfig, ranks: int) -> tuple[Dataset, Split]:
     return data, split
 
 
-def _features(config: TrainConfig, data: Dataset, *, compute: bool) -> object:
-    """Text features on rank 0, room for them elsewhere (`prepare` sends them); None without text."""
+def _features(config: TrainConfig, data: Dataset, backend: Backend) -> Tensor | None:
+    """Text features of all items, computed once in the job; None without text."""
     import torch
 
     from train.text import text_features
 
     if data.texts is None or not config.model.text:
         return None
-    if compute:
-        return text_features(data.texts, config.text_features)
-    return torch.zeros(data.num_items, config.text_features)
+    if backend.rank == 0:
+        return backend.share(text_features(data.texts, config.text_features))
+    return backend.share(torch.zeros(data.num_items, config.text_features))
 
 
-def _wire_per_step(comm: object, steps: int) -> tuple[int | None, int | None]:
+def _wire_per_step(backend: Backend, steps: int) -> tuple[int | None, int | None]:
     import numpy as np
 
-    mine = comm.wire_nbytes()  # type: ignore[attr-defined]
+    mine = backend.wire_nbytes()
     if mine is None:
         return None, None
-    total = int(comm.sum(np.array([mine], dtype=np.int64))[0])  # type: ignore[attr-defined]
-    return total // steps, comm.dense_wire_nbytes()  # type: ignore[attr-defined]
+    sent, dense = backend.sum_of_ranks(np.array([mine, backend.dense_wire_nbytes()], dtype=np.int64))
+    return int(sent) // steps, int(dense)
 
 
 def _describe(config: TrainConfig, data: Dataset, parameters: int) -> str:
     text = "with text" if data.texts is not None and config.model.text else "without text"
     return (
         f"{data.name}: {data.num_users} users, {data.num_items} items ({text}), {len(data.items)} "
-        f"interactions; model of {parameters / 1e6:.2f} M parameters; {config.batch_size} users per step"
+        f"interactions; {parameters / 1e6:.2f} M parameters {_where(config)}; {config.batch_size} users per step"
     )
+
+
+def _where(config: TrainConfig) -> str:
+    return "per rank" if config.pp * config.tp > 1 else "on each rank"
 
 
 def _failed(error: Exception, config: TrainConfig | None) -> int:

@@ -13,66 +13,55 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from benchmarks.studies.block_topk import RULES, Rule, compress
 from benchmarks.table import table
-from model.recommender import Recommender
-from train.comm import Communicator
+from train.backend import WholeModel
 from train.config import PRESETS, TrainConfig
 from train.data import Dataset, Split, load_directory, split_leave_one_out
 from train.loop import Trainer
 from train.optim import build_optimizer
+from train.replica import ModelSpec
 from train.report import Reporter
 from train.text import text_features
 
-__all__ = ["RuleCommunicator", "ndcg"]
+__all__ = ["RuleBackend", "ndcg"]
 
 
-class RuleCommunicator(Communicator):
+class RuleBackend(WholeModel):
     """One rank whose gradients pass through a rule with error feedback; None passes them on as they are."""
 
     def __init__(self, rule: Rule | None) -> None:
-        self.rank, self.world_size = 0, 1
         self._rule = rule
         self._residual: np.ndarray | None = None
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
-        del optimizer
-        self._parameters = list(reversed(list(model.parameters())))  # as buckets are filled
-        return model
-
-    def backward(self, loss: torch.Tensor, *, sync: bool) -> None:
-        loss.backward()
-        if not sync or self._rule is None:
-            return
-        gradient = torch.cat([p.grad.reshape(-1) for p in self._parameters if p.grad is not None]).numpy()
+    def averaged(self) -> float:
+        if self._rule is None:
+            return 0.0
+        parameters = list(reversed(list(self.model.parameters())))  # as buckets are filled
+        gradient = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None]).numpy()
         compensated = gradient if self._residual is None else gradient + self._residual
         sent = compress(compensated, self._rule)
         self._residual = compensated - sent
-        pieces = torch.from_numpy(sent).split([p.numel() for p in self._parameters])
-        for parameter, piece in zip(self._parameters, pieces, strict=True):
+        pieces = torch.from_numpy(sent).split([p.numel() for p in parameters])
+        for parameter, piece in zip(parameters, pieces, strict=True):
             parameter.grad = piece.view_as(parameter).clone()
-
-    def sum(self, values: np.ndarray) -> np.ndarray:
-        return values.copy()
-
-    def close(self) -> None:
-        """Nothing to leave."""
+        return 0.0
 
 
 def ndcg(config: TrainConfig, data: Dataset, split: Split, rule: Rule | None, directory: Path) -> float:
     """Test NDCG@10 of the weights that validated best."""
-    torch.manual_seed(config.seed)
     features = text_features(data.texts, config.text_features) if data.texts and config.model.text else None
-    model = Recommender(config.model, data.num_items, features)
+    backend = RuleBackend(rule)
+    spec = ModelSpec(config=config.model, num_items=data.num_items, features=features, seed=config.seed)
+    parameters = backend.build(spec)
     trainer = Trainer(
         config,
         data=data,
         split=split,
-        model=model,
-        comm=RuleCommunicator(rule),
-        optimizer=build_optimizer(model.parameters(), config.optim),
+        backend=backend,
+        parameters=parameters,
+        optimizer=build_optimizer(parameters, config.optim),
         reporter=Reporter(config, directory, active=False),
     )
     outcome = trainer.run()

@@ -138,13 +138,18 @@ std::shared_ptr<Work> Engine::submit(std::shared_ptr<const Program> program, con
   return work;
 }
 
+uint64_t Engine::collective_tx_bytes() const {
+  const WireCounters& now = counters();
+  return now.tx_bytes.load(std::memory_order_relaxed) - now.message_tx_bytes.load(std::memory_order_relaxed);
+}
+
 // Called with busy_ set by the caller and the mutex free.
 void Engine::execute(Work& work, const std::function<void()>& interrupted) {
   const auto begin = Clock::now();
-  const uint64_t sent = counters().tx_bytes.load(std::memory_order_relaxed);
+  const uint64_t before = collective_tx_bytes();
   std::exception_ptr failure = guarded([&] { executor_->run(*work.program_, work.buffers_, interrupted); });
   work.seconds_ = std::chrono::duration<double>(Clock::now() - begin).count();
-  work.wire_nbytes_ = counters().tx_bytes.load(std::memory_order_relaxed) - sent;
+  work.wire_nbytes_ = collective_tx_bytes() - before;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     // An abort that came too late for the executor to notice: the peers must learn of it all the same.

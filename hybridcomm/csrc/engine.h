@@ -74,6 +74,7 @@ class Engine {
   void check(const Program& program) const;
   void enqueue(const std::shared_ptr<Work>& work);  // with the mutex held
   void wait_in_queue(Work& work, const std::function<void()>& interrupted);
+  uint64_t collective_tx_bytes() const;
   void execute(Work& work, const std::function<void()>& interrupted);
   std::exception_ptr execute_messages(const std::function<bool()>& stop,
                                       const std::function<void()>& interrupted);

@@ -29,6 +29,7 @@ static_assert(sizeof(FrameHeader) == 40, "the header is part of the wire format"
 
 struct WireCounters {
   std::atomic<uint64_t> tx_bytes{0};
+  std::atomic<uint64_t> message_tx_bytes{0};  // of them those of point-to-point messages: no collective's
   std::atomic<uint64_t> rx_bytes{0};
   std::atomic<uint64_t> shm_bytes{0};
   std::atomic<uint64_t> calls{0};  // begun, by all ranks of the job

@@ -50,6 +50,7 @@ MessageSocket::Result MessageSocket::progress_send(WireCounters& counters) {
     }
     result = Result::moved;
     counters.tx_bytes.fetch_add(static_cast<uint64_t>(n), std::memory_order_relaxed);
+    counters.message_tx_bytes.fetch_add(static_cast<uint64_t>(n), std::memory_order_relaxed);
     left_ -= static_cast<size_t>(n);
   }
   return result;

@@ -235,6 +235,28 @@ def test_a_pipeline_with_buckets_between(ranks: list[Context]) -> None:
     run_ranks(body, ranks)
 
 
+def test_a_collective_counts_its_own_bytes_alone() -> None:
+    """Messages go out while it runs, in the same engine; the context counts both."""
+    numel = 1 << 20
+    with engine_contexts(Topology.virtual(2, 1)) as contexts:
+
+        def body(ctx: Context) -> tuple[int, int]:
+            peer, got, bucket = 1 - ctx.rank, np.empty(numel, np.float32), np.ones(1000, np.float32)
+            sent = ctx.isend(message(ctx.rank, peer, 0, numel), peer)
+            received = ctx.irecv(got, peer)
+            if ctx.rank == 0:
+                received.wait(20)  # rank 1's all-reduce waits here, and its messages move meanwhile
+            work = ctx.allreduce(bucket, async_op=True)
+            assert work is not None
+            for each in (work, sent, received):
+                each.wait(20)
+            return work.wire_nbytes, ctx.counters()["wire_tx_bytes"]
+
+        for own, everything in run_ranks(body, contexts):
+            assert 4 * 1000 <= own < 2 * 4 * 1000
+            assert everything > 4 * numel
+
+
 def test_two_ranks_need_no_third(ranks: list[Context]) -> None:
     """The others are in no call; and asynchronous collectives that wait for them hold nothing up."""
     release, passed = threading.Event(), threading.Barrier(2)

@@ -81,8 +81,8 @@ def test_control_a_shared_segment_is_noticed() -> None:
 def test_every_parameter_gets_a_gradient(tied: bool, features: int) -> None:
     model = build(CONFIG.model_copy(update={"tied": tied}), features)
     names = dict(model.named_parameters())
-    assert ("head" in names) is not tied
-    assert ("text_projection.weight" in names) is bool(features)
+    assert ("head.embedding" in names) is not tied
+    assert ("table.text_projection.weight" in names) is bool(features)
     batch = packed(histories())
     next_item_loss(model(*batch.inputs), batch.targets).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in names.values())
@@ -99,7 +99,8 @@ def test_a_batch_without_users_gives_zero_gradients() -> None:
 
 def test_text_is_left_out_when_not_wanted() -> None:
     model = build(CONFIG.model_copy(update={"text": False}), 8)
-    assert model.text_features is None
+    assert model.table is not None
+    assert model.table.features is None
     assert not any("text" in name for name, _ in model.named_parameters())
 
 

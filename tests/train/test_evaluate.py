@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.config import ModelConfig
-from model.recommender import Recommender
 from tests.train.builders import dataset, random_dataset
+from train.backend import WholeModel
 from train.data import Dataset, Split, split_leave_one_out
 from train.errors import EvaluationError
 from train.evaluate import CUTOFF, Metrics, evaluate_model, evaluate_scores, popularity_scores, target_ranks
+from train.replica import ModelSpec
 
 ITEMS = 25
 Score = Callable[[list[np.ndarray]], torch.Tensor]
@@ -169,8 +170,10 @@ def test_scores_that_are_not_finite_are_refused(value: float) -> None:
 def test_the_model_is_scored_after_its_whole_history() -> None:
     data = random_dataset(30, ITEMS)
     split = split_leave_one_out(data)
-    torch.manual_seed(0)
-    model = Recommender(ModelConfig(dim=8, layers=1, heads=1, hidden=8, max_len=5, init_std=0.5), ITEMS)
+    config = ModelConfig(dim=8, layers=1, heads=1, hidden=8, max_len=5, init_std=0.5)
+    backend = WholeModel()
+    backend.build(ModelSpec(config=config, num_items=ITEMS))
+    model = backend.model
 
     def one_by_one(histories: list[np.ndarray]) -> torch.Tensor:
         rows = []
@@ -180,7 +183,7 @@ def test_the_model_is_scored_after_its_whole_history() -> None:
             rows.append(model(items, segments, positions, torch.tensor([items.shape[1] - 1]))[0])
         return torch.stack(rows).detach()
 
-    got = evaluate_model(model, data, split, which="test")
+    got = evaluate_model(backend, data, split, 5, which="test")
     assert model.training
     model.eval()
     expected = evaluate_scores(one_by_one, data, split, which="test")

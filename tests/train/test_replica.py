@@ -1,0 +1,222 @@
+"""Any composition of replicas, stages and shares of layers gives one process's losses and gradients."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hybridcomm.context import Context
+from hybridcomm.reducer import Reducer
+from hybridcomm.topology import Topology
+from model.config import ModelConfig
+from model.parts import Part, split
+from model.recommender import Recommender
+from model.sharding import shardings
+from model.tensor_parallel import TensorParallel
+from tests.engine_ranks import engine_contexts
+from tests.ranks import run_ranks
+from tests.train.shape import FakeGroup
+from train import replica as replica_module
+from train.batch import Packed, pack, rank_share
+from train.mesh import Mesh
+from train.pipeline import SCHEDULES, check, lower, make_schedule
+from train.replica import ModelSpec, Replica
+
+ITEMS, USERS, MICROBATCHES = 37, 24, 4
+CONFIG = ModelConfig(dim=12, layers=4, heads=2, hidden=10, max_len=9, dropout=0.0, init_std=0.3)
+BUILDING = threading.Lock()
+
+
+class ThreadReplica(Replica):
+    """Ranks are threads here, and models draw from torch's one generator."""
+
+    def _make(self, spec: ModelSpec, part: Part) -> Recommender:
+        with BUILDING:
+            return super()._make(spec, part)
+
+
+def spec(
+    dtype: torch.dtype = torch.float64, *, tied: bool = True, text: bool = True, layers: int = 4
+) -> ModelSpec:
+    features = torch.randn(ITEMS, 5, generator=torch.Generator().manual_seed(3)) if text else None
+    config = CONFIG.model_copy(update={"tied": tied, "layers": layers})
+    return ModelSpec(config=config, num_items=ITEMS, features=features, seed=5, dtype=dtype)
+
+
+def users(step: int) -> list[np.ndarray]:
+    dice = np.random.default_rng(step)
+    return [dice.integers(0, ITEMS, int(dice.integers(2, 9))) for _ in range(USERS)]
+
+
+def microbatches(step: int, dp: int, size: int, count: int) -> list[Packed]:
+    """Of replica ``dp`` of ``size``: ragged, since users have histories of all lengths."""
+    histories = users(step)
+    mine = rank_share(np.arange(USERS), dp, size)
+    out = []
+    for part in range(count):
+        chosen = [histories[user] for user in rank_share(mine, part, count)]
+        out.append(pack([h[:-1] for h in chosen], [h[1:] for h in chosen]))
+    return out
+
+
+def predictions(step: int) -> int:
+    return sum(len(history) - 1 for history in users(step))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    losses: tuple[float, ...]
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+def train(
+    ctx: Context,
+    model: ModelSpec,
+    schedule: str,
+    *,
+    pp: int = 1,
+    tp: int = 1,
+    outer: str = "pp",
+    steps: int = 3,
+    count: int = MICROBATCHES,
+    chunks: int | None = None,
+    sequence: bool = False,
+    lr: float = 0.1,
+) -> Outcome:
+    """SGD over a few steps: losses per prediction, and this rank's shares of the last gradients and weights."""
+    mesh = Mesh.over(ctx.topology, pp=pp, tp=tp, outer=outer)  # type: ignore[arg-type]
+    lowered = lower(make_schedule(schedule, pp, count, chunks=chunks), buckets=int(mesh.dp > 1))
+    check(lowered)
+    parts = split(model.config.layers, lowered.stages, head=1.5)
+    replica = ThreadReplica(
+        model, parts, lowered, mesh=mesh, ctx=ctx, sequence=sequence,
+        make_reducer=lambda module, group: Reducer(module, ctx=group, sync_parameters=False),
+    )  # fmt: skip
+    optimizer = torch.optim.SGD(replica.parameters(), lr=lr)
+    for reducer in replica.runtime.all_reducers():
+        reducer.attach(optimizer)
+    losses = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        batches = microbatches(step, replica.place.dp, mesh.dp, count)
+        total = torch.tensor([replica.step(batches, mesh.dp / predictions(step))], dtype=torch.float64)
+        if mesh.dp > 1:
+            mesh.group("dp", ctx).allreduce(total)
+        losses.append(float(total) / predictions(step))
+        optimizer.step()
+    named = {n: p for m in replica.stages.values() for n, p in m.named_parameters()}
+    return Outcome(
+        losses=tuple(losses),
+        gradients={name: p.grad.clone() for name, p in named.items() if p.grad is not None},
+        weights={name: p.detach().clone() for name, p in named.items()},
+    )
+
+
+def whole(outcomes: Sequence[Outcome], model: ModelSpec, mesh: Mesh) -> dict[str, Tensor]:
+    """The whole model's weights from the shares of the first replica's ranks."""
+    fake = TensorParallel(group=FakeGroup(mesh.tp) if mesh.tp > 1 else None)  # type: ignore[arg-type]
+    with BUILDING:
+        split_names = shardings(Recommender(model.config, model.num_items, model.features, tp=fake))
+    out: dict[str, Tensor] = {}
+    for stage_rank in mesh.along("pp", 0):
+        shares = [outcomes[rank].weights for rank in mesh.along("tp", stage_rank)]
+        for name, own in shares[0].items():
+            split_name = split_names.get(name)
+            out[name] = own if split_name is None else split_name.join([share[name] for share in shares])
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone() -> Outcome:
+    with engine_contexts(Topology.virtual(1, 1)) as contexts:
+        return run_ranks(lambda ctx: train(ctx, spec(), "1f1b", count=8), contexts)[0]
+
+
+TOPOLOGIES = {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4)}
+COMPOSITIONS = [
+    (world, pp, tp)
+    for world in (1, 2, 4, 8)
+    for pp in (1, 2, 4, 8)
+    for tp in (1, 2, 4)
+    if world % (pp * tp) == 0 and tp <= TOPOLOGIES[world][1] and pp <= 4
+]
+
+
+def same_training(outcomes: Sequence[Outcome], model: ModelSpec, mesh: Mesh, want: Outcome) -> None:
+    for outcome in outcomes:
+        np.testing.assert_allclose(outcome.losses, want.losses, rtol=1e-12)
+    got = whole(outcomes, model, mesh)
+    assert got.keys() == want.weights.keys()
+    for name, weight in want.weights.items():
+        torch.testing.assert_close(got[name], weight, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize(("world", "pp", "tp"), COMPOSITIONS)
+def test_every_composition_has_one_processs_losses(world: int, pp: int, tp: int, alone: Outcome) -> None:
+    with engine_contexts(Topology.virtual(*TOPOLOGIES[world])) as contexts:
+        outcomes = run_ranks(lambda ctx: train(ctx, spec(), "1f1b", pp=pp, tp=tp), contexts)
+        same_training(outcomes, spec(), Mesh.over(contexts[0].topology, pp=pp, tp=tp), alone)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+def test_replicas_across_nodes_and_split_tokens(schedule: str, alone: Outcome) -> None:
+    """dp is the outer axis here, so stages are neighbours in a node; tokens are split between the layers."""
+    with engine_contexts(Topology.virtual(2, 4)) as contexts:
+        outcomes = run_ranks(
+            lambda ctx: train(ctx, spec(), schedule, pp=2, tp=2, outer="dp", sequence=True), contexts
+        )
+        mesh = Mesh.over(contexts[0].topology, pp=2, tp=2, outer="dp")
+    same_training(outcomes, spec(), mesh, alone)
+
+
+# -- stages: the same bits -----------------------------------------------------------------------------------
+
+SPLIT = [(name, 2, count) for name in SCHEDULES for count in (1, 3, 5)] + [("zbv", 4, 6), ("1f1b", 4, 2)]
+
+
+@pytest.mark.parametrize(("schedule", "pp", "count"), SPLIT)
+def test_stages_give_the_bits_of_one_process(schedule: str, pp: int, count: int) -> None:
+    """In fp32, untied: each parameter is in one stage, and its gradients are added in the order of microbatches."""
+    model = spec(torch.float32, tied=False, layers=6)
+    with engine_contexts(Topology.virtual(1, 1)) as contexts:
+        want = run_ranks(lambda ctx: train(ctx, model, "1f1b", count=count, steps=2), contexts)[0]
+    with engine_contexts(Topology.virtual(1, pp)) as contexts:
+        outcomes = run_ranks(lambda ctx: train(ctx, model, schedule, pp=pp, count=count, steps=2), contexts)
+    assert all(outcome.losses == want.losses for outcome in outcomes)
+    got = {name: g for outcome in outcomes for name, g in outcome.gradients.items()}
+    assert sum(len(outcome.gradients) for outcome in outcomes) == len(got) == len(want.gradients)
+    for name, gradient in want.gradients.items():
+        assert torch.equal(got[name], gradient), name
+        assert gradient.abs().sum() > 0, name
+
+
+# -- planted bugs --------------------------------------------------------------------------------------------
+
+BUGS = {
+    "the copies of the table are not summed": (Replica, "_sum_copies", lambda *_: None),
+    "text gradients are not summed over tp": (replica_module, "sum_partial_gradients", lambda *_: None),
+    "the first microbatch counts twice": (
+        Replica, "step", lambda self, batches, scale: REAL_STEP(self, [batches[0], *batches[:-1]], scale),
+    ),
+    "the mean of replicas is not scaled back": (
+        Replica, "step", lambda self, batches, scale: REAL_STEP(self, batches, scale / 2),
+    ),
+}  # fmt: skip
+REAL_STEP = Replica.step
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_control_a_planted_bug_is_noticed(bug: str, alone: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*BUGS[bug])
+    with engine_contexts(Topology.virtual(2, 4)) as contexts:
+        outcomes = run_ranks(lambda ctx: train(ctx, spec(), "1f1b", pp=2, tp=2), contexts)
+        mesh = Mesh.over(contexts[0].topology, pp=2, tp=2)
+    with pytest.raises(AssertionError):
+        same_training(outcomes, spec(), mesh, alone)

@@ -1,0 +1,160 @@
+"""Ours: replicas of the model, each a pipeline of stages whose layers are shared, on hybridcomm's collectives.
+
+*Exposed communication* of a step is the time from the moment this rank's last gradient is complete to the moment all
+averaged gradients are in ``p.grad``. Copies out of the buckets count. Communication that slows backward down by
+taking processor time shows up in backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import hybridcomm
+from hybridcomm import collective_plans
+from hybridcomm.groups import Grouping
+from model.parts import Part, split
+from train.backend import Backend
+from train.batch import Packed
+from train.config import TrainConfig
+from train.errors import TrainError
+from train.mesh import Mesh
+from train.outcome import StepTimes
+from train.pipeline import PipelineSchedule, check, lower, make_schedule
+from train.replica import ModelSpec, Replica
+from train.stage_costs import relative_costs
+
+__all__ = ["HybridBackend"]
+
+
+class HybridBackend(Backend):
+    """One rank of a mesh of replicas, stages and shares of layers."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config = config
+        self.context = hybridcomm.init(timeout=config.wire.timeout)
+        self.rank, self.world_size = self.context.rank, self.context.world_size
+        self.mesh = Mesh.over(self.context.topology, pp=config.pp, tp=config.tp, outer=config.outer)
+        self.replica, self.replicas = self.mesh.at(self.rank).dp, self.mesh.dp
+        self._replicas = self.mesh.group("dp", self.context)
+
+    def build(self, spec: ModelSpec) -> Sequence[nn.Parameter]:
+        self.schedule = self._schedule()
+        self.parts = self._parts(spec, self.schedule.stages)
+        self._agree()
+        self._replica = Replica(
+            spec,
+            self.parts,
+            self.schedule,
+            mesh=self.mesh,
+            ctx=self.context,
+            make_reducer=self._make_reducer,
+            sequence=self._config.sequence,
+        )
+        return self._replica.parameters()
+
+    def _schedule(self) -> PipelineSchedule:
+        config = self._config
+        schedule = make_schedule(config.pipeline, config.pp, config.pieces, chunks=config.chunks)
+        lowered = lower(schedule)
+        check(lowered)
+        return lowered
+
+    def _parts(self, spec: ModelSpec, stages: int) -> tuple[Part, ...]:
+        embedding, head = relative_costs(spec)
+        return split(spec.config.layers, stages, embedding=embedding, head=head)
+
+    def _agree(self) -> None:
+        """All ranks run lists of one schedule: else they would wait for each other for ever."""
+        mine = np.array([self.schedule.digest & (1 << 62) - 1], dtype=np.int64)
+        every = np.empty(self.world_size, dtype=np.int64)
+        self.context.all_gather(every, mine)
+        differ = [rank for rank, digest in enumerate(every) if digest != every[0]]
+        if differ:
+            raise TrainError(f"rank {self.rank}: ranks {differ} have another pipeline schedule than rank 0")
+
+    def _make_reducer(self, module: nn.Module, replicas: Grouping) -> hybridcomm.Reducer:
+        compress = None if self._config.compress == "none" else self._config.compress
+        return hybridcomm.Reducer(
+            module, ctx=replicas, compress=compress, bucket_cap_mb=self._config.wire.bucket_cap_mb
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        return self._replica.module
+
+    @property
+    def dropout_seed(self) -> int:
+        place = self.mesh.at(self.rank)
+        return place.dp * self.mesh.pp + place.pp  # ranks that share layers draw alike
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        for reducer in self._reducers():
+            reducer.attach(optimizer)
+
+    def step(self, batches: Sequence[Packed], scale: float, times: StepTimes) -> float:
+        return self._replica.step(batches, scale, times)
+
+    def gradient_norm(self) -> Tensor:
+        return self._replica.gradient_norm()
+
+    def rollback(self) -> None:
+        for reducer in self._reducers():
+            reducer.rollback()
+
+    def target_ranks(self, batch: Packed, histories: Sequence[np.ndarray]) -> Tensor:
+        return self._replica.target_ranks(batch, histories)
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        total = values.copy()
+        self._replicas.allreduce(total, op="sum")
+        return total
+
+    def sum_of_ranks(self, values: np.ndarray) -> np.ndarray:
+        total = values.copy()
+        self.context.allreduce(total, op="sum")
+        return total
+
+    def share(self, features: Tensor) -> Tensor:
+        self.context.broadcast(features, 0)
+        return features
+
+    def wire_nbytes(self) -> int:
+        return sum(reducer.stats().total_wire_nbytes for reducer in self._reducers())
+
+    def dense_wire_nbytes(self) -> int:
+        if self._replicas.rank > 0:
+            return 0  # a plan knows what all of its ranks send
+        plans = [
+            collective_plans.allreduce(self._replicas.topology, layout.numel, dtype=layout.dtype, op="mean")
+            for reducer in self._reducers()
+            for layout in reducer.layouts
+        ]
+        return sum(plan.wire_nbytes() for plan in plans)
+
+    def describe(self) -> str:
+        lines = []
+        if self.mesh.pp * self.mesh.tp > 1:
+            lines = [
+                self.mesh.table(),
+                f"schedule {self.schedule.name}, {self.schedule.microbatches} microbatches",
+            ]
+            lines += [
+                f"stage {stage} on pp {holder}: {part}"
+                for stage, (holder, part) in enumerate(zip(self.schedule.placement, self.parts, strict=True))
+            ]
+        if self.replicas == 1:
+            lines.append(
+                f"one replica: no gradients are averaged, so --compress {self._config.compress} has no effect"
+            )
+        lines += [reducer.table() for reducer in self._reducers()]
+        return "\n".join(lines)
+
+    def close(self) -> None:
+        hybridcomm.shutdown()
+
+    def _reducers(self) -> list[hybridcomm.Reducer]:
+        return self._replica.runtime.all_reducers()

@@ -168,10 +168,9 @@ class Replica:
             and (name in split or self.place.tp == 0)
             and not (copied and name.startswith("table."))
         ]
-        norms = [norm.double() for norm in torch._foreach_norm(mine)]
-        square = (
-            torch.stack(norms).square().sum().reshape(1) if norms else torch.zeros(1, dtype=torch.float64)
-        )
+        square = torch.zeros(1, dtype=torch.float64)
+        for norm in torch._foreach_norm(mine) if mine else ():
+            square += norm.double().square()
         if self._model is not None:
             self._model.allreduce(square)
         return square.sqrt()[0]

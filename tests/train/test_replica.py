@@ -72,6 +72,9 @@ def predictions(step: int) -> int:
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     losses: tuple[float, ...]
+    norms: tuple[float, ...]
+    ranks: tuple[int, ...]
+    """Of the targets of one batch, after training."""
     gradients: dict[str, Tensor]
     weights: dict[str, Tensor]
 
@@ -102,7 +105,7 @@ def train(
     optimizer = torch.optim.SGD(replica.parameters(), lr=lr)
     for reducer in replica.runtime.all_reducers():
         reducer.attach(optimizer)
-    losses = []
+    losses, norms = [], []
     for step in range(steps):
         optimizer.zero_grad()
         batches = microbatches(step, replica.place.dp, mesh.dp, count)
@@ -110,10 +113,14 @@ def train(
         if mesh.dp > 1:
             mesh.group("dp", ctx).allreduce(total)
         losses.append(float(total) / predictions(step))
+        norms.append(float(replica.gradient_norm()))
         optimizer.step()
-    named = {n: p for m in replica.stages.values() for n, p in m.named_parameters()}
+    named, batch = replica.named_parameters(), microbatches(99, 0, 1, 1)[0]
+    nothing = [np.zeros(0, np.int64)] * len(batch.targets)
     return Outcome(
         losses=tuple(losses),
+        norms=tuple(norms),
+        ranks=tuple(replica.target_ranks(batch, nothing).tolist()),
         gradients={name: p.grad.clone() for name, p in named.items() if p.grad is not None},
         weights={name: p.detach().clone() for name, p in named.items()},
     )
@@ -152,6 +159,9 @@ COMPOSITIONS = [
 def same_training(outcomes: Sequence[Outcome], model: ModelSpec, mesh: Mesh, want: Outcome) -> None:
     for outcome in outcomes:
         np.testing.assert_allclose(outcome.losses, want.losses, rtol=1e-12)
+        np.testing.assert_allclose(outcome.norms, want.norms, rtol=1e-10)
+        assert outcome.ranks == want.ranks
+        assert len(set(want.ranks)) > 10
     got = whole(outcomes, model, mesh)
     assert got.keys() == want.weights.keys()
     for name, weight in want.weights.items():

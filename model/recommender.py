@@ -110,7 +110,9 @@ class Recommender(nn.Module):
             return x
         hidden = self._final(x, segments.numel(), picks)
         table, rows = self._scoring(rows)
-        return hidden @ rows.T if targets is None else item_loss(hidden, rows, targets, table.items)
+        if targets is None:
+            return hidden @ rows.T
+        return item_loss(hidden, rows, targets, table.items, owner=table)
 
     def target_ranks(
         self,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["P2POp", "PointToPoint", "batch_isend_irecv"]
 
+_SWEEP = 32
 _Half = tuple[bool, int, int, int, int, int, int]  # as the engine takes it: csrc/bind_engine.cpp
 
 
@@ -67,9 +68,13 @@ class PointToPoint:
             if not half[0]:
                 note_written(t)
         work = Work(self._engine.post(list(halves)), tensors)
-        open_works = [other for other in self._running if not other.is_completed()]
-        self._running.clear()
-        self._running.extend([*open_works, work])
+        while self._running and self._running[0].is_completed():
+            self._running.popleft()
+        self._running.append(work)
+        if len(self._running) % _SWEEP == 0:  # messages end in any order
+            open_works = [other for other in self._running if not other.is_completed()]
+            self._running.clear()
+            self._running.extend(open_works)
         return work
 
     def _half(self, sends: bool, t: Array, peer: int | None, tag: int) -> _Half:

@@ -89,13 +89,7 @@ void bind_engine(py::module_& module) {
       .def("wait",
            [](Work& work, double limit_s) {
              const py::gil_scoped_release no_gil;
-             const auto deadline = Clock::now() + seconds(limit_s);
-             for (;;) {
-               const double left = std::chrono::duration<double>(deadline - Clock::now()).count();
-               if (work.wait(std::clamp(left, 0.0, 0.1))) return true;
-               if (left <= 0) return false;
-               raise_pending_signals();
-             }
+             return work.wait(limit_s, raise_pending_signals);
            })
       .def_property_readonly("seconds", &Work::seconds)
       .def_property_readonly("wire_nbytes", &Work::wire_nbytes);

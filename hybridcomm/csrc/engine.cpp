@@ -115,9 +115,7 @@ void Engine::enqueue(const std::shared_ptr<Work>& work) {
 
 void Engine::wait_in_queue(Work& work, const std::function<void()>& interrupted) {
   try {
-    while (!work.wait(0.1)) {
-      if (interrupted) interrupted();
-    }
+    work.wait(kForever, interrupted);
   } catch (const Error&) {
     throw;
   } catch (...) {  // the caller's tensor may go once this returns, so the work must have ended by then
@@ -163,7 +161,7 @@ void Engine::execute(Work& work, const std::function<void()>& interrupted) {
 void Engine::release() {
   busy_ = on_messages_ = false;
   if (broken_) drop_messages();
-  if (executor_->messages().active()) start_progress();
+  if (executor_->wants_messages()) start_progress();
   changed_.notify_all();
 }
 
@@ -205,8 +203,10 @@ void Engine::serve() {
     std::optional<Error> broken;
     {
       std::unique_lock<std::mutex> lock(mutex_);
-      changed_.wait(
-          lock, [this] { return !busy_ && (!queue_.empty() || closing_ || executor_->messages().active()); });
+      changed_.wait(lock, [this] {
+        const bool messages = executor_->wants_messages();
+        return !busy_ && (!queue_.empty() || (messages ? !helping_ : closing_));
+      });
       if (broken_) drop_messages();
       if (!queue_.empty()) {
         work = std::move(queue_.front());
@@ -214,7 +214,7 @@ void Engine::serve() {
         queued_ = queue_.size();
         broken = broken_;
         busy_ = !broken;
-      } else if (executor_->messages().active()) {
+      } else if (executor_->wants_messages()) {
         busy_ = on_messages_ = true;
       } else if (closing_) {
         return;
@@ -223,7 +223,7 @@ void Engine::serve() {
       }
     }
     if (!work) {
-      execute_messages([this] { return queued_.load() > 0; }, nobody);
+      execute_messages([this] { return queued_.load() > 0 || helping_; }, nobody);
     } else if (broken) {
       finish(*work, std::make_exception_ptr(*broken));
       changed_.notify_all();
@@ -240,7 +240,7 @@ void Engine::close() {
     closing_ = true;
     changed_.notify_all();
     changed_.wait(lock, [this] {
-      const bool idle = queue_.empty() && !executor_->messages().active();
+      const bool idle = queue_.empty() && !executor_->wants_messages();
       return !busy_ && (idle || !progress_.joinable());
     });
   }

@@ -19,20 +19,28 @@
 
 namespace hybridcomm {
 
-// The handle of one collective.
+class Engine;
+
+constexpr double kForever = 1e9;  // s
+
+// The handle of one collective, or of messages.
 class Work {
  public:
   bool is_completed() const;
   // True when done; false when `limit_s` passed first. Rethrows what the collective failed with.
   bool wait(double limit_s);
+  // The same; `interrupted` is called now and then, and may throw. Who waits for messages works on them meanwhile, if
+  // nobody has to: what comes then wakes the one that waits for it, and not another thread first.
+  bool wait(double limit_s, const std::function<void()>& interrupted);
   double seconds() const;        // spent running it; 0 until it is done
   uint64_t wire_nbytes() const;  // sent to other nodes for it; 0 until it is done
 
  private:
   friend class Engine;
-  Work() = default;  // of messages
+  explicit Work(std::weak_ptr<Engine> engine) : engine_(std::move(engine)) {}  // of messages
   Work(std::shared_ptr<const Program> program, const Buffers& buffers)
       : program_(std::move(program)), buffers_(buffers) {}
+  std::weak_ptr<Engine> engine_;
   std::shared_ptr<const Program> program_;
   Buffers buffers_;
   mutable std::mutex mutex_;
@@ -43,10 +51,12 @@ class Work {
   uint64_t wire_nbytes_ = 0;
 };
 
-class Engine {
+class Engine : public std::enable_shared_from_this<Engine> {
  public:
   Engine(const MeshConfig& config, const Listener& listener, bool crowded);
   ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
 
   // Runs to the end on this thread, or after what is queued. `interrupted` as in Executor::run.
   std::shared_ptr<Work> run(std::shared_ptr<const Program> program, const Buffers& buffers,
@@ -71,13 +81,14 @@ class Engine {
   const Node& node() const { return executor_->node(); }
 
  private:
+  friend class Work;
   void check(const Program& program) const;
   void enqueue(const std::shared_ptr<Work>& work);  // with the mutex held
   void wait_in_queue(Work& work, const std::function<void()>& interrupted);
   uint64_t collective_tx_bytes() const;
   void execute(Work& work, const std::function<void()>& interrupted);
-  std::exception_ptr execute_messages(const std::function<bool()>& stop,
-                                      const std::function<void()>& interrupted);
+  void execute_messages(const std::function<bool()>& stop, const std::function<void()>& interrupted);
+  void wait_on_messages(Work& work, Clock::time_point until);
   std::exception_ptr guarded(const std::function<void()>& run);
   // With the mutex held:
   void start_progress();
@@ -97,7 +108,8 @@ class Engine {
   std::deque<std::shared_ptr<Work>> queue_;
   std::atomic<size_t> queued_{0};  // its length, to be looked at without the mutex
   bool busy_ = false;
-  bool on_messages_ = false;  // busy with them alone
+  bool on_messages_ = false;          // busy with them alone
+  std::atomic<bool> helping_{false};  // somebody who waits works on messages, or is about to
   bool closing_ = false;
   std::optional<Error> broken_;
   std::thread progress_;

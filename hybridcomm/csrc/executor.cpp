@@ -12,6 +12,11 @@ namespace {
 
 constexpr int kLookUpMs = 20;
 
+int cores() {
+  cpu_set_t allowed;
+  return ::sched_getaffinity(0, sizeof(allowed), &allowed) == 0 ? CPU_COUNT(&allowed) : 1;
+}
+
 void pause_cpu() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -26,6 +31,7 @@ Executor::Executor(Mesh& mesh, double timeout_s, bool crowded)
       timeout_(default_timeout_),
       spin_for_(std::chrono::microseconds(crowded ? 0 : 100)),
       yield_for_(std::chrono::microseconds(300)),
+      spare_cores_(!crowded && cores() >= 2 * mesh.local_size()),
       epoll_(::epoll_create1(EPOLL_CLOEXEC)),
       alarm_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
       node_(mesh, mesh.single_copy()),
@@ -34,7 +40,9 @@ Executor::Executor(Mesh& mesh, double timeout_s, bool crowded)
 }
 
 void Executor::run(const Program& program, const Buffers& buffers, const std::function<void()>& interrupted) {
+  const std::lock_guard<std::mutex> turn(turn_);
   buffers_ = buffers;
+  lent_ = nullptr;
   interrupted_ = &interrupted;
   background_ = !interrupted;
   timeout_ = buffers.timeout_s > 0 ? seconds(buffers.timeout_s) : default_timeout_;
@@ -50,18 +58,52 @@ void Executor::run(const Program& program, const Buffers& buffers, const std::fu
 }
 
 void Executor::run_messages(const std::function<bool()>& stop, const std::function<void()>& interrupted) {
+  std::unique_lock<std::mutex> turn(turn_);
+  lent_ = nullptr;
   interrupted_ = &interrupted;
   background_ = !interrupted;
   program_ = nullptr;
   streams_.clear();
   remaining_ = in_flight_ = 0;
   timeout_ = default_timeout_;
-  const auto over = [this, &stop] { return !messages_.active() || stop(); };
+  const auto over = [this, &stop] { return !wants_messages() || stop(); };
   while (!over()) {
     bool moved = messages_.over_network() && poll_sockets(0);
     moved |= pass();
-    if (!moved) wait_for_news(over);
+    if (moved) continue;
+    lent_ = &turn;
+    wait_for_news(over);
+    lent_ = nullptr;
   }
+}
+
+void Executor::nudge_messages() {
+  std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
+  if (turn) {
+    try {
+      move_messages([this] { return messages_.progress(); });
+    } catch (...) {
+      message_failure_ = std::current_exception();
+      messages_failed_ = true;
+    }
+    if (!sleeper_must_know()) return;
+    turn.unlock();
+  }
+  wake();
+}
+
+// Whether what a caller did changes what the thread that sleeps for messages sleeps on.
+bool Executor::sleeper_must_know() const {
+  if (away_ == 0) return false;
+  const bool on_futex = mesh_.local_size() > 1 && mesh_.own().sleeping().load() == kOnFutex;
+  return !messages_.active() || messages_failed_ || mesh_.dialling() ||
+         (on_futex && messages_.over_network());
+}
+
+std::vector<std::shared_ptr<void>> Executor::abandon_messages() {
+  const std::lock_guard<std::mutex> turn(turn_);
+  messages_failed_ = false;
+  return messages_.abandon();
 }
 
 void Executor::wake() {
@@ -73,14 +115,16 @@ void Executor::wake() {
 }
 
 // Bounded by time, not by rounds: beside a busy neighbour one yield may take a whole time slice. In the background
-// the neighbour is the caller's own computation, so there is no yielding at all: a sleeper is woken ahead of it.
+// the neighbour is the caller's own computation, so there is no yielding at all, and no spinning on its core: a
+// sleeper is woken ahead of it.
 template <typename Over>
 void Executor::wait_for_news(const Over& over) {
   const auto begin = Clock::now();
-  const auto yield_for = background_ ? spin_for_ : yield_for_;
+  const auto spin_for = background_ && !spare_cores_ ? Clock::duration(0) : spin_for_;
+  const auto yield_for = background_ ? spin_for : yield_for_;
   while (!over()) {
     const auto idle = Clock::now() - begin;
-    if (idle < spin_for_) {
+    if (idle < spin_for) {
       pause_cpu();
     } else if (idle < yield_for) {
       ::sched_yield();
@@ -128,11 +172,12 @@ bool Executor::pass() {
   for (uint32_t stream = 0; stream < streams_.size(); ++stream) moved |= advance(stream);
   moved |= node_.progress(*this);
   if (moved) ++moves_;
-  if (messages_.active()) moved |= move_messages([this] { return messages_.progress(); });
+  if (wants_messages()) moved |= move_messages([this] { return messages_.progress(); });
   return moved;
 }
 
 bool Executor::move_messages(const std::function<bool()>& move) {
+  if (messages_failed_.exchange(false)) std::rethrow_exception(std::exchange(message_failure_, nullptr));
   try {
     return move();
   } catch (const Messages::Gone& gone) {
@@ -235,7 +280,9 @@ bool Executor::sleep() {
       if (network) {
         moved = poll_sockets(limit);
       } else {
+        const Away away(*this);
         futex_wait(own.doorbell(), seen, std::chrono::milliseconds(limit));
+        moved = own.doorbell().load(std::memory_order_seq_cst) != seen;
       }
     }
     own.sleeping().store(kAwake, std::memory_order_seq_cst);

@@ -7,10 +7,13 @@
 //    hit?
 #pragma once
 
+#include <sys/epoll.h>
+
 #include <array>
 #include <deque>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <unordered_map>
 
 #include "mesh.h"
@@ -32,6 +35,14 @@ class Executor final : private Completion {
   // Works on point-to-point messages alone until none is open, or `stop` says so.
   void run_messages(const std::function<bool()>& stop, const std::function<void()>& interrupted);
   Messages& messages() { return messages_; }
+  // Whether somebody must run messages. From any thread.
+  bool wants_messages() const { return messages_.active() || messages_failed_.load(); }
+  // From any thread, behind a message of its own: moves messages once if nobody works at the moment, so that a short
+  // one is out, and a long one announced, without a wake-up of the thread that sleeps for them. What fails is thrown
+  // where messages are run.
+  void nudge_messages();
+  // From any thread: owners of all messages that are not complete; nothing is worked on any more.
+  std::vector<std::shared_ptr<void>> abandon_messages();
   // From any thread: there is something new to do, or to stop for.
   void wake();
 
@@ -51,6 +62,27 @@ class Executor final : private Completion {
   template <typename Over>
   void wait_for_news(const Over& over);
   bool move_messages(const std::function<bool()>& move);
+  // While it lives this thread blocks, and if it works for messages alone callers may move theirs.
+  class Away {
+   public:
+    explicit Away(Executor& executor) : executor_(executor), lent_(executor.lent_) {
+      if (lent_ == nullptr) return;
+      ++executor_.away_;
+      lent_->unlock();
+    }
+    Away(const Away&) = delete;
+    Away& operator=(const Away&) = delete;
+    ~Away() {
+      if (lent_ == nullptr) return;
+      lent_->lock();
+      --executor_.away_;
+    }
+
+   private:
+    Executor& executor_;
+    std::unique_lock<std::mutex>* lent_;
+  };
+  bool sleeper_must_know() const;
   void meet_peers();
   bool pass();
   bool advance(uint32_t stream);
@@ -93,6 +125,7 @@ class Executor final : private Completion {
 
   void watch(int fd, uint64_t key);
   void watch_sockets();
+  int wait_for_sockets(epoll_event* events, int most, int timeout_ms);
   bool poll_sockets(int timeout_ms);
   bool progress_link(Link& link, int channel);
   bool sleep();
@@ -126,9 +159,15 @@ class Executor final : private Completion {
   uint64_t message_nbytes(const Op& op) const { return op.nbytes > 0 ? op.nbytes : region_nbytes(op); }
 
   Mesh& mesh_;
+  std::mutex turn_;  // of the thread that works; one that sleeps for messages alone gives it away meanwhile
+  std::unique_lock<std::mutex>* lent_ = nullptr;  // that thread's
+  int away_ = 0;
+  std::exception_ptr message_failure_;  // met by a caller
+  std::atomic<bool> messages_failed_{false};
   const Clock::duration default_timeout_;
   Clock::duration timeout_;  // of the running program
   const Clock::duration spin_for_, yield_for_;
+  const bool spare_cores_;  // one for each rank's progress thread
   Fd epoll_, alarm_;
   WireCounters counters_;
   std::atomic<bool> abort_requested_{false};

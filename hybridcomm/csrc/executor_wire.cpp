@@ -95,9 +95,15 @@ bool Executor::progress_link(Link& link, int channel) {
   return received == DataSocket::Result::moved || sent == DataSocket::Result::moved;
 }
 
+int Executor::wait_for_sockets(epoll_event* events, int most, int timeout_ms) {
+  if (timeout_ms == 0) return ::epoll_wait(epoll_.get(), events, most, 0);
+  const Away away(*this);
+  return ::epoll_wait(epoll_.get(), events, most, timeout_ms);
+}
+
 bool Executor::poll_sockets(int timeout_ms) {
   epoll_event events[64];
-  const int count = ::epoll_wait(epoll_.get(), events, 64, timeout_ms);
+  const int count = wait_for_sockets(events, 64, timeout_ms);
   bool moved = false, news = false, meeting = mesh_.dialling();
   for (int i = 0; i < count; ++i) {
     const uint64_t key = events[i].data.u64;

@@ -76,9 +76,9 @@ inline void with_ranks(const Layout& layout, const Body& body, double timeout_s 
       MeshConfig config = config_of(layout, rank, listeners, name);
       config.slot_nbytes = slot_nbytes;
       config.timeout_s = timeout_s;
-      Engine engine(config, *listeners[static_cast<size_t>(rank)], true);
-      body(rank, engine);
-      engine.close();
+      const auto engine = std::make_shared<Engine>(config, *listeners[static_cast<size_t>(rank)], true);
+      body(rank, *engine);
+      engine->close();
     } catch (const std::exception& error) {
       check(false, "rank " + std::to_string(rank) + ": " + error.what());
     }

@@ -75,12 +75,31 @@ void one_tag(const Layout& layout, int rank, Engine& engine) {
   }
 }
 
+// Who waits for the first works on both; behind that wait the second goes on.
+void left_open(const Layout& layout, int rank, Engine& engine) {
+  const int last = layout.world() - 1;
+  std::vector<float> first(20000, -1.0f), second(20000, -1.0f);
+  if (rank == 0) {
+    const auto open = engine.post({half(false, last, 82, second)});
+    engine.post({half(false, last, 81, first)})->wait(20, kNobody);
+    check(open->wait(20), "a message goes on when a wait for another has ended");
+    check(first == content(last, 0, 20000, 1) && second == content(last, 0, 20000, 2), "what was left open");
+  } else if (rank == last) {
+    first = content(last, 0, 20000, 1);
+    second = content(last, 0, 20000, 2);
+    engine.exchange({half(true, 0, 81, first)}, kNobody);
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    engine.exchange({half(true, 0, 82, second)}, kNobody);
+  }
+}
+
 }  // namespace
 
 // Every pair, every size; receives by two threads of a rank, some blocking, in another order than the sends.
 void messages(const Layout& layout) {
   const auto body = [&](int rank, Engine& engine) {
     one_tag(layout, rank, engine);
+    left_open(layout, rank, engine);
     for (int round = 0; round < 3; ++round) {
       std::vector<std::vector<float>> out;
       std::vector<std::shared_ptr<Work>> works;
@@ -95,7 +114,7 @@ void messages(const Layout& layout) {
             if ((peer + i) % 2 == 0) {
               engine.exchange(std::move(messages), kNobody);
             } else {
-              engine.post(std::move(messages))->wait(20);
+              engine.post(std::move(messages))->wait(20, kNobody);
             }
             check(got == content(peer, rank, kSizes[i], round), "message " + std::to_string(i) + " of rank " +
                                                                     std::to_string(peer) + " to rank " +
@@ -112,7 +131,7 @@ void messages(const Layout& layout) {
       allreduce(layout, rank, engine, static_cast<uint64_t>(round) + 1);
       receive(0);
       other.join();
-      for (const auto& work : works) work->wait(20);
+      for (const auto& work : works) work->wait(20, kNobody);
       for (auto& values : out)
         std::fill(values.begin(), values.end(), -7.0f);  // whoever reads them now is wrong
     }
@@ -132,7 +151,7 @@ void messages_beside_full_slots(const Layout& layout) {
       begun = engine.submit(plan.program(), buffers_of(values));
       while (engine.counters().shm_bytes.load() == 0) std::this_thread::yield();
       engine.exchange({half(true, 1, 0, sent)}, kNobody);
-      begun->wait(20);
+      begun->wait(20, kNobody);
     }
     if (rank == 1) {
       engine.exchange({half(false, 0, 0, got)}, kNobody);
@@ -158,7 +177,7 @@ void messages_abandoned(const Layout& layout) {
     for (++done; done.load() < layout.world();) std::this_thread::yield();
     if (rank == 0) engine.abort();
     for (const auto& work : {sent, got}) {
-      const auto code = code_of([&] { work->wait(20); });
+      const auto code = code_of([&] { work->wait(20, kNobody); });
       check(code == Code::aborted, "an open message of rank " + std::to_string(rank) + " ends with an abort");
     }
   });
@@ -218,8 +237,8 @@ void crosswise(const Layout& layout) {
     const auto digest = [](int from) { return static_cast<uint64_t>(from + 1); };
     const auto send = engine.submit(one_message(digest(rank), peer, true, 5000), buffers_of(out));
     const auto receive = engine.submit(one_message(digest(peer), peer, false, 5000), buffers_of(got));
-    send->wait(20);
-    receive->wait(20);
+    send->wait(20, kNobody);
+    receive->wait(20, kNobody);
     check(got == content(peer, rank, 5000, 1), "a message over a link made late");
     allreduce(layout, rank, engine, 9);
   });
@@ -251,7 +270,8 @@ void circle(const Layout& layout) {
     const auto one = engine.submit(pair(rank, next), buffers_of(first));
     const auto two = engine.submit(pair(before, rank), buffers_of(second));
     for (const auto& work : {one, two}) {
-      check(code_of([&] { work->wait(20); }) == Code::mismatch, "a circle of waiting ranks is found");
+      check(code_of([&] { work->wait(20, kNobody); }) == Code::mismatch,
+            "a circle of waiting ranks is found");
     }
     check(Clock::now() - begin < seconds(10), "long before the timeout");
   };

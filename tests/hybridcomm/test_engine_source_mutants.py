@@ -76,6 +76,10 @@ MUTANTS: dict[str, tuple[str, dict[str, str]]] = {
             "finish(*std::static_pointer_cast<Work>(owner), std::make_exception_ptr(*broken_));": "(void)owner;"
         },
     ),
+    "who has waited leaves the other messages to nobody": (
+        "engine_messages.cpp",
+        {"  helping_ = false;\n  hand_over();": "  helping_ = false;"},
+    ),
     "nobody chases": ("executor_faults.cpp", {"if (++returned_ < kRounds) return;": "return;"}),
     "the lower rank waits for a link that nobody dials": (
         "mesh_meet.cpp",

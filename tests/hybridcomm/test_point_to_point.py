@@ -235,6 +235,83 @@ def test_a_pipeline_with_buckets_between(ranks: list[Context]) -> None:
     run_ranks(body, ranks)
 
 
+def test_messages_go_on_when_a_wait_has_ended(ranks: list[Context]) -> None:
+    """Who waits works on all messages; behind it somebody else must, without being asked."""
+    receiver, sender = 0, len(ranks) - 1
+
+    def body(ctx: Context) -> None:
+        if ctx.rank == sender:
+            ctx.send(message(sender, receiver, 1, 200_000), receiver, 1)
+            time.sleep(0.1)
+            ctx.send(message(sender, receiver, 2, 200_000), receiver, 2)
+        elif ctx.rank == receiver:
+            later, got = np.zeros(200_000, np.float32), np.zeros(200_000, np.float32)
+            open_work = ctx.irecv(later, sender, 2)
+            assert ctx.irecv(got, sender, 1).wait(20)
+            deadline = time.monotonic() + 20
+            while not open_work.is_completed():
+                assert time.monotonic() < deadline, "nobody works on the message that is still open"
+                time.sleep(0.001)
+            assert got.tobytes() == message(sender, receiver, 1, 200_000).tobytes()
+            assert later.tobytes() == message(sender, receiver, 2, 200_000).tobytes()
+
+    run_ranks(body, ranks)
+
+
+def test_threads_of_a_rank_wait_for_messages_and_for_a_collective(ranks: list[Context]) -> None:
+    """Nobody's wait keeps another from its end, whatever comes first."""
+    receiver, sender, tags = 0, len(ranks) - 1, range(3)
+    got = [np.zeros(50_000, np.float32) for _ in tags]
+    waiting = threading.Barrier(len(tags) + 1)
+
+    def wait_for(ctx: Context, tag: int) -> None:
+        work = ctx.irecv(got[tag], sender, tag)
+        waiting.wait(20)
+        assert work.wait(20)
+
+    def body(ctx: Context) -> None:
+        threads = []
+        if ctx.rank == receiver:
+            threads = [threading.Thread(target=wait_for, args=(ctx, tag)) for tag in tags]
+            for thread in threads:
+                thread.start()
+            waiting.wait(20)
+            time.sleep(0.05)
+        values = np.full(1000, float(ctx.rank), np.float32)
+        ctx.allreduce(values)
+        assert (values == sum(range(ctx.world_size))).all()
+        if ctx.rank == sender:
+            for tag in reversed(tags):
+                ctx.send(message(sender, receiver, tag, 50_000), receiver, tag)
+                time.sleep(0.02)
+        for thread in threads:
+            thread.join(20)
+            assert not thread.is_alive()
+
+    run_ranks(body, ranks)
+    for tag in tags:
+        assert got[tag].tobytes() == message(sender, receiver, tag, 50_000).tobytes()
+
+
+def test_a_wait_that_is_over_in_time_leaves_its_message_open() -> None:
+    with engine_contexts(NAMED["2x2"]) as contexts:
+
+        def body(rank: int) -> None:
+            if rank == 0:
+                got = np.zeros(4, np.float32)
+                work = contexts[0].irecv(got, 1)
+                with pytest.raises(StallError, match=r"not done after 0\.05 s; it goes on"):
+                    work.wait(0.05)
+                contexts[0].send(got, 1, 9)
+                assert work.wait(20)
+                assert (got == 7).all()
+            elif rank == 1:
+                contexts[1].recv(np.zeros(4, np.float32), 0, 9)
+                contexts[1].send(np.full(4, 7, np.float32), 0)
+
+        assert each_rank(body, 4) == [None] * 4
+
+
 def test_a_collective_counts_its_own_bytes_alone() -> None:
     """Messages go out while it runs, in the same engine; the context counts both."""
     numel = 1 << 20

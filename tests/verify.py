@@ -1,8 +1,8 @@
 """The long run, ``make verify``: everything, property tests under more seeds, sanitizers; writes a dated report.
 
 ``python -m tests.verify [--only NAME ...] [--fuzz-runs N] [--report FILE]``; exit code 0 when every step passed. The
-report is written after each step; steps of the same commit that are in it already, and are not run again, stay. One
-that is checked in goes stale: `staleness` says by how much.
+report is written after each step, which is stamped with the commit it ran on. Steps that are in it already and are not
+run again stay while nothing that they are about has changed since. A report goes stale: `staleness` says by how much.
 """
 
 from __future__ import annotations
@@ -28,17 +28,21 @@ REPORT = ROOT / "docs" / "verify-report.md"
 SEEDS = 5
 SOAK_OPERATIONS = 10_000
 FUZZ_RUNS = 10_000_000
+EVERYTHING = (".", ":(exclude)docs/verify-report.md")
 SOURCES = ("hybridcomm", "kernels", "CMakeLists.txt")
 """What a report is about: commits that change these make it older."""
+SHORT = 12
+"""Digits of a commit in a step's row."""
 MAX_COMMITS, MAX_DAYS = 300, 30
 """A report that is older fails the tests; before that it is a warning in every run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of a step: ``summary`` is the last line it printed, ``details`` Markdown of its own."""
+    """What came of a step on a commit: ``summary`` is the last line it printed, ``details`` Markdown of its own."""
 
     name: str
+    commit: str
     passed: bool
     seconds: float
     summary: str
@@ -48,10 +52,14 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What to run, given where Markdown for the report may be written; returns (passed, what was printed)."""
+    """What to run, given where Markdown for the report may be written; returns (passed, what was printed).
+
+    ``about``: what the outcome depends on, as git's pathspecs.
+    """
 
     what: str
     run: Callable[[argparse.Namespace, Path], tuple[bool, str]]
+    about: tuple[str, ...] = EVERYTHING
 
 
 def run(command: list[str], env: Mapping[str, str] | None = None) -> tuple[bool, str]:
@@ -101,6 +109,13 @@ def soak() -> tuple[bool, str]:
     return run([sys.executable, "-m", "tests.soak", "--operations", str(SOAK_OPERATIONS)])
 
 
+NATIVE = (
+    ":(glob)hybridcomm/csrc/**",
+    ":(glob)kernels/**/*.cpp",
+    ":(glob)kernels/**/*.h",
+    "CMakeLists.txt",
+    "tests/csrc",
+)
 STEPS: dict[str, Step] = {
     "lint": Step(what="format, lint, types, import directions", run=lambda *_: run(["make", "lint"])),
     "tests": Step(what="the whole suite", run=lambda *_: pytest()),
@@ -109,6 +124,7 @@ STEPS: dict[str, Step] = {
     "schedules": Step(
         what="every pipeline schedule of up to 16 ranks and 64 microbatches",
         run=lambda *_: run([sys.executable, "-m", "tests.schedules"]),
+        about=("train/pipeline", "tests/schedules.py"),
     ),
     "engine": Step(
         what="engine and kernels as C++ programs under ASan, UBSan and TSan, the Python module under ASan and UBSan",
@@ -117,8 +133,13 @@ STEPS: dict[str, Step] = {
     "bugs": Step(
         what="bugs planted in the engine's source, each found by its C++ test program",
         run=lambda *_: sanitizers("test_engine_source_mutants.py"),
+        about=(*NATIVE, "tests/hybridcomm/test_engine_source_mutants.py"),
     ),
-    "fuzz": Step(what="libFuzzer with ASan and UBSan on every decoder and on the framings", run=fuzzing),
+    "fuzz": Step(
+        what="libFuzzer with ASan and UBSan on every decoder and on the framings",
+        run=fuzzing,
+        about=(*NATIVE, "tests/fuzz.py", "tests/fuzz_mutants.py"),
+    ),
     "soak": Step(
         what=f"{SOAK_OPERATIONS:,} random operations, exact, nothing left behind", run=lambda *_: soak()
     ),
@@ -136,6 +157,7 @@ def perform(name: str, options: argparse.Namespace) -> Outcome:
     summary = re.sub(r"\x1b\[[0-9;]*m", "", lines[-1]).strip("= ").replace("|", "/")
     return Outcome(
         name=name,
+        commit=git("rev-parse", "HEAD"),
         passed=passed,
         seconds=time.monotonic() - begin,
         summary=summary.replace(str(ROOT), "."),
@@ -157,7 +179,11 @@ def today() -> str:
 def facts() -> dict[str, str]:
     processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     compiler = subprocess.run(["c++", "--version"], capture_output=True, text=True, check=False).stdout
-    changed = ", with uncommitted changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    changed = (
+        ", with uncommitted changes"
+        if git("status", "--porcelain", "--untracked-files=no", *EVERYTHING)
+        else ""
+    )
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "triton", "numpy")]
     return {
         "date": today(),
@@ -173,11 +199,12 @@ def report(about: Mapping[str, str], outcomes: list[Outcome]) -> str:
     """The page, as Markdown."""
     lines = ["# Verification report", "", "Written by `make verify`.", "", "| | |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in about.items()]
-    lines += ["", "| step | what | outcome | time | last line |", "|---|---|---|---|---|"]
+    lines += ["", "| step | what | commit | outcome | time | last line |", "|---|---|---|---|---|---|"]
     for outcome in outcomes:
         verdict = "passed" if outcome.passed else "**FAILED**"
         what = STEPS[outcome.name].what if outcome.name in STEPS else ""
-        lines.append(f"| {outcome.name} | {what} | {verdict} | {outcome.seconds:.0f} s | {outcome.summary} |")
+        commit, took = outcome.commit[:SHORT] or "unknown", f"{outcome.seconds:.0f} s"
+        lines.append(f"| {outcome.name} | {what} | {commit} | {verdict} | {took} | {outcome.summary} |")
     for outcome in outcomes:
         if outcome.details:
             lines += ["", f"## {outcome.name}", "", outcome.details]
@@ -186,15 +213,31 @@ def report(about: Mapping[str, str], outcomes: list[Outcome]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def kept(page: str, commit: str) -> list[Outcome]:
-    """The steps of a report of this very commit, to which others may be added; none of any other report."""
-    if f"| commit | {commit} |" not in page:
+def unchanged(since: str, about: tuple[str, ...]) -> bool:
+    """Whether the commit is of this history, and neither a later one nor the checkout differs in these paths."""
+    command = ["git", "diff", "--quiet", since, "--", *about]
+    ours = subprocess.run(
+        ["git", "merge-base", "--is-ancestor", since, "HEAD"], cwd=ROOT, check=False, capture_output=True
+    )
+    return (
+        ours.returncode == 0
+        and subprocess.run(command, cwd=ROOT, check=False, capture_output=True).returncode == 0
+    )
+
+
+def kept(page: str) -> list[Outcome]:
+    """The steps of a report that say what they would say now, as far as the sources go; others may be added."""
+    if "with uncommitted changes" in page:
         return []
     rows = re.findall(
-        r"^\| (\w+) \|[^|]*\| (passed|\*\*FAILED\*\*) \| (\d+) s \| (.*) \|$", page, re.MULTILINE
+        r"^\| (\w+) \|[^|]*\| ([0-9a-f]+) \| (passed|\*\*FAILED\*\*) \| (\d+) s \| (.*) \|$",
+        page,
+        re.MULTILINE,
     )
     found = []
-    for name, verdict, seconds, summary in rows:
+    for name, commit, verdict, seconds, summary in rows:
+        if name not in STEPS or not unchanged(commit, STEPS[name].about):
+            continue
         details = re.search(rf"^## {name}\n\n(.*?)(?=\n\n## |\Z)", page, re.MULTILINE | re.DOTALL)
         tail = re.search(
             rf"^## {name}: the end of its output\n\n```\n(.*?)\n```$", page, re.MULTILINE | re.DOTALL
@@ -202,6 +245,7 @@ def kept(page: str, commit: str) -> list[Outcome]:
         found.append(
             Outcome(
                 name=name,
+                commit=git("rev-parse", commit),
                 passed=verdict == "passed",
                 seconds=float(seconds),
                 summary=summary,
@@ -257,7 +301,7 @@ def staleness(page: str) -> Staleness | None:
     written = datetime.datetime.strptime(date[1], "%Y-%m-%d %H:%M").replace(tzinfo=datetime.timezone.utc)
     known = bool(git("cat-file", "-t", commit[1]))
     since = git("rev-list", "--count", f"{commit[1]}..HEAD", "--", *SOURCES) if known else ""
-    passed = re.findall(r"^\| (\w+) \|[^|]*\| passed \|", page, re.MULTILINE)
+    passed = re.findall(r"^\| (\w+) \|[^|]*\|[^|]*\| passed \|", page, re.MULTILINE)
     return Staleness(
         commit=commit[1],
         known=known,
@@ -279,7 +323,7 @@ def main() -> int:
     about = facts()
     page = options.report.read_text(encoding="utf-8") if options.report.exists() else ""
     clean = "uncommitted" not in about["commit"]
-    outcomes = {outcome.name: outcome for outcome in kept(page, about["commit"]) if clean}
+    outcomes = {outcome.name: outcome for outcome in kept(page) if clean}
     for name in options.only:
         outcomes[name] = perform(name, options)
         every = [outcomes[step] for step in STEPS if step in outcomes]

@@ -15,13 +15,25 @@ from tests.verify import Outcome, Staleness, Step, staleness
 def test_the_report_names_failures_with_their_output() -> None:
     outcomes = [
         Outcome(
-            name="lint", passed=True, seconds=3.4, summary="12 passed", details="| target | 10,000,000 |"
+            name="lint",
+            commit="c" * 40,
+            passed=True,
+            seconds=3.4,
+            summary="12 passed",
+            details="| target | 10,000,000 |",
         ),
-        Outcome(name="tests", passed=False, seconds=60, summary="1 failed", tail="E assert 1 == 2"),
+        Outcome(
+            name="tests",
+            commit="d" * 40,
+            passed=False,
+            seconds=60,
+            summary="1 failed",
+            tail="E assert 1 == 2",
+        ),
     ]
     page = verify.report({"commit": "abc"}, outcomes)
     assert "| commit | abc |" in page
-    assert "| passed | 3 s | 12 passed |" in page
+    assert "| cccccccccccc | passed | 3 s | 12 passed |" in page
     assert "**FAILED**" in page
     assert "E assert 1 == 2" in page
     assert "## lint\n\n| target | 10,000,000 |" in page
@@ -49,20 +61,45 @@ def test_every_step_is_described() -> None:
     assert about["date"].endswith("UTC")
 
 
-def test_steps_are_added_to_a_report_of_the_same_commit() -> None:
+HEAD = "a" * 40
+
+
+def test_steps_stay_in_a_report_while_what_they_are_about_does(monkeypatch: pytest.MonkeyPatch) -> None:
     outcomes = [
         Outcome(
-            name="fuzz", passed=True, seconds=60, summary="15 targets", details="| target |\n|---|\n| a |"
+            name="fuzz",
+            commit=HEAD,
+            passed=True,
+            seconds=60,
+            summary="15 targets",
+            details="| target |\n|---|\n| a |",
         ),
-        Outcome(name="soak", passed=False, seconds=3, summary="leaks", tail="rank 1\nleaks"),
+        Outcome(name="soak", commit=HEAD, passed=False, seconds=3, summary="leaks", tail="rank 1\nleaks"),
     ]
-    page = verify.report({"commit": "a" * 40}, outcomes)
-    assert verify.kept(page, "a" * 40) == outcomes
-    assert verify.kept(page, "b" * 40) == []
-    assert (
-        verify.kept(verify.report({"commit": "a" * 40 + ", with uncommitted changes"}, outcomes), "a" * 40)
-        == []
+    page = verify.report({"commit": "b" * 40}, outcomes)
+    changed: set[tuple[str, ...]] = set()
+    monkeypatch.setattr(verify, "git", lambda *_: HEAD)
+    monkeypatch.setattr(
+        verify, "unchanged", lambda since, about: HEAD.startswith(since) and about not in changed
     )
+    assert verify.kept(page) == outcomes
+    changed.add(verify.STEPS["soak"].about)
+    assert verify.kept(page) == outcomes[:1]
+    assert verify.kept(verify.report({"commit": HEAD + ", with uncommitted changes"}, outcomes)) == []
+
+
+def test_what_a_step_is_about_exists_and_is_compared_with_the_checkout() -> None:
+    """Every path names files; since the first commit they have changed, and since the last they have not."""
+    first = verify.git("rev-list", "--max-parents=0", "HEAD").split()
+    if not first:
+        pytest.skip("not a git checkout")
+    for name, step in verify.STEPS.items():
+        for path in step.about:
+            assert verify.git("ls-files", "--", path), (name, path)
+        assert not verify.unchanged(first[0], step.about), name
+    assert not verify.unchanged("0" * 40, (".",))
+    untouched = ("LICENSE",)
+    assert verify.unchanged(verify.git("rev-parse", "HEAD"), untouched)
 
 
 # -- how old the report is ---------------------------------------------------------------------------------
@@ -71,7 +108,7 @@ def test_steps_are_added_to_a_report_of_the_same_commit() -> None:
 def page(
     *, commit: str, date: str = "2026-11-24 04:10 UTC", steps: tuple[str, ...] = tuple(verify.STEPS)
 ) -> str:
-    outcomes = [Outcome(name=name, passed=True, seconds=1, summary="ok") for name in steps]
+    outcomes = [Outcome(name=name, commit="e" * 40, passed=True, seconds=1, summary="ok") for name in steps]
     return verify.report({"date": date, "commit": commit}, outcomes)
 
 

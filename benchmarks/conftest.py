@@ -15,7 +15,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     """ms per call by ranks and size."""
     session = getattr(config, "_benchmarksession", None)
     cases: dict[tuple[int, int], dict[str, float]] = {}
-    floors: dict[tuple[int, int], float] = {}
+    floors: dict[tuple[int, int], tuple[float, float]] = {}
     for case in session.benchmarks if session is not None else []:
         info = case.extra_info
         if "ms_per_call" in info:
@@ -29,14 +29,17 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     columns = [*peers, *(name for name in _OURS if name in found)]
     rows = []
     for where, by_peer in sorted(cases.items()):
-        ours, floor = by_peer.get("hybridcomm"), floors.get(where)
+        ours, limits = by_peer.get("hybridcomm"), floors.get(where, ())
         best = min((by_peer[peer] for peer in peers if peer in by_peer), default=None)
         cells = [f"{by_peer[name]:.4f}" if name in by_peer else "" for name in columns]
         cells.append(f"{best / ours:.2f}" if best and ours else "")
-        cells.append(f"{floor:.4f}" if floor else "")
-        for name in ("hybridcomm", "hybridcomm.empty"):
-            cells.append(f"{by_peer[name] / floor:.1f}" if floor and name in by_peer else "")
+        for limit in limits:
+            cells.append(f"{limit:.4f}")
+            for name in ("hybridcomm", "hybridcomm.empty"):
+                cells.append(f"{by_peer[name] / limit:.1f}" if name in by_peer else "")
         rows.append([f"{where[0]} ranks {where[1] >> 10} KiB", *cells])
-    header = ["fp32 sum", *columns, "best peer / ours", "limit", "ours / limit", "empty / limit"]
+    header = ["fp32 sum", *columns, "best peer / ours"]
+    for limit in ("limit", "rewritten limit"):
+        header += [limit, f"ours / {limit}", f"empty / {limit}"]
     terminalreporter.section("in-host all-reduce, ms per call (median)")
     terminalreporter.write_line(table(header, rows))

@@ -67,10 +67,13 @@ def _output(command: Sequence[str], timeout: float = 300) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=timeout).stdout
 
 
-def floor_ms(ranks: int, sizes: Sequence[int]) -> dict[int, float]:
-    """Bytes -> ms: every byte of ``ranks`` fp32 tensors read once and written once, one thread per core."""
+def floor_ms(ranks: int, sizes: Sequence[int]) -> dict[int, tuple[float, float]]:
+    """Bytes -> ms: every byte of ``ranks`` fp32 tensors read once and written once, one thread per core.
+
+    Twice: call upon call, and with each tensor rewritten by its owner before.
+    """
     lines = _output([str(_compiled("floor.cpp", "c++")), str(ranks), *map(str, sizes)]).splitlines()
-    return {int(nbytes): float(ms) for nbytes, ms in map(str.split, lines)}
+    return {int(nbytes): (float(ms), float(rewritten)) for nbytes, ms, rewritten in map(str.split, lines)}
 
 
 def mpi_allreduce_ms(name: str, ranks: int, *, nbytes: int, batch: int, rounds: int) -> float:

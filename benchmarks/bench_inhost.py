@@ -2,7 +2,8 @@
 
 Peers are gloo and the MPI libraries that are installed; the limit is the memory's: every byte read once and written
 once, by threads that find their inputs in their own caches, and (rewritten) by threads of which each has just written
-its ranks' inputs, as they are before every call of ours. Figures are ms per call; each rank rewrites its input before every call, which is not in the figure.
+its ranks' inputs, as they are before every call of ours. Figures are ms per call; each rank rewrites its input before
+every call, which is not in the figure.
 """
 
 from __future__ import annotations

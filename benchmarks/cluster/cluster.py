@@ -16,7 +16,7 @@ from types import TracebackType
 from benchmarks.cluster.errors import ClusterError, RateError
 from benchmarks.cluster.namespace import Namespace, skip_reason
 from benchmarks.cluster.ranks import Job, RankCommand, Result
-from benchmarks.cluster.shape import ETHERNET_OVERHEAD, Shape
+from benchmarks.cluster.shape import CONGESTION_CONTROL, ETHERNET_OVERHEAD, Shape
 
 __all__ = ["Cluster", "RateCheck"]
 
@@ -129,7 +129,17 @@ class Cluster:
                     f"link set {port} master br0 up",
                 ],
             )
-            space.batch("ip", [f"address add {self.address(node)}/24 dev eth0", "link set eth0 up"])
+            # A route's congestion control needs no leave of the host, as a namespace's default does.
+            own, via = self.address(node), f"src {self.address(node)} congctl {CONGESTION_CONTROL}"
+            space.batch(
+                "ip",
+                [
+                    f"address add {own}/24 dev eth0 noprefixroute",
+                    "link set eth0 up",
+                    f"route add {_SUBNET}.0/24 dev eth0 {via}",
+                    f"route replace local {own} dev eth0 table local proto kernel scope host {via}",
+                ],
+            )
             if self.shape is not None:
                 space.batch("tc", [self.shape.tc("eth0")])
                 bridge.batch("tc", [self.shape.tc(port)])

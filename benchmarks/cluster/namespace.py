@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.cluster.errors import ClusterError
-from benchmarks.cluster.shape import CONGESTION_CONTROL
 
 __all__ = ["Counters", "Namespace", "skip_reason"]
 
@@ -29,7 +28,7 @@ _TOOLS = {
     "mount": "mount",
 }
 
-# $1 host name, $2 /etc/hosts, $3 size of /dev/shm, $4 congestion control. IPv6 is off: its neighbours would count.
+# $1 host name, $2 /etc/hosts, $3 size of /dev/shm. IPv6 is off: its neighbours would count.
 _HOLDER = """
 set -e
 echo "$1" > /proc/sys/kernel/hostname
@@ -42,7 +41,6 @@ for scope in all default; do
         echo 1 > /proc/sys/net/ipv6/conf/$scope/disable_ipv6
     fi
 done
-echo "$4" > /proc/sys/net/ipv4/tcp_congestion_control
 ip link set lo up
 echo ready
 read -r _ || true
@@ -82,7 +80,7 @@ class Namespace:
     def __init__(self, hostname: str, *, hosts: str = "", shm_size: str = "4g") -> None:
         self.hostname = hostname
         flags = ["--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
-        argv = ["unshare", *flags, "sh", "-c", _HOLDER, "sh", hostname, hosts, shm_size, CONGESTION_CONTROL]
+        argv = ["unshare", *flags, "sh", "-c", _HOLDER, "sh", hostname, hosts, shm_size]
         self._holder = subprocess.Popen(
             argv,
             stdin=subprocess.PIPE,

@@ -40,6 +40,8 @@ class HybridBackend(Backend):
         self.mesh = Mesh.over(self.context.topology, pp=config.pp, tp=config.tp, outer=config.outer)
         self.replica, self.replicas = self.mesh.at(self.rank).dp, self.mesh.dp
         self._replicas = self.mesh.group("dp", self.context)
+        # Layers wait for their collectives: those must not stand in one queue with buckets, for which nobody waits yet.
+        self._node = self.context.connect_node() if self.mesh.tp > 1 else None
 
     def build(self, spec: ModelSpec) -> Sequence[nn.Parameter]:
         self.schedule = self._schedule()
@@ -52,6 +54,7 @@ class HybridBackend(Backend):
             mesh=self.mesh,
             ctx=self.context,
             make_reducer=self._make_reducer,
+            node=self._node,
             sequence=self._config.sequence,
         )
         return self._replica.parameters()
@@ -154,6 +157,8 @@ class HybridBackend(Backend):
         return "\n".join(lines)
 
     def close(self) -> None:
+        if self._node is not None:
+            self._node.close()
         hybridcomm.shutdown()
 
     def _reducers(self) -> list[hybridcomm.Reducer]:

@@ -50,7 +50,8 @@ class Replica:
 
     ``schedule`` is lowered, for ``mesh.pp`` ranks; ``parts[stage]`` say how the model is cut into its stages.
     ``make_reducer(module, group)`` averages a stage's gradients over the dp axis, which is only asked for where there
-    is more than one replica.
+    is more than one replica. ``node``: a context of the node's ranks alone, in whose queue the layers' collectives
+    stand; without one they stand behind the buckets in that of ``ctx``.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Replica:
         mesh: Mesh,
         ctx: Grouping,
         make_reducer: Callable[[nn.Module, Grouping], Reducer],
+        node: Grouping | None = None,
         sequence: bool = False,
     ) -> None:
         if len(parts) != schedule.stages or schedule.ranks != mesh.pp:
@@ -71,7 +73,9 @@ class Replica:
             )
         self.mesh, self.schedule, self.parts = mesh, schedule, tuple(parts)
         self.place = mesh.at(ctx.rank)
-        self.tp = TensorParallel(group=mesh.group("tp", ctx) if mesh.tp > 1 else None, sequence=sequence)
+        self.tp = TensorParallel(
+            group=mesh.tensor_group(ctx, node) if mesh.tp > 1 else None, sequence=sequence
+        )
         self._pipeline = mesh.group("pp", ctx) if mesh.pp > 1 else None
         self._model = ctx.group(mesh.replica(ctx.rank)) if mesh.pp * mesh.tp > 1 else None
         self.stages = {stage: self._make(spec, parts[stage]) for stage in schedule.stages_of(self.place.pp)}

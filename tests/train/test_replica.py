@@ -94,12 +94,13 @@ def train(
     lr: float = 0.1,
 ) -> Outcome:
     """SGD over a few steps: losses per prediction, and this rank's shares of the last gradients and weights."""
+    node = ctx.connect_node() if tp > 1 else None
     mesh = Mesh.over(ctx.topology, pp=pp, tp=tp, outer=outer)  # type: ignore[arg-type]
     lowered = lower(make_schedule(schedule, pp, count, chunks=chunks), buckets=int(mesh.dp > 1))
     check(lowered)
     parts = split(model.config.layers, lowered.stages, head=1.5)
     replica = ThreadReplica(
-        model, parts, lowered, mesh=mesh, ctx=ctx, sequence=sequence,
+        model, parts, lowered, mesh=mesh, ctx=ctx, node=node, sequence=sequence,
         make_reducer=lambda module, group: Reducer(module, ctx=group, sync_parameters=False),
     )  # fmt: skip
     optimizer = torch.optim.SGD(replica.parameters(), lr=lr)
@@ -117,10 +118,13 @@ def train(
         optimizer.step()
     named, batch = replica.named_parameters(), microbatches(99, 0, 1, 1)[0]
     nothing = [np.zeros(0, np.int64)] * len(batch.targets)
+    ranks = replica.target_ranks(batch, nothing).tolist()
+    if node is not None:
+        node.close()
     return Outcome(
         losses=tuple(losses),
         norms=tuple(norms),
-        ranks=tuple(replica.target_ranks(batch, nothing).tolist()),
+        ranks=tuple(ranks),
         gradients={name: p.grad.clone() for name, p in named.items() if p.grad is not None},
         weights={name: p.detach().clone() for name, p in named.items()},
     )

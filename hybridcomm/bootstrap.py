@@ -158,11 +158,7 @@ def join(
     if world.store is None:
         return _alone(topology, chunk_nbytes, timeout)
     host = _own_address()
-    if port is None:
-        port = _from_env("HYBRIDCOMM_PORT") or 0
-    if not 0 <= port < 1 << 16:
-        raise BootstrapError(f"HYBRIDCOMM_PORT={port}: must be between 0 (any free port) and 65535")
-    listener = _C.Listener(host, port)
+    listener = _C.Listener(host, _own_port() if port is None else port)
     generation = world.store.count(f"generation/{world.rank}")
     prefix = f"init{generation}"  # every init() of a process meets under a name of its own
     if world.rank == 0:
@@ -330,6 +326,13 @@ def _own_address() -> str:
         raise BootstrapError(
             f"no route to MASTER_ADDR={master}: {error}; set HYBRIDCOMM_HOST to this node's address"
         ) from error
+
+
+def _own_port() -> int:
+    port = _from_env("HYBRIDCOMM_PORT") or 0
+    if not 0 <= port < 1 << 16:
+        raise BootstrapError(f"HYBRIDCOMM_PORT={port}: must be between 0 (any free port) and 65535")
+    return port
 
 
 def _interface_address(name: str) -> str:

@@ -57,17 +57,21 @@ class HybridBackend(Backend):
             node=self._node,
             sequence=self._config.sequence,
         )
+        self.schedule = self._replica.schedule
+        check(self.schedule)
         return self._replica.parameters()
 
     def _schedule(self) -> PipelineSchedule:
         config = self._config
         schedule = make_schedule(config.pipeline, config.pp, config.pieces, chunks=config.chunks)
-        lowered = lower(schedule)
+        lowered = lower(schedule, head=config.split_head)
         check(lowered)
         return lowered
 
     def _parts(self, spec: ModelSpec, stages: int) -> tuple[Part, ...]:
         embedding, head = relative_costs(spec)
+        if self._config.split_head:
+            head = 0.0  # shared out over all ranks, whatever else they have
         return split(spec.config.layers, stages, embedding=embedding, head=head)
 
     def _agree(self) -> None:
@@ -149,6 +153,9 @@ class HybridBackend(Backend):
                 f"stage {stage} on pp {holder}: {part}"
                 for stage, (holder, part) in enumerate(zip(self.schedule.placement, self.parts, strict=True))
             ]
+            if self._replica.head is not None:
+                sizes = self._replica.head.items.sharding.sizes
+                lines.append(f"items in shards of {', '.join(map(str, sizes))}, over pp within tp")
         if self.replicas == 1:
             lines.append(
                 f"one replica: no gradients are averaged, so --compress {self._config.compress} has no effect"

@@ -75,6 +75,7 @@ class TrainConfig(BaseModel):
         "auto", description="Of the pipeline: gpipe, 1f1b, interleaved, zb-h1, zbv, dualpipev; auto: zbv."
     )
     chunks: int | None = Field(None, ge=1, description="Stages per rank, of an interleaved schedule.")
+    split_head: bool = Field(False, description="Split the items that are scored over all pipeline ranks.")
     microbatches: int | None = Field(
         None, ge=1, description="Per optimizer step and replica (default: 1, with a pipeline 2 per rank)."
     )
@@ -132,6 +133,8 @@ class TrainConfig(BaseModel):
             raise ValueError("--schedule and --chunks act on a pipeline: pass --pp too")
         if self.chunks is not None and self.schedule != "interleaved":
             raise ValueError("--chunks acts on --schedule interleaved only")
+        if self.split_head and self.pp == 1:
+            raise ValueError("--split-head shares out the items over pipeline ranks: pass --pp too")
         if self.sequence and self.tp == 1:
             raise ValueError("--sequence splits tokens over tensor-parallel ranks: pass --tp too")
         if self.nodes > self.nproc:

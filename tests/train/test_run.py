@@ -120,6 +120,7 @@ MESHES = [
     ("--nproc 8 --nodes 2 --pp 2 --tp 2", 3),
     ("--nproc 4 --nodes 2 --pp 2 --outer dp --schedule 1f1b --microbatches 3", 3),
     ("--nproc 2 --nodes 1 --tp 2 --sequence True", 1),
+    ("--nproc 8 --nodes 2 --pp 2 --tp 2 --split-head True --schedule 1f1b+1", 3),
 ]
 
 

@@ -4,6 +4,7 @@
     SEND_*       is started and forgotten until the step's end; a channel (source, target, kind) keeps its order
     RECV_*       is asked for; the wait is where the value is used
     REDUCE       `_reduce`
+    HEAD_*       `_head`, which a subclass gives by op (`train.pipeline.exchange` moves the values)
 
 All ranks of a replica know every microbatch's shape, since they cut the same users into the same microbatches:
 nothing about shapes is ever sent. `train.pipeline.stages` computes with the stages of a model,
@@ -24,9 +25,9 @@ from hybridcomm.groups import Grouping
 from hybridcomm.work import Work
 from train.errors import ScheduleError
 from train.outcome import StepTimes
-from train.pipeline.instructions import BACKWARD, Instruction, PipelineSchedule
+from train.pipeline.instructions import COMPUTE, FORWARD, Instruction, PipelineSchedule
 
-__all__ = ["ListRuntime", "Place", "Step"]
+__all__ = ["ListRuntime", "Place", "Step", "final_places"]
 
 _TAGS = {"F": 0, "I": 1}
 Place = tuple[int, int]  # stage, microbatch
@@ -61,6 +62,11 @@ class Step(Generic[Batch]):
         return found[1]
 
 
+def final_places(entries: Sequence[Instruction]) -> dict[int, int]:
+    """By stage, where in a rank's list its gradients become complete."""
+    return {entry.stage: place for place, entry in enumerate(entries) if entry.op in ("W", "B", "HEAD_T")}
+
+
 class ListRuntime(ABC, Generic[Batch]):
     """One rank of a pipeline; ``group`` are the pipeline's ranks in their order (None for one rank alone).
 
@@ -72,13 +78,10 @@ class ListRuntime(ABC, Generic[Batch]):
             raise ScheduleError(
                 f"schedule {schedule.name} of {schedule.ranks} ranks needs a group, and to be lowered"
             )
-        if schedule.split_head:
-            raise ScheduleError("this runtime has no split head: leave head=False when lowering")
         self.schedule, self.rank = schedule, rank
         self._group = group
         self.list = schedule.lists[rank]
-        final = {entry.stage: place for place, entry in enumerate(self.list) if entry.op in ("W", "B")}
-        self.final = final
+        self.final = final_places(self.list)
         self._ops = {
             "F": self._forward,
             "I": self._input_gradient,
@@ -89,6 +92,10 @@ class ListRuntime(ABC, Generic[Batch]):
             "RECV_F": self._receive,
             "RECV_I": self._receive,
             "REDUCE": self._reduce,
+            "HEAD_X": self._broadcast,
+            "HEAD_S": self._score,
+            "HEAD_C": self._combine,
+            "HEAD_T": self._shard_gradients,
         }
 
     def run(self, step: Step[Batch]) -> None:
@@ -97,15 +104,14 @@ class ListRuntime(ABC, Generic[Batch]):
             raise ScheduleError(
                 f"{len(step.batches)} microbatches for a schedule of {self.schedule.microbatches}"
             )
-        for place, entry in enumerate(self.list):
+        for entry in self.list:
             begin, waited = time.perf_counter(), step.times.waiting
             self._ops[entry.op](step, entry)
             took = time.perf_counter() - begin - (step.times.waiting - waited)
-            if entry.op == "F":
+            if entry.op in FORWARD:
                 step.times.forward += took
-            elif entry.op in BACKWARD:
+            elif entry.op in COMPUTE:
                 step.times.backward += took
-            self._after(place)
         for work in step.sends:
             step.wait(work)
 
@@ -131,8 +137,23 @@ class ListRuntime(ABC, Generic[Batch]):
     def _reduce(self, step: Step[Batch], entry: Instruction) -> None:
         """The sum of a bucket over the replicas is under way."""
 
-    def _after(self, place: int) -> None:
-        """Behind each instruction, by its place in the list."""
+    # -- the split head --------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _broadcast(self, step: Step[Batch], entry: Instruction) -> None:
+        """The last stage's output is on its way to all ranks."""
+
+    @abstractmethod
+    def _score(self, step: Step[Batch], entry: Instruction) -> None:
+        """It has been scored against this rank's items."""
+
+    @abstractmethod
+    def _combine(self, step: Step[Batch], entry: Instruction) -> None:
+        """Statistics are on their way to all ranks, parts of its gradient to the last stage's."""
+
+    @abstractmethod
+    def _shard_gradients(self, step: Step[Batch], entry: Instruction) -> None:
+        """Adds the gradients of this rank's items."""
 
     # -- messages --------------------------------------------------------------------------------------------
 

@@ -96,6 +96,7 @@ class Reducer:
         self._flats = [setup.flat_buffer(ctx, layout, device) for layout in self.layouts]
         self._regions: dict[int, RegionsByOp] = {}  # by bucket, where its residual lies
         self._works: list[WorkLike] = []
+        self._launch_times: list[float] = []
         self._running = False
         self._held, self._released = False, 0
         self._place: dict[str, tuple[int, torch.Tensor]] = {}
@@ -186,6 +187,10 @@ class Reducer:
         """Whether the all-reduce of this step's bucket has been started."""
         return self._running and bucket < len(self._works)
 
+    def launches(self) -> list[tuple[float, float]]:
+        """Of each bucket of the latest step: when it was launched (``time.perf_counter``), s that the engine took."""
+        return [(at, work.seconds) for at, work in zip(self._launch_times, self._works, strict=True)]
+
     @property
     def parameters(self) -> Sequence[torch.nn.Parameter]:
         """All that are averaged, in the order of the module."""
@@ -212,6 +217,7 @@ class Reducer:
             bucket.reset()
             flat[bucket.layout.used :].zero_()  # a skipped step may have left NaN in the padding
         self._works.clear()
+        self._launch_times.clear()
         self._running = True
 
     def _unit(self) -> float:
@@ -236,6 +242,7 @@ class Reducer:
             if bucket.state is not BucketState.READY:
                 return
             bucket.advance(BucketState.IN_FLIGHT)
+            self._launch_times.append(time.perf_counter())
             self._works.append(self._launch(bucket.layout))
 
     def _launch(self, layout: BucketLayout) -> Any:

@@ -52,6 +52,9 @@ class WorkLike(Protocol):
     @property
     def wire_nbytes(self) -> int: ...
 
+    @property
+    def seconds(self) -> float: ...
+
 
 class ContextLike(Protocol):
     """What the reducer needs of a context."""

@@ -115,10 +115,10 @@ class _LogSums(torch.autograd.Function):
 
 
 def fold(hidden: Tensor, table: Tensor, columns: Columns, mean: Tensor | None = None) -> Tensor:
-    """This rank's statistics of hidden states, [3, N]: largest score, sum of exponentials below it, target score.
+    """This rank's statistics of the states, [3, N]: largest score, sum of exponentials below it, target's score.
 
-    ``mean`` [N, D], zeros of the tiles' dtype, gets the sum of table rows, each times the exponential of its score below
-    the largest: the hidden state's gradient by the log of this rank's sum alone, but for its scale.
+    ``mean`` [N, D], zeros of the tiles' dtype, gets the sum of table rows, each times the exponential of its score
+    below the largest: the hidden state's gradient by the log of this rank's sum alone, but for its scale.
     """
     tiles = Tiles(hidden, table, columns.count, columns.tile)
     stats = hidden.new_zeros(3, len(hidden), dtype=tiles.dtype)

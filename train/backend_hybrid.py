@@ -24,6 +24,7 @@ from train.errors import TrainError
 from train.mesh import Mesh
 from train.outcome import StepTimes
 from train.pipeline import PipelineSchedule, check, lower, make_schedule
+from train.profile import RankTrace, gather
 from train.replica import ModelSpec, Replica
 from train.stage_costs import relative_costs
 
@@ -104,6 +105,13 @@ class HybridBackend(Backend):
 
     def step(self, batches: Sequence[Packed], scale: float, times: StepTimes) -> float:
         return self._replica.step(batches, scale, times)
+
+    def optimized(self, begin: float, end: float) -> None:
+        self._replica.recorder.add("instructions", "optimizer", begin, end)
+
+    def traces(self) -> list[RankTrace]:
+        pipelines = [self.mesh.along("pp", rank) for rank in range(self.world_size)]
+        return gather(self.context, self._replica.recorder.steps, pipelines)
 
     def gradient_norm(self) -> Tensor:
         return self._replica.gradient_norm()

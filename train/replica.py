@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from train.pipeline.exchange import HeadExchange
 from train.pipeline.instructions import PipelineSchedule
 from train.pipeline.passes import add_reduce
 from train.pipeline.stages import PipelineRuntime, bucket_counts
+from train.pipeline.trace import Recorder, TimedGroup
 
 __all__ = ["ModelSpec", "Replica"]
 
@@ -86,9 +88,9 @@ class Replica:
             )
         self.mesh, self.schedule, self.parts = mesh, schedule, tuple(parts)
         self.place = mesh.at(ctx.rank)
-        self.tp = TensorParallel(
-            group=mesh.tensor_group(ctx, node) if mesh.tp > 1 else None, sequence=sequence
-        )
+        self.recorder = Recorder()
+        self._layers = TimedGroup(mesh.tensor_group(ctx, node), self.recorder) if mesh.tp > 1 else None
+        self.tp = TensorParallel(group=cast("Grouping | None", self._layers), sequence=sequence)
         self._pipeline = mesh.group("pp", ctx) if mesh.pp > 1 else None
         self._model = ctx.group(mesh.replica(ctx.rank)) if mesh.pp * mesh.tp > 1 else None
         self.stages = {stage: self._make(spec, parts[stage]) for stage in schedule.stages_of(self.place.pp)}
@@ -103,7 +105,10 @@ class Replica:
             replicas, table = mesh.group("dp", ctx), self._shared_table()
             for stage, module in self.stages.items():
                 own = {name: child for name, child in module.named_children() if child is not table}
-                self.reducers[stage] = make_reducer(nn.ModuleDict(own), replicas)
+                if any(
+                    True for child in own.values() for _ in child.parameters()
+                ):  # else all it has is the shared table
+                    self.reducers[stage] = make_reducer(nn.ModuleDict(own), replicas)
             shared = None if table is None else make_reducer(nn.ModuleDict({"table": table}), replicas)
             if self.head is not None:
                 self.reducers[schedule.head] = make_reducer(self.head, replicas)
@@ -118,6 +123,7 @@ class Replica:
             reducers=self.reducers,
             shared=shared,
         )
+        self.runtime.recorder, self.runtime.layers = self.recorder, self._layers
 
     def _make(self, spec: ModelSpec, part: Part) -> Recommender:
         torch.manual_seed(spec.seed)
@@ -175,8 +181,9 @@ class Replica:
         multiplied by before backward; reducers divide by the number of replicas.
         """
         times = StepTimes() if times is None else times
+        self.recorder.begin()
         loss = self.runtime.step(batches, scale, times)
-        begin = time.perf_counter()
+        begin, shared = time.perf_counter(), 0.0 if self._layers is None else self._layers.seconds
         if self._tie is not None:
             self._sum_copies(self._tie)
         if self.head is not None and self.head.tied and self._pipeline is not None:
@@ -186,7 +193,10 @@ class Replica:
             total = torch.tensor([loss], dtype=torch.float64)
             self._pipeline.broadcast(total, self.schedule.placement[-1])
             loss = float(total)
-        times.exposed += time.perf_counter() - begin
+        end, shared = time.perf_counter(), 0.0 if self._layers is None else self._layers.seconds - shared
+        times.tensor += shared
+        times.exposed += end - begin - shared
+        self.recorder.add("waits", "copies", begin, end)
         return loss
 
     @torch.no_grad()

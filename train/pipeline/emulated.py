@@ -78,7 +78,7 @@ class EmulatedRuntime(ListRuntime[int]):
         if self.exchange is not None and entry.stage == self.schedule.last:
             combined = self._combined[entry.microbatch]
             for work in (combined.work, *combined.works):
-                step.wait(work)
+                step.wait(work, f"HEAD_C{self.schedule.head}.{entry.microbatch}")
         step.gradients.pop((entry.stage, entry.microbatch), None)
         self._pass(entry)
         if entry.stage > 0:
@@ -105,10 +105,10 @@ class EmulatedRuntime(ListRuntime[int]):
         combined = self._exchange.combine(statistics, part, lengths)
         self._combined[entry.microbatch] = combined
         if not self._exchange.at_root:
-            step.sends += combined.works
+            step.sends += [(entry, work) for work in combined.works]
 
     def _shard_gradients(self, step: Step[int], entry: Instruction) -> None:
-        step.wait(self._combined[entry.microbatch].work)
+        step.wait(self._combined[entry.microbatch].work, f"HEAD_C{entry.stage}.{entry.microbatch}")
         self._pass(entry)
 
     @property

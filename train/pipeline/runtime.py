@@ -26,6 +26,7 @@ from hybridcomm.work import Work
 from train.errors import ScheduleError
 from train.outcome import StepTimes
 from train.pipeline.instructions import COMPUTE, FORWARD, Instruction, PipelineSchedule
+from train.pipeline.trace import Recorder, TimedGroup
 
 __all__ = ["ListRuntime", "Place", "Step", "final_places"]
 
@@ -46,19 +47,26 @@ class Step(Generic[Batch]):
     outputs: dict[Place, Tensor] = field(default_factory=dict)
     gradients: dict[Place, Tensor] = field(default_factory=dict)
     receives: dict[tuple[str, int, int], tuple[Work, Tensor]] = field(default_factory=dict)
-    sends: list[Work] = field(default_factory=list)
+    sends: list[tuple[Instruction, Work]] = field(default_factory=list)
+    recorder: Recorder | None = None
+    ready: float = 0.0
+    """When the latest wait was over."""
 
-    def wait(self, work: Work) -> None:
+    def wait(self, work: Work, what: str) -> None:
+        """``what`` is waited for, as the text of the instruction that brings it."""
         begin = time.perf_counter()
         work.wait()
-        self.times.waiting += time.perf_counter() - begin
+        self.ready = time.perf_counter()
+        self.times.waiting += self.ready - begin
+        if self.recorder is not None:
+            self.recorder.add("waits", what, begin, self.ready)
 
     def arrived(self, kind: str, place: Place) -> Tensor | None:
         """What was asked for, waited for; None where it comes from this rank."""
         found = self.receives.pop((kind, *place), None)
         if found is None:
             return None
-        self.wait(found[0])
+        self.wait(found[0], str(Instruction(f"RECV_{kind}", *place)).partition("<")[0])
         return found[1]
 
 
@@ -72,6 +80,10 @@ class ListRuntime(ABC, Generic[Batch]):
 
     The agreement of all ranks on ``schedule.digest`` is up to the caller.
     """
+
+    recorder: Recorder | None = None
+    layers: TimedGroup | None = None
+    """What this rank's layers wait for, which is no computation."""
 
     def __init__(self, schedule: PipelineSchedule, rank: int, *, group: Grouping | None = None) -> None:
         if schedule.ranks > 1 and (group is None or not schedule.communicates):
@@ -104,16 +116,25 @@ class ListRuntime(ABC, Generic[Batch]):
             raise ScheduleError(
                 f"{len(step.batches)} microbatches for a schedule of {self.schedule.microbatches}"
             )
+        step.recorder = self.recorder
         for entry in self.list:
-            begin, waited = time.perf_counter(), step.times.waiting
+            begin, waited, shared = time.perf_counter(), step.times.waiting, self._in_layers
             self._ops[entry.op](step, entry)
-            took = time.perf_counter() - begin - (step.times.waiting - waited)
+            end, shared = time.perf_counter(), self._in_layers - shared
+            took = end - begin - (step.times.waiting - waited) - shared
+            step.times.tensor += shared
+            if self.recorder is not None:
+                self.recorder.add("instructions", str(entry), max(begin, step.ready), end)
             if entry.op in FORWARD:
                 step.times.forward += took
             elif entry.op in COMPUTE:
                 step.times.backward += took
-        for work in step.sends:
-            step.wait(work)
+        for entry, work in step.sends:
+            step.wait(work, str(entry))
+
+    @property
+    def _in_layers(self) -> float:
+        return 0.0 if self.layers is None else self.layers.seconds
 
     # -- computation -----------------------------------------------------------------------------------------
 
@@ -167,7 +188,7 @@ class ListRuntime(ABC, Generic[Batch]):
             tensor = step.outputs[stage, microbatch].detach()
         else:
             tensor = step.gradients.pop((stage - 1, microbatch))
-        step.sends.append(self._peers().isend(tensor.contiguous(), peer, _TAGS[op[-1]]))
+        step.sends.append((entry, self._peers().isend(tensor.contiguous(), peer, _TAGS[op[-1]])))
 
     def _receive(self, step: Step[Batch], entry: Instruction) -> None:
         op, stage, microbatch, peer, _ = entry

@@ -30,6 +30,7 @@ from train.outcome import StepTimes
 from train.pipeline.exchange import Combined, HeadExchange
 from train.pipeline.instructions import SEND, Instruction, PipelineSchedule
 from train.pipeline.runtime import ListRuntime, Place, Step, final_places
+from train.pipeline.trace import Recorder
 
 __all__ = ["PipelineRuntime", "bucket_counts"]
 
@@ -120,8 +121,27 @@ class PipelineRuntime(ListRuntime[Packed]):
         begin = time.perf_counter()
         for reducer in self.all_reducers():
             reducer.finalize()
-        step.times.exposed += time.perf_counter() - begin
+        end = time.perf_counter()
+        step.times.exposed += end - begin
+        if self.recorder is not None:
+            self._record_buckets(self.recorder, begin, end)
         return 0.0 if step.loss is None else float(step.loss)
+
+    def _record_buckets(self, recorder: Recorder, begin: float, end: float) -> None:
+        """The engine works on a rank's buckets one after the other, for as long as it says."""
+        launches = sorted(
+            (at, f"REDUCE {name}/{bucket}", seconds)
+            for name, reducer in [*self.reducers.items(), ("table", self.shared)]
+            if reducer is not None
+            for bucket, (at, seconds) in enumerate(reducer.launches())
+        )
+        free = 0.0
+        for at, name, seconds in launches:
+            start = max(at, free)
+            free = min(start + seconds, max(end, start))
+            recorder.add("buckets", name, start, free)
+        if self.reducers:
+            recorder.add("waits", "buckets", begin, end)
 
     def all_reducers(self) -> list[Reducer]:
         """In the order in which they are finalized, which is the same in all replicas."""
@@ -158,7 +178,7 @@ class PipelineRuntime(ListRuntime[Packed]):
 
     def _backward(self, step: _Step, entry: Instruction) -> None:  # type: ignore[override]
         _, stage, microbatch, *_ = entry
-        final = self._is_final(entry) and stage in self.reducers
+        final = self._is_final(entry)
         if final:
             self._release_behind(stage)
         with self._accumulating(complete=stage if final else None):
@@ -184,15 +204,15 @@ class PipelineRuntime(ListRuntime[Packed]):
     def _weight_gradients(self, step: _Step, entry: Instruction) -> None:  # type: ignore[override]
         _, stage, microbatch, *_ = entry
         queue = step.queues.pop((stage, microbatch))
-        reducer = self.reducers.get(stage)
-        if reducer is None or not self._is_final(entry):
+        if not self._is_final(entry):
             queue.run()
             return
         self._release_behind(stage)
-        left = dict.fromkeys(reducer.parameters)
+        reducer = self.reducers.get(stage)
+        left = dict.fromkeys(() if reducer is None else reducer.parameters)
 
         def complete(parameter: Tensor) -> None:
-            if parameter in left:  # else it is of the shared table
+            if reducer is not None and parameter in left:  # else it is of the shared table
                 del left[parameter]
                 reducer.ready(parameter)
 
@@ -228,7 +248,7 @@ class PipelineRuntime(ListRuntime[Packed]):
 
     def _score(self, step: _Step, entry: Instruction) -> None:  # type: ignore[override]
         work, hidden = step.hidden.pop(entry.microbatch)
-        step.wait(work)
+        step.wait(work, f"HEAD_X{entry.stage}.{entry.microbatch}")
         step.scored[entry.microbatch] = self._shard.score(hidden, step.batches[entry.microbatch].targets)
 
     def _combine(self, step: _Step, entry: Instruction) -> None:  # type: ignore[override]
@@ -238,13 +258,13 @@ class PipelineRuntime(ListRuntime[Packed]):
         combined = self._exchange.combine(scored.statistics, scored.part, mine)
         step.combined[entry.microbatch] = combined
         if not self._exchange.at_root:
-            step.sends += combined.works
+            step.sends += [(entry, work) for work in combined.works]
 
     def _states_gradient(self, step: _Step, microbatch: int) -> Tensor:
         """What HEAD_C brings the last stage; the loss comes with it."""
         combined = step.combined[microbatch]
         for work in (combined.work, *combined.works):
-            step.wait(work)
+            step.wait(work, f"HEAD_C{self.schedule.head}.{microbatch}")
         step.add_loss(self._shard.loss(combined.every))
         parts = [(self._shards[rank], part) for rank, part in combined.parts]
         combined.parts.clear()
@@ -256,7 +276,7 @@ class PipelineRuntime(ListRuntime[Packed]):
 
     def _shard_gradients(self, step: _Step, entry: Instruction) -> None:  # type: ignore[override]
         combined, scored = step.combined[entry.microbatch], step.scored.pop(entry.microbatch)
-        step.wait(combined.work)
+        step.wait(combined.work, f"HEAD_C{entry.stage}.{entry.microbatch}")
         if not combined.parts:  # else the last stage's backward has yet to take them
             del step.combined[entry.microbatch]
         with self._accumulating():
@@ -289,8 +309,8 @@ class PipelineRuntime(ListRuntime[Packed]):
     # -- buckets ---------------------------------------------------------------------------------------------
 
     def _reduce(self, step: Step[Packed], entry: Instruction) -> None:
-        if entry.stage not in self.reducers:
-            raise ScheduleError(f"{entry}: stage {entry.stage} has no reducer")
+        if not self.reducers and self.shared is None:
+            raise ScheduleError(f"{entry}: there are no reducers")
         found = self._bucket(entry)
         if found is None:  # another rank has more of this stage
             return
@@ -300,10 +320,10 @@ class PipelineRuntime(ListRuntime[Packed]):
             raise ScheduleError(f"{entry}: not all gradients of the bucket are complete")
 
     def _bucket(self, entry: Instruction) -> tuple[Reducer, int] | None:
-        own = self.reducers[entry.stage]
-        if entry.bucket < len(own.layouts):
+        own = self.reducers.get(entry.stage)
+        if own is not None and entry.bucket < len(own.layouts):
             return own, entry.bucket
-        rest = entry.bucket - len(own.layouts)
+        rest = entry.bucket - (0 if own is None else len(own.layouts))
         if self.shared is not None and entry.stage == self._shared_stage and rest < len(self.shared.layouts):
             return self.shared, rest
         return None

@@ -172,7 +172,7 @@ def test_control_a_bucket_reduced_one_op_early_is_noticed() -> None:
 def test_a_bucket_without_a_reducer_is_told() -> None:
     reduced = lower(make_schedule("1f1b", 1, 1), buckets=1)
     runtime = PipelineRuntime(reduced, 0, {0: WHOLE})
-    with pytest.raises(ScheduleError, match="REDUCE0/0: stage 0 has no reducer"):
+    with pytest.raises(ScheduleError, match="REDUCE0/0: there are no reducers"):
         runtime.step([pack([], [])])
 
 

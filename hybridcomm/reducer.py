@@ -96,7 +96,6 @@ class Reducer:
         self._flats = [setup.flat_buffer(ctx, layout, device) for layout in self.layouts]
         self._regions: dict[int, RegionsByOp] = {}  # by bucket, where its residual lies
         self._works: list[WorkLike] = []
-        self._launch_times: list[float] = []
         self._running = False
         self._held, self._released = False, 0
         self._place: dict[str, tuple[int, torch.Tensor]] = {}
@@ -189,7 +188,7 @@ class Reducer:
 
     def launches(self) -> list[tuple[float, float]]:
         """Of each bucket of the latest step: when it was launched (``time.perf_counter``), s that the engine took."""
-        return [(at, work.seconds) for at, work in zip(self._launch_times, self._works, strict=True)]
+        return [(work.begun, work.seconds) for work in self._works]
 
     @property
     def parameters(self) -> Sequence[torch.nn.Parameter]:
@@ -212,27 +211,12 @@ class Reducer:
 
     def _begin(self) -> None:
         self._guard.begin(self._was_skipped)
-        self._scale = self._unit()
+        self._scale = setup.loss_scale(self._scaler, self.schedules, self.ctx.rank)
         for bucket, flat in zip(self._buckets, self._flats, strict=True):
             bucket.reset()
             flat[bucket.layout.used :].zero_()  # a skipped step may have left NaN in the padding
         self._works.clear()
-        self._launch_times.clear()
         self._running = True
-
-    def _unit(self) -> float:
-        """The loss scale to take out of the gradients: residuals are kept in unscaled units."""
-        if self._scaler is None or not self._scaler.is_enabled():
-            return 1.0
-        if not any(schedule.codecs for schedule in self.schedules):
-            return 1.0
-        scale = float(self._scaler.get_scale())
-        if scale <= 0 or float.hex(scale).partition("p")[0] != "0x1.0000000000000":
-            raise UnsupportedError(
-                f"rank {self.ctx.rank}: loss scale {scale} is no power of two, so dividing by it "
-                "would round; use a power of two as init_scale, growth_factor=2.0 and backoff_factor=0.5"
-            )
-        return scale
 
     def _launch_ready(self) -> None:
         """Launches full buckets in index order; a gap, or one that is held back, stops it until that is over."""
@@ -242,7 +226,6 @@ class Reducer:
             if bucket.state is not BucketState.READY:
                 return
             bucket.advance(BucketState.IN_FLIGHT)
-            self._launch_times.append(time.perf_counter())
             self._works.append(self._launch(bucket.layout))
 
     def _launch(self, layout: BucketLayout) -> Any:

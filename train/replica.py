@@ -31,10 +31,11 @@ from train.batch import Packed
 from train.errors import ConfigError
 from train.mesh import Coordinates, Mesh
 from train.outcome import StepTimes
+from train.pipeline.buckets import bucket_counts
 from train.pipeline.exchange import HeadExchange
 from train.pipeline.instructions import PipelineSchedule
 from train.pipeline.passes import add_reduce
-from train.pipeline.stages import PipelineRuntime, bucket_counts
+from train.pipeline.stages import PipelineRuntime
 from train.pipeline.trace import Recorder, TimedGroup
 
 __all__ = ["ModelSpec", "Replica"]

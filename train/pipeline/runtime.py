@@ -28,7 +28,7 @@ from train.outcome import StepTimes
 from train.pipeline.instructions import COMPUTE, FORWARD, Instruction, PipelineSchedule
 from train.pipeline.trace import Recorder, TimedGroup
 
-__all__ = ["ListRuntime", "Place", "Step", "final_places"]
+__all__ = ["ListRuntime", "Place", "Step"]
 
 _TAGS = {"F": 0, "I": 1}
 Place = tuple[int, int]  # stage, microbatch
@@ -70,11 +70,6 @@ class Step(Generic[Batch]):
         return found[1]
 
 
-def final_places(entries: Sequence[Instruction]) -> dict[int, int]:
-    """By stage, where in a rank's list its gradients become complete."""
-    return {entry.stage: place for place, entry in enumerate(entries) if entry.op in ("W", "B", "HEAD_T")}
-
-
 class ListRuntime(ABC, Generic[Batch]):
     """One rank of a pipeline; ``group`` are the pipeline's ranks in their order (None for one rank alone).
 
@@ -93,7 +88,6 @@ class ListRuntime(ABC, Generic[Batch]):
         self.schedule, self.rank = schedule, rank
         self._group = group
         self.list = schedule.lists[rank]
-        self.final = final_places(self.list)
         self._ops = {
             "F": self._forward,
             "I": self._input_gradient,

@@ -4,13 +4,11 @@ F        the stage's input -> its output (the last stage: the loss); the graph s
 I, W     the gradient of the input; later the weights' (put off by `model.weight_gradients`)
 B        both at once
 HEAD_*   a shard of the items (`model.head`): scored, combined, its gradients; the last stage's output is what is scored
-REDUCE   a bucket of the stage is launched. One that directly follows the stage's last W, B or HEAD_T goes as soon as
-         its gradients are complete, while that still computes the others'
+REDUCE   a bucket of the stage is launched (`train.pipeline.buckets`)
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -27,30 +25,12 @@ from model.weight_gradients import WeightGradients
 from train.batch import Packed
 from train.errors import ScheduleError
 from train.outcome import StepTimes
+from train.pipeline.buckets import Buckets
 from train.pipeline.exchange import Combined, HeadExchange
-from train.pipeline.instructions import SEND, Instruction, PipelineSchedule
-from train.pipeline.runtime import ListRuntime, Place, Step, final_places
-from train.pipeline.trace import Recorder
+from train.pipeline.instructions import Instruction, PipelineSchedule
+from train.pipeline.runtime import ListRuntime, Place, Step
 
-__all__ = ["PipelineRuntime", "bucket_counts"]
-
-
-def bucket_counts(
-    schedule: PipelineSchedule, rank: int, reducers: Mapping[int, Reducer], shared: Reducer | None
-) -> list[int]:
-    """How many buckets a rank has of each stage, and of its shard of a split head: what REDUCE is to launch."""
-    counts = [0] * (schedule.stages + schedule.split_head)
-    for stage, reducer in reducers.items():
-        counts[stage] = len(reducer.layouts)
-    if shared is not None:
-        counts[shared_stage(schedule, rank)] += len(shared.layouts)
-    return counts
-
-
-def shared_stage(schedule: PipelineSchedule, rank: int) -> int:
-    """First or last stage: which of them is done later. Where they share a table, its gradient is complete then."""
-    final = final_places(schedule.lists[rank])
-    return max((0, schedule.last), key=lambda stage: final.get(stage, -1))
+__all__ = ["PipelineRuntime"]
 
 
 @dataclass(kw_only=True)
@@ -103,10 +83,7 @@ class PipelineRuntime(ListRuntime[Packed]):
                 "exchange where there is one, and only there"
             )
         self.stages, self.head, self.exchange = dict(stages), head, exchange
-        self.reducers, self.shared = dict(reducers or {}), shared
-        self._shared_stage = shared_stage(schedule, rank)
-        for reducer in self.all_reducers() if schedule.buckets else ():
-            reducer.hold()
+        self.buckets = Buckets(schedule, rank, reducers or {}, shared)
 
     def step(self, batches: Sequence[Packed], scale: float = 1.0, times: StepTimes | None = None) -> float:
         """Forward and backward of all microbatches: gradients of ``scale`` times the sum of losses are added to .grad.
@@ -118,35 +95,12 @@ class PipelineRuntime(ListRuntime[Packed]):
         """
         step = _Step(batches=batches, scale=scale, times=StepTimes() if times is None else times)
         self.run(step)
-        begin = time.perf_counter()
-        for reducer in self.all_reducers():
-            reducer.finalize()
-        end = time.perf_counter()
-        step.times.exposed += end - begin
-        if self.recorder is not None:
-            self._record_buckets(self.recorder, begin, end)
+        step.times.exposed += self.buckets.finalize(self.recorder)
         return 0.0 if step.loss is None else float(step.loss)
-
-    def _record_buckets(self, recorder: Recorder, begin: float, end: float) -> None:
-        """The engine works on a rank's buckets one after the other, for as long as it says."""
-        launches = sorted(
-            (at, f"REDUCE {name}/{bucket}", seconds)
-            for name, reducer in [*self.reducers.items(), ("table", self.shared)]
-            if reducer is not None
-            for bucket, (at, seconds) in enumerate(reducer.launches())
-        )
-        free = 0.0
-        for at, name, seconds in launches:
-            start = max(at, free)
-            free = min(start + seconds, max(end, start))
-            recorder.add("buckets", name, start, free)
-        if self.reducers:
-            recorder.add("waits", "buckets", begin, end)
 
     def all_reducers(self) -> list[Reducer]:
         """In the order in which they are finalized, which is the same in all replicas."""
-        shared = [] if self.shared is None else [self.shared]
-        return [*(self.reducers[stage] for stage in sorted(self.reducers, reverse=True)), *shared]
+        return self.buckets.all()
 
     def room(self, batch: Packed, stage: int) -> Tensor:
         module = next(iter(self.stages.values()))  # the residual stream is as wide everywhere
@@ -178,13 +132,13 @@ class PipelineRuntime(ListRuntime[Packed]):
 
     def _backward(self, step: _Step, entry: Instruction) -> None:  # type: ignore[override]
         _, stage, microbatch, *_ = entry
-        final = self._is_final(entry)
+        final = self.buckets.is_final(entry)
         if final:
-            self._release_behind(stage)
+            self.buckets.release_behind(stage)
         with self._accumulating(complete=stage if final else None):
             self._run_backward(step, stage, microbatch)
         if final:
-            self._shared_ready(stage)
+            self.buckets.shared_ready(stage)
 
     def _run_backward(self, step: _Step, stage: int, microbatch: int) -> None:
         place = (stage, microbatch)
@@ -204,11 +158,11 @@ class PipelineRuntime(ListRuntime[Packed]):
     def _weight_gradients(self, step: _Step, entry: Instruction) -> None:  # type: ignore[override]
         _, stage, microbatch, *_ = entry
         queue = step.queues.pop((stage, microbatch))
-        if not self._is_final(entry):
+        if not self.buckets.is_final(entry):
             queue.run()
             return
-        self._release_behind(stage)
-        reducer = self.reducers.get(stage)
+        self.buckets.release_behind(stage)
+        reducer = self.buckets.reducers.get(stage)
         left = dict.fromkeys(() if reducer is None else reducer.parameters)
 
         def complete(parameter: Tensor) -> None:
@@ -219,21 +173,17 @@ class PipelineRuntime(ListRuntime[Packed]):
         queue.run(complete)
         for parameter in tuple(left):  # norms: theirs was complete with the last I
             complete(parameter)
-        self._shared_ready(stage)
-
-    def _is_final(self, entry: Instruction) -> bool:
-        """Whether the stage's gradients are complete behind it."""
-        return self.list[self.final[entry.stage]] == entry
+        self.buckets.shared_ready(stage)
 
     @contextmanager
     def _accumulating(self, complete: int | None = None) -> Iterator[None]:
         """Around a backward: gradients are added up, and complete at most for one stage."""
         with ExitStack() as stack:
-            for stage, reducer in self.reducers.items():
+            for stage, reducer in self.buckets.reducers.items():
                 if stage != complete:
                     stack.enter_context(reducer.no_sync())
-            if self.shared is not None:
-                stack.enter_context(self.shared.no_sync())
+            if self.buckets.shared is not None:
+                stack.enter_context(self.buckets.shared.no_sync())
             yield
 
     # -- the split head --------------------------------------------------------------------------------------
@@ -281,9 +231,9 @@ class PipelineRuntime(ListRuntime[Packed]):
             del step.combined[entry.microbatch]
         with self._accumulating():
             self._shard.accumulate(scored, combined.every, step.scale)
-        reducer = self.reducers.get(entry.stage)
-        if reducer is not None and self._is_final(entry):
-            self._release_behind(entry.stage)
+        reducer = self.buckets.reducers.get(entry.stage)
+        if reducer is not None and self.buckets.is_final(entry):
+            self.buckets.release_behind(entry.stage)
             for parameter in reducer.parameters:
                 reducer.ready(parameter)
 
@@ -306,39 +256,5 @@ class PipelineRuntime(ListRuntime[Packed]):
         first = self._shard.items.tp.rank - self._exchange.pipeline.rank
         return range(first, first + size)
 
-    # -- buckets ---------------------------------------------------------------------------------------------
-
     def _reduce(self, step: Step[Packed], entry: Instruction) -> None:
-        if not self.reducers and self.shared is None:
-            raise ScheduleError(f"{entry}: there are no reducers")
-        found = self._bucket(entry)
-        if found is None:  # another rank has more of this stage
-            return
-        reducer, bucket = found
-        reducer.release(bucket + 1)
-        if not reducer.launched(bucket):
-            raise ScheduleError(f"{entry}: not all gradients of the bucket are complete")
-
-    def _bucket(self, entry: Instruction) -> tuple[Reducer, int] | None:
-        own = self.reducers.get(entry.stage)
-        if own is not None and entry.bucket < len(own.layouts):
-            return own, entry.bucket
-        rest = entry.bucket - (0 if own is None else len(own.layouts))
-        if self.shared is not None and entry.stage == self._shared_stage and rest < len(self.shared.layouts):
-            return self.shared, rest
-        return None
-
-    def _release_behind(self, stage: int) -> None:
-        """Lets those buckets go that are to be launched right behind the stage's last computation."""
-        place = self.final[stage] + 1
-        while place < len(self.list) and self.list[place].op in (*SEND, "REDUCE"):
-            entry = self.list[place]
-            found = self._bucket(entry) if entry.op == "REDUCE" and entry.stage == stage else None
-            if found is not None:
-                found[0].release(found[1] + 1)
-            place += 1
-
-    def _shared_ready(self, stage: int) -> None:
-        if self.shared is not None and stage == self._shared_stage:
-            for parameter in self.shared.parameters:
-                self.shared.ready(parameter)
+        self.buckets.launch(entry)

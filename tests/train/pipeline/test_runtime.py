@@ -30,8 +30,9 @@ from train.pipeline import (
     lower,
     make_schedule,
 )
+from train.pipeline.buckets import bucket_counts
 from train.pipeline.emulated import EmulatedRuntime
-from train.pipeline.stages import PipelineRuntime, bucket_counts
+from train.pipeline.stages import PipelineRuntime
 
 WHOLE = Recommender(ModelConfig(dim=4, layers=1, heads=1, hidden=4), 5)
 

@@ -20,10 +20,10 @@ from typing import Any
 
 from hybridcomm import _C
 from hybridcomm.errors import BootstrapError, TopologyError
-from hybridcomm.store import C10dStore, DirectoryStore, Store
+from hybridcomm.store import C10dStore, DirectoryStore, PrefixStore, Store
 from hybridcomm.topology import Topology
 
-__all__ = ["Membership", "World", "find_world", "join"]
+__all__ = ["Membership", "World", "find_world", "join", "join_node"]
 
 _WIRE_VERSION = 3
 
@@ -43,6 +43,8 @@ class Membership:
 
     topology: Topology
     engine: _C.Engine
+    crowded: bool = False
+    """Whether the machine has more ranks than cores, so that who waits does not spin."""
 
 
 def find_world(
@@ -121,20 +123,42 @@ def _rendezvous(rank: int, world_size: int, timeout: float, where: str) -> Any:
         ) from error
 
 
+def join_node(
+    world: World, topology: Topology, *, chunk_nbytes: int, timeout: float, single_copy: bool, crowded: bool
+) -> Membership:
+    """Meets the ranks of this one's node once more, under names of their own in the store; they need no port."""
+    node = topology.nodes[topology.node_of(world.rank)]
+    store = None if len(node) == 1 or world.store is None else PrefixStore(world.store, f"node{node[0]}")
+    return join(
+        World(rank=topology.local_rank(world.rank), world_size=len(node), store=store),
+        topology=Topology.virtual(1, len(node)),
+        chunk_nbytes=chunk_nbytes,
+        timeout=timeout,
+        single_copy=single_copy,
+        crowded=crowded,
+        port=0,  # nobody dials it; the job's own may be taken by the context that this one stands beside
+    )
+
+
 def join(
-    world: World, *, topology: Topology | None, chunk_nbytes: int, timeout: float, single_copy: bool = True
+    world: World,
+    *,
+    topology: Topology | None,
+    chunk_nbytes: int,
+    timeout: float,
+    single_copy: bool = True,
+    crowded: bool | None = None,
+    port: int | None = None,
 ) -> Membership:
     """Meets the other ranks and connects to those this rank will work with; ``timeout`` in s.
 
-    Raises `BootstrapError` naming the ranks that never came, `TopologyError` where ranks disagree.
+    ``crowded``: None looks whether those who meet have a core each; ``port``: None asks the environment. Raises
+    `BootstrapError` naming the ranks that never came, `TopologyError` where ranks disagree.
     """
     if world.store is None:
         return _alone(topology, chunk_nbytes, timeout)
     host = _own_address()
-    port = _from_env("HYBRIDCOMM_PORT") or 0
-    if not 0 <= port < 1 << 16:
-        raise BootstrapError(f"HYBRIDCOMM_PORT={port}: must be between 0 (any free port) and 65535")
-    listener = _C.Listener(host, port)
+    listener = _C.Listener(host, _own_port() if port is None else port)
     generation = world.store.count(f"generation/{world.rank}")
     prefix = f"init{generation}"  # every init() of a process meets under a name of its own
     if world.rank == 0:
@@ -156,6 +180,8 @@ def join(
     machine, own_node = entry["machine"], agreed.nodes[agreed.node_of(world.rank)]
     endpoints = {peer: (peer, e["host"], e["port"]) for peer, e in enumerate(entries) if peer not in own_node}
     first = _peers(agreed, world.rank)
+    if crowded is None:
+        crowded = sum(e["machine"] == machine for e in entries) > len(os.sched_getaffinity(0))
     engine = _C.Engine(
         rank=world.rank,
         local_ranks=list(own_node),
@@ -167,10 +193,10 @@ def join(
         slot_nbytes=chunk_nbytes,
         timeout_s=timeout,
         single_copy=single_copy,
-        crowded=sum(e["machine"] == machine for e in entries) > len(os.sched_getaffinity(0)),
+        crowded=crowded,
         listener=listener,
     )
-    return Membership(topology=agreed, engine=engine)
+    return Membership(topology=agreed, engine=engine, crowded=crowded)
 
 
 def _alone(topology: Topology | None, chunk_nbytes: int, timeout: float) -> Membership:
@@ -300,6 +326,13 @@ def _own_address() -> str:
         raise BootstrapError(
             f"no route to MASTER_ADDR={master}: {error}; set HYBRIDCOMM_HOST to this node's address"
         ) from error
+
+
+def _own_port() -> int:
+    port = _from_env("HYBRIDCOMM_PORT") or 0
+    if not 0 <= port < 1 << 16:
+        raise BootstrapError(f"HYBRIDCOMM_PORT={port}: must be between 0 (any free port) and 65535")
+    return port
 
 
 def _interface_address(name: str) -> str:

@@ -35,6 +35,8 @@ class Context(Grouping):
         super().__init__(rank=rank, topology=topology, engine=engine, chunk_nbytes=chunk_nbytes)
         self.timeout = timeout
         self._store: Any = None
+        self._crowded = False
+        self._single_copy = True
         self._closer = weakref.finalize(self, engine.close)  # also at interpreter exit
 
     @classmethod
@@ -58,6 +60,18 @@ class Context(Grouping):
         member = bootstrap.join(
             world, topology=topology, chunk_nbytes=chunk_nbytes, timeout=timeout, single_copy=single_copy
         )
+        return cls._made(world, member, timeout=timeout, chunk_nbytes=chunk_nbytes, single_copy=single_copy)
+
+    @classmethod
+    def _made(
+        cls,
+        world: bootstrap.World,
+        member: bootstrap.Membership,
+        *,
+        timeout: float,
+        chunk_nbytes: int,
+        single_copy: bool,
+    ) -> Context:
         context = cls(
             rank=world.rank,
             topology=member.topology,
@@ -66,8 +80,35 @@ class Context(Grouping):
             chunk_nbytes=chunk_nbytes,
         )
         context._store = world.store  # the rank that hosts a store must not end it while others still read
+        context._crowded, context._single_copy = member.crowded, single_copy
         context.barrier()
         return context
+
+    def connect_node(self) -> Context:
+        """A context of its own of the ranks on this rank's node, in their order; all of them call it.
+
+        Its collectives stand in a queue of their own: they do not wait behind those of this context, nor of its
+        groups. It costs a progress thread and staging memory per rank, and no connections. Close it before this one.
+        """
+        world = bootstrap.World(rank=self.rank, world_size=self.world_size, store=self._store)
+        member = bootstrap.join_node(
+            world,
+            self.topology,
+            chunk_nbytes=self.chunk_nbytes,
+            timeout=self.timeout,
+            single_copy=self._single_copy,
+            crowded=self._crowded,
+        )
+        local = bootstrap.World(
+            rank=self.topology.local_rank(self.rank), world_size=member.topology.world_size, store=self._store
+        )
+        return self._made(
+            local,
+            member,
+            timeout=self.timeout,
+            chunk_nbytes=self.chunk_nbytes,
+            single_copy=self._single_copy,
+        )
 
     def reach(self) -> dict[int, str]:
         """How this rank gets at private tensors of the node's other ranks: "single_copy" (process_vm_readv),

@@ -97,6 +97,7 @@ class Reducer:
         self._regions: dict[int, RegionsByOp] = {}  # by bucket, where its residual lies
         self._works: list[WorkLike] = []
         self._running = False
+        self._held, self._released = False, 0
         self._place: dict[str, tuple[int, torch.Tensor]] = {}
         for layout, flat in zip(self.layouts, self._flats, strict=True):
             for span in layout.spans:
@@ -171,9 +172,23 @@ class Reducer:
         """
         self._on_ready(self._names[parameter], parameter)
 
+    def hold(self) -> None:
+        """From now on buckets are launched in the steps' own order: full ones wait for `release` too."""
+        self._held = True
+
+    def release(self, count: int) -> None:
+        """The step's first ``count`` buckets may go: at once if they are full, else as soon as they are."""
+        self._released = max(self._released, count)
+        if self._running:
+            self._launch_ready()
+
     def launched(self, bucket: int) -> bool:
         """Whether the all-reduce of this step's bucket has been started."""
         return self._running and bucket < len(self._works)
+
+    def launches(self) -> list[tuple[float, float]]:
+        """Of each bucket of the latest step: when it was launched (``time.perf_counter``), s that the engine took."""
+        return [(work.begun, work.seconds) for work in self._works]
 
     @property
     def parameters(self) -> Sequence[torch.nn.Parameter]:
@@ -196,30 +211,17 @@ class Reducer:
 
     def _begin(self) -> None:
         self._guard.begin(self._was_skipped)
-        self._scale = self._unit()
+        self._scale = setup.loss_scale(self._scaler, self.schedules, self.ctx.rank)
         for bucket, flat in zip(self._buckets, self._flats, strict=True):
             bucket.reset()
             flat[bucket.layout.used :].zero_()  # a skipped step may have left NaN in the padding
         self._works.clear()
         self._running = True
 
-    def _unit(self) -> float:
-        """The loss scale to take out of the gradients: residuals are kept in unscaled units."""
-        if self._scaler is None or not self._scaler.is_enabled():
-            return 1.0
-        if not any(schedule.codecs for schedule in self.schedules):
-            return 1.0
-        scale = float(self._scaler.get_scale())
-        if scale <= 0 or float.hex(scale).partition("p")[0] != "0x1.0000000000000":
-            raise UnsupportedError(
-                f"rank {self.ctx.rank}: loss scale {scale} is no power of two, so dividing by it "
-                "would round; use a power of two as init_scale, growth_factor=2.0 and backoff_factor=0.5"
-            )
-        return scale
-
     def _launch_ready(self) -> None:
-        """Launches full buckets in index order; a gap stops it until the gap is filled."""
-        while len(self._works) < len(self._buckets):
+        """Launches full buckets in index order; a gap, or one that is held back, stops it until that is over."""
+        end = min(self._released, len(self._buckets)) if self._held else len(self._buckets)
+        while len(self._works) < end:
             bucket = self._buckets[len(self._works)]
             if bucket.state is not BucketState.READY:
                 return
@@ -268,6 +270,11 @@ class Reducer:
             )
         try:
             self._fill_unused()
+            if len(self._works) < len(self._buckets):
+                raise HybridCommError(
+                    f"rank {self.ctx.rank}: buckets {len(self._works)}..{len(self._buckets) - 1} are held back; "
+                    "call release() for them before finalize()"
+                )
             exposed, wire = 0.0, 0
             for bucket, flat, work in zip(self._buckets, self._flats, self._works, strict=True):
                 begin = time.perf_counter()
@@ -280,7 +287,7 @@ class Reducer:
         except BaseException:
             self._abandon()
             raise
-        self._running = False
+        self._running, self._released = False, 0
         self._guard.reduced()
         self._steps += 1
         self.exposed_seconds, self._wire = exposed, wire
@@ -329,7 +336,7 @@ class Reducer:
             except HybridCommError:
                 continue  # the first error is already on its way to the caller
         self._works.clear()
-        self._running = False
+        self._running, self._released = False, 0
         self._guard.rollback()
 
     # -- around the optimizer step -------------------------------------------------------

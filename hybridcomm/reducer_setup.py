@@ -18,6 +18,8 @@ from hybridcomm.errors import DataTypeError, PlanMismatchError, UnsupportedError
 from hybridcomm.schedule import Schedule
 
 if TYPE_CHECKING:
+    from torch.amp.grad_scaler import GradScaler
+
     from hybridcomm.plan import Region
     from hybridcomm.residual import Residual
     from hybridcomm.topology import Topology
@@ -51,6 +53,12 @@ class WorkLike(Protocol):
 
     @property
     def wire_nbytes(self) -> int: ...
+
+    @property
+    def seconds(self) -> float: ...
+
+    @property
+    def begun(self) -> float: ...
 
 
 class ContextLike(Protocol):
@@ -253,3 +261,16 @@ def sync_parameters(ctx: ContextLike, module: torch.nn.Module) -> None:
             ctx.broadcast(flat, 0)
             if flat.data_ptr() != tensor.data_ptr():
                 tensor.copy_(flat.view(tensor.shape))
+
+
+def loss_scale(scaler: GradScaler | None, schedules: Sequence[Schedule], rank: int) -> float:
+    """The loss scale to take out of the gradients: residuals are kept in unscaled units."""
+    if scaler is None or not scaler.is_enabled() or not any(schedule.codecs for schedule in schedules):
+        return 1.0
+    scale = float(scaler.get_scale())
+    if scale <= 0 or float.hex(scale).partition("p")[0] != "0x1.0000000000000":
+        raise UnsupportedError(
+            f"rank {rank}: loss scale {scale} is no power of two, so dividing by it "
+            "would round; use a power of two as init_scale, growth_factor=2.0 and backoff_factor=0.5"
+        )
+    return scale

@@ -13,7 +13,7 @@ from hybridcomm.errors import BootstrapError
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store as TorchStore
 
-__all__ = ["C10dStore", "DirectoryStore", "Store"]
+__all__ = ["C10dStore", "DirectoryStore", "PrefixStore", "Store"]
 
 
 class Store(Protocol):
@@ -64,6 +64,22 @@ class DirectoryStore:
         value = int(file.read_bytes()) + 1 if file.exists() else 1
         self.set(key, str(value).encode())
         return value
+
+
+class PrefixStore:
+    """A part of another store, whose keys begin with ``prefix``."""
+
+    def __init__(self, store: Store, prefix: str) -> None:
+        self._store, self._prefix = store, prefix
+
+    def set(self, key: str, value: bytes) -> None:
+        self._store.set(f"{self._prefix}/{key}", value)
+
+    def get(self, key: str, timeout: float) -> bytes:
+        return self._store.get(f"{self._prefix}/{key}", timeout)
+
+    def count(self, key: str) -> int:
+        return self._store.count(f"{self._prefix}/{key}")
 
 
 class C10dStore:

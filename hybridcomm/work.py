@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ class Work:
         self, work: _C.Work, tensors: Sequence[Array], *, finish: Callable[[], None] | None = None
     ) -> None:
         self._work, self._tensors, self._finish = work, tensors, finish
+        self.begun = time.perf_counter()  # when it was queued
         self._lock = threading.Lock()
 
     def wait(self, timeout: float | None = None) -> bool:

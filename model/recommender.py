@@ -24,10 +24,26 @@ from model.linear import Linear
 from model.parts import Part
 from model.ranking import target_ranks
 from model.sharding import draw_whole
-from model.tensor_parallel import ALONE, GATHER, TensorParallel, through
+from model.tensor_parallel import ALONE, COPY, GATHER, TensorParallel, through
 from model.vocab import ItemTable, embed, item_loss
 
-__all__ = ["Recommender"]
+__all__ = ["Recommender", "draw_seed", "draw_unit"]
+
+
+def draw_seed() -> int:
+    """What a model's weights are drawn from; taken from torch's generator."""
+    return int(torch.randint(2**40, ()))
+
+
+def draw_unit(unit: nn.Module, seed: int, std: float, *, rank: int) -> None:
+    """Draws the linear weights of a block or table from N(0, std^2), and a table's rows."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if isinstance(unit, ItemTable):
+            unit.draw(std)
+        for layer in unit.modules():
+            if isinstance(layer, Linear):
+                draw_whole(layer, "weight", lambda whole: nn.init.normal_(whole, std=std), rank=rank)
 
 
 class Recommender(nn.Module):
@@ -36,7 +52,8 @@ class Recommender(nn.Module):
     ``text_features`` is a frozen fp32 tensor [items, features] or None. It is a buffer that checkpoints
     leave out: it is a pure function of the data. Sequences of several users may share a row: ``segments``
     tells them apart. ``tp``: the ranks that share each layer. ``part``: the whole by default; a part that neither
-    embeds nor (tied) scores has no item table.
+    embeds nor (tied) scores has no item table. ``split_head``: items are scored elsewhere (`model.head`); the last part
+    ends with the states that are to be scored.
     """
 
     def __init__(
@@ -47,23 +64,23 @@ class Recommender(nn.Module):
         *,
         part: Part | None = None,
         tp: TensorParallel = ALONE,
+        split_head: bool = False,
     ) -> None:
         super().__init__()
-        seed = int(
-            torch.randint(2**40, ())
-        )  # before layers are made, which draw too: as many as the part has
+        seed = draw_seed()  # before layers are made, which draw too: as many as the part has
+        self.split_head = split_head
         self.config, self.num_items, self.tp = config, num_items, tp
         self.part = Part.whole(config.layers) if part is None else part
         self.part.check(config.layers)
         features = text_features if config.text else None
         self.table = self.head = None
-        if self.part.embeds or (self.part.scores and config.tied):
+        if self.part.embeds or (self.part.scores and config.tied and not split_head):
             self.table = ItemTable(num_items, config.dim, features=features, tp=tp)
         self.embedding_dropout = Dropout(config.dropout, tp=tp, split=tp.sequence)
         self.blocks = nn.ModuleDict({str(layer): Block(config, tp=tp) for layer in self.part.layers})
         if self.part.scores:
             self.final_norm = RMSNorm(config.dim, tp=tp)
-            if not config.tied:
+            if not config.tied and not split_head:
                 self.head = ItemTable(num_items, config.dim, tp=tp)
         self.reset_parameters(seed)
 
@@ -73,17 +90,9 @@ class Recommender(nn.Module):
         The constructor takes ``seed`` from the global torch generator; seed that first.
         """
         units = [(0, self.table), (1, self.head), *((2 + int(k), block) for k, block in self.blocks.items())]
-        with torch.random.fork_rng(devices=[]):
-            for number, unit in units:
-                torch.manual_seed(seed * 4096 + number)
-                if isinstance(unit, ItemTable):
-                    unit.draw(self.config.init_std)
-                for layer in unit.modules() if unit is not None else ():
-                    if isinstance(layer, Linear):
-                        draw_whole(layer, "weight", self._draw, rank=self.tp.rank)
-
-    def _draw(self, whole: Tensor) -> None:
-        nn.init.normal_(whole, std=self.config.init_std)
+        for number, unit in units:
+            if unit is not None:
+                draw_unit(unit, seed * 4096 + number, self.config.init_std, rank=self.tp.rank)
 
     def forward(
         self,
@@ -100,7 +109,7 @@ class Recommender(nn.Module):
         Between parts go vectors [B, T, D]; under sequence parallelism this rank's tokens of them, [n, D]. ``picks`` is
         int64 [N], indices into the B * T tokens. The last part returns with ``targets`` [N] the sum over the picked
         tokens of the cross-entropy over all items, in nats, equal on all ranks; without them the scores of the
-        items that this rank's table has, [N, rows].
+        items that this rank's table has, [N, rows]. With a split head it returns the picked tokens' states, [N, D].
 
         A sum and not a mean: the caller divides once by the global number of predictions, so that the gradient of a
         ragged batch over any number of ranks is that of one process (a mean of means is not).
@@ -109,6 +118,8 @@ class Recommender(nn.Module):
         if not self.part.scores:
             return x
         hidden = self._final(x, segments.numel(), picks)
+        if self.split_head:  # each rank's gradient is of its own shards: summed here, as GATHER does
+            return hidden if self.tp.sequence else through(hidden, COPY, self.tp)
         table, rows = self._scoring(rows)
         if targets is None:
             return hidden @ rows.T

@@ -21,7 +21,7 @@ from torch import Tensor
 from model.tensor_parallel import COPY, TensorParallel, without_autocast
 from model.weight_gradients import Deferring
 
-__all__ = ["TILE", "Columns", "Tile", "Tiles", "log_sums"]
+__all__ = ["TILE", "Columns", "Tile", "Tiles", "fold", "join", "log_sums", "table_gradient"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,20 +93,7 @@ class _LogSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, table: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
         with without_autocast(hidden):
-            tiles = Tiles(hidden, table, columns.count, columns.tile)
-            stats = hidden.new_zeros(3, len(hidden), dtype=tiles.dtype)
-            stats[0] = torch.finfo(tiles.dtype).min
-            for rows, block in tiles.blocks():
-                peak, total, _ = (row[rows] for row in stats)
-                for part, _, scores in tiles.of(block):
-                    _adjust(scores, columns, rows, part)
-                    higher = torch.maximum(peak, scores.amax(1))
-                    scores.sub_(higher[:, None]).exp_()
-                    total.mul_((peak - higher).exp_()).add_(scores.sum(1))
-                    peak.copy_(higher)
-            own, places = columns.own, columns.places
-            stats[2, own] = (hidden[own].to(tiles.dtype) * table[places].to(tiles.dtype)).sum(1)
-            log_sum, target = _joined(stats, columns.tp)
+            log_sum, target = _joined(fold(hidden, table, columns), columns.tp)
             ctx.save_for_backward(hidden, table, log_sum)
             ctx.columns, ctx.leaf = columns, table if table.is_leaf else None
             return log_sum, target
@@ -125,6 +112,38 @@ class _LogSums(torch.autograd.Function):
         if table_needed and queue is not None:
             queue.put(ctx.leaf, lambda: again(of_hidden=False, of_table=True)[1])
         return None if hidden_grad is None else hidden_grad.to(ctx.saved_tensors[0].dtype), table_grad, None
+
+
+def fold(hidden: Tensor, table: Tensor, columns: Columns, mean: Tensor | None = None) -> Tensor:
+    """This rank's statistics of the states, [3, N]: largest score, sum of exponentials below it, target's score.
+
+    ``mean`` [N, D], zeros of the tiles' dtype, gets the sum of table rows, each times the exponential of its score
+    below the largest: the hidden state's gradient by the log of this rank's sum alone, but for its scale.
+    """
+    tiles = Tiles(hidden, table, columns.count, columns.tile)
+    stats = hidden.new_zeros(3, len(hidden), dtype=tiles.dtype)
+    stats[0] = torch.finfo(tiles.dtype).min
+    for rows, block in tiles.blocks():
+        peak, total, _ = (row[rows] for row in stats)
+        for part, table_rows, scores in tiles.of(block):
+            _adjust(scores, columns, rows, part)
+            higher = torch.maximum(peak, scores.amax(1))
+            scores.sub_(higher[:, None]).exp_()
+            total.mul_((peak - higher).exp_()).add_(scores.sum(1))
+            if mean is not None:
+                mean[rows].mul_((peak - higher).exp_()[:, None]).addmm_(scores, table_rows)
+            peak.copy_(higher)
+    own, places = columns.own, columns.places
+    stats[2, own] = (hidden[own].to(tiles.dtype) * table[places].to(tiles.dtype)).sum(1)
+    return stats
+
+
+def table_gradient(hidden: Tensor, table: Tensor, columns: Columns, log_sum: Tensor, scale: float) -> Tensor:
+    """Of this rank's table, for ``scale`` times the sum of the cross-entropies; ``log_sum`` [N] of all ranks."""
+    by = torch.full_like(log_sum, scale)
+    found = _gradients(hidden, table, log_sum, columns, (by, -by), of_hidden=False, of_table=True)[1]
+    assert found is not None  # noqa: S101 (it was asked for)
+    return found
 
 
 def _gradients(
@@ -176,7 +195,12 @@ def _joined(stats: Tensor, tp: TensorParallel) -> tuple[Tensor, Tensor]:
     every = stats[None] if tp.group is None else stats.new_empty(tp.size, *stats.shape)
     if tp.group is not None:
         tp.group.all_gather(every, stats)
+    return join(every)
+
+
+def join(every: Tensor) -> tuple[Tensor, Tensor]:
+    """(log of the sum, target score) [N] over all ranks' statistics, [ranks, 3, N] as of `fold`."""
     peaks, totals, targets = every.unbind(1)
     peak = peaks.amax(0)
     log_sum = peak + (totals * (peaks - peak).exp()).sum(0).log()
-    return log_sum.clamp(min=torch.finfo(stats.dtype).min), targets.sum(0)
+    return log_sum.clamp(min=torch.finfo(every.dtype).min), targets.sum(0)

@@ -24,14 +24,24 @@ __all__ = ["ItemTable", "Items", "Negatives", "draw_negatives", "embed", "item_l
 
 @dataclass(frozen=True, kw_only=True)
 class Items:
-    """``count`` items, split over the ranks of ``tp``: this one has those from ``begin`` to ``end``."""
+    """``count`` items, split over the ranks of ``tp``: this one has those from ``begin`` to ``end``.
+
+    ``sizes``: how many each rank has, where that is not `balanced`.
+    """
 
     count: int
     tp: TensorParallel = ALONE
+    sizes: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.sizes is not None and (len(self.sizes), sum(self.sizes)) != (self.tp.size, self.count):
+            raise UnsupportedError(
+                f"{self.count} items on {self.tp.size} ranks are not split as {self.sizes}"
+            )
 
     @property
     def sharding(self) -> Sharding:
-        return Sharding(dim=0, sizes=self.tp.sizes(self.count))
+        return Sharding(dim=0, sizes=self.sizes or self.tp.sizes(self.count))
 
     @property
     def begin(self) -> int:
@@ -62,19 +72,26 @@ class ItemTable(Deferring):
     """Vectors of this rank's items: an embedding, plus a projection of their frozen text features, if any.
 
     ``features`` fp32 [items, F] are those of all items; the rank keeps its rows, in a buffer that checkpoints leave
-    out. Calling it gives [rows, D].
+    out. Calling it gives [rows, D]. ``items``: another split than over ``tp``; the projection's gradient is to be
+    summed over ``tp`` all the same.
     """
 
     features: Tensor | None
 
     def __init__(
-        self, count: int, dim: int, *, features: Tensor | None = None, tp: TensorParallel = ALONE
+        self,
+        count: int,
+        dim: int,
+        *,
+        features: Tensor | None = None,
+        tp: TensorParallel = ALONE,
+        items: Items | None = None,
     ) -> None:
         super().__init__()
-        self.items = Items(count=count, tp=tp)
+        self.items = Items(count=count, tp=tp) if items is None else items
         self.sharding = {"embedding": self.items.sharding}
         self.embedding = nn.Parameter(torch.empty(self.items.end - self.items.begin, dim))
-        own = None if features is None else self.items.sharding.take(features, tp.rank)
+        own = None if features is None else self.items.sharding.take(features, self.items.tp.rank)
         self.register_buffer("features", own, persistent=False)
         if own is not None:
             self.text_projection = Linear(own.shape[1], dim, tp=tp, summed=True)

@@ -49,13 +49,15 @@ def connect_each(
     timeout: float = TIMEOUT_S,
     chunk_nbytes: int = policy.MAX_CHUNK_NBYTES,
     single_copy: bool = True,
+    directory: str | None = None,
 ) -> list[Any]:
-    """One context per rank, or the error that rank got instead."""
-    with tempfile.TemporaryDirectory(prefix="hybridcomm-test-") as directory:
+    """One context per rank, or the error that rank got instead; they meet in ``directory`` (None: one that is gone)."""
+    with tempfile.TemporaryDirectory(prefix="hybridcomm-test-") as passing:
+        store = directory or passing
         return each_rank(
             lambda rank: Context.connect(
                 topology,
-                store=DirectoryStore(directory),
+                store=DirectoryStore(store),
                 rank=rank,
                 world_size=topology.world_size,
                 timeout=timeout,
@@ -77,12 +79,13 @@ def make_engine_contexts(topology: Topology, **options: Any) -> list[Any]:
 
 @contextmanager
 def engine_contexts(topology: Topology, **options: Any) -> Iterator[list[Any]]:
-    """As `make_engine_contexts`, closed at the end."""
-    contexts = make_engine_contexts(topology, **options)
-    try:
-        yield contexts
-    finally:
-        close_all(contexts)
+    """As `make_engine_contexts`, closed at the end; until then ranks can meet again."""
+    with tempfile.TemporaryDirectory(prefix="hybridcomm-test-") as directory:
+        contexts = make_engine_contexts(topology, directory=directory, **options)
+        try:
+            yield contexts
+        finally:
+            close_all(contexts)
 
 
 def close_all(contexts: Sequence[Any]) -> None:

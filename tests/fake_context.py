@@ -59,7 +59,7 @@ class FakeWork:
     def __init__(self, world: FakeWorld, call: _Call, rank: int, tensor: Any) -> None:
         self._world, self._call, self._rank, self._tensor = world, call, rank, tensor
         self.wire_nbytes = 0
-        self.seconds = 0.0
+        self.seconds = self.begun = 0.0
 
     def wait(self) -> None:
         if not self._call.done.wait(self._world.timeout):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from model.recommender import Recommender
 from train.batch import Packed
 from train.outcome import StepTimes
+from train.profile import RankTrace
 from train.replica import ModelSpec
 
 __all__ = ["Backend", "LastGradient", "WholeModel"]
@@ -47,6 +48,13 @@ class Backend(ABC):
 
         ``batches`` are the replica's microbatches. Adds to ``times``; returns the replica's sum of losses.
         """
+
+    def optimized(self, begin: float, end: float) -> None:  # noqa: B027
+        """The optimizer was at work between these times (``time.perf_counter``)."""
+
+    def traces(self) -> list[RankTrace]:
+        """The latest steps of all ranks, on rank 0; elsewhere, and where nothing is traced, none. All ranks call it."""
+        return []
 
     @abstractmethod
     def gradient_norm(self) -> Tensor:

@@ -24,6 +24,7 @@ from train.errors import TrainError
 from train.mesh import Mesh
 from train.outcome import StepTimes
 from train.pipeline import PipelineSchedule, check, lower, make_schedule
+from train.profile import RankTrace, gather
 from train.replica import ModelSpec, Replica
 from train.stage_costs import relative_costs
 
@@ -40,6 +41,8 @@ class HybridBackend(Backend):
         self.mesh = Mesh.over(self.context.topology, pp=config.pp, tp=config.tp, outer=config.outer)
         self.replica, self.replicas = self.mesh.at(self.rank).dp, self.mesh.dp
         self._replicas = self.mesh.group("dp", self.context)
+        # Layers wait for their collectives: those must not stand in one queue with buckets, for which nobody waits yet.
+        self._node = self.context.connect_node() if self.mesh.tp > 1 else None
 
     def build(self, spec: ModelSpec) -> Sequence[nn.Parameter]:
         self.schedule = self._schedule()
@@ -52,19 +55,24 @@ class HybridBackend(Backend):
             mesh=self.mesh,
             ctx=self.context,
             make_reducer=self._make_reducer,
+            node=self._node,
             sequence=self._config.sequence,
         )
+        self.schedule = self._replica.schedule
+        check(self.schedule)
         return self._replica.parameters()
 
     def _schedule(self) -> PipelineSchedule:
         config = self._config
         schedule = make_schedule(config.pipeline, config.pp, config.pieces, chunks=config.chunks)
-        lowered = lower(schedule)
+        lowered = lower(schedule, head=config.split_head)
         check(lowered)
         return lowered
 
     def _parts(self, spec: ModelSpec, stages: int) -> tuple[Part, ...]:
         embedding, head = relative_costs(spec)
+        if self._config.split_head:
+            head = 0.0  # shared out over all ranks, whatever else they have
         return split(spec.config.layers, stages, embedding=embedding, head=head)
 
     def _agree(self) -> None:
@@ -97,6 +105,13 @@ class HybridBackend(Backend):
 
     def step(self, batches: Sequence[Packed], scale: float, times: StepTimes) -> float:
         return self._replica.step(batches, scale, times)
+
+    def optimized(self, begin: float, end: float) -> None:
+        self._replica.recorder.add("instructions", "optimizer", begin, end)
+
+    def traces(self) -> list[RankTrace]:
+        pipelines = [self.mesh.along("pp", rank) for rank in range(self.world_size)]
+        return gather(self.context, self._replica.recorder.steps, pipelines)
 
     def gradient_norm(self) -> Tensor:
         return self._replica.gradient_norm()
@@ -146,6 +161,9 @@ class HybridBackend(Backend):
                 f"stage {stage} on pp {holder}: {part}"
                 for stage, (holder, part) in enumerate(zip(self.schedule.placement, self.parts, strict=True))
             ]
+            if self._replica.head is not None:
+                sizes = self._replica.head.items.sharding.sizes
+                lines.append(f"items in shards of {', '.join(map(str, sizes))}, over pp within tp")
         if self.replicas == 1:
             lines.append(
                 f"one replica: no gradients are averaged, so --compress {self._config.compress} has no effect"
@@ -154,6 +172,8 @@ class HybridBackend(Backend):
         return "\n".join(lines)
 
     def close(self) -> None:
+        if self._node is not None:
+            self._node.close()
         hybridcomm.shutdown()
 
     def _reducers(self) -> list[hybridcomm.Reducer]:

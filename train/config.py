@@ -75,6 +75,7 @@ class TrainConfig(BaseModel):
         "auto", description="Of the pipeline: gpipe, 1f1b, interleaved, zb-h1, zbv, dualpipev; auto: zbv."
     )
     chunks: int | None = Field(None, ge=1, description="Stages per rank, of an interleaved schedule.")
+    split_head: bool = Field(False, description="Split the items that are scored over all pipeline ranks.")
     microbatches: int | None = Field(
         None, ge=1, description="Per optimizer step and replica (default: 1, with a pipeline 2 per rank)."
     )
@@ -91,6 +92,10 @@ class TrainConfig(BaseModel):
         "topk:0.01", description="Between nodes: none, topk:RATIO, int8, auto, ..., or none,topk:RATIO@STEP."
     )
     text_features: int = Field(256, ge=1, description="Width of the text features, for data with item text.")
+    profile: bool = Field(
+        False,
+        description="Write the last step's timeline: profile.json (Perfetto), timeline.png, timeline.svg.",
+    )
     threads: int = Field(1, ge=1, description="Compute threads per rank.")
     run_dir: Path | None = Field(
         None, description="Where metrics.jsonl and config.json go (default: runs/TIME)."
@@ -132,6 +137,10 @@ class TrainConfig(BaseModel):
             raise ValueError("--schedule and --chunks act on a pipeline: pass --pp too")
         if self.chunks is not None and self.schedule != "interleaved":
             raise ValueError("--chunks acts on --schedule interleaved only")
+        if self.split_head and self.pp == 1:
+            raise ValueError("--split-head shares out the items over pipeline ranks: pass --pp too")
+        if self.profile and self.comm == "ddp":
+            raise ValueError("--profile draws what --comm hybridcomm runs; DDP has no list of instructions")
         if self.sequence and self.tp == 1:
             raise ValueError("--sequence splits tokens over tensor-parallel ranks: pass --tp too")
         if self.nodes > self.nproc:

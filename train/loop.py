@@ -99,7 +99,9 @@ class Trainer:
         self._loss += (loss, sum(len(batch.targets) for batch in batches))
         begin = time.perf_counter()
         self._apply()
-        self.outcome.times.optimizer += time.perf_counter() - begin
+        end = time.perf_counter()
+        self.outcome.times.optimizer += end - begin
+        backend.optimized(begin, end)
 
     def _apply(self) -> None:
         """Optimizer step, or none at all on any rank when a gradient is not finite: all ranks hold the

@@ -103,6 +103,11 @@ class Mesh:
         """This rank's group along ``axis``, in which its rank is its place; no communication."""
         return ctx.group(self.along(axis, ctx.rank))
 
+    def tensor_group(self, ctx: Grouping, node: Grouping | None = None) -> Group:
+        """This rank's group along tp; over ``node``, where the node's ranks have a context of their own."""
+        ranks = self.along("tp", ctx.rank)
+        return ctx.group(ranks) if node is None else node.group([*map(self.topology.local_rank, ranks)])
+
     def table(self) -> str:
         """Text: a line per rank with its node and its places; which links each axis uses."""
         lines = [f"{'rank':>6} {'node':>5} " + " ".join(f"{axis:>4}" for axis in AXES)]

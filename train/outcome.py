@@ -14,11 +14,13 @@ class StepTimes:
     """Seconds summed over steps, of one rank; backward without the exposed communication at its end.
 
     ``waiting``: for other stages of the pipeline, in bubbles or because a message took longer than computation.
+    ``tensor``: for the ranks that share layers. ``exposed``: for buckets, and what is summed behind them.
     """
 
     forward: float = 0.0
     backward: float = 0.0
     waiting: float = 0.0
+    tensor: float = 0.0
     exposed: float = 0.0
     optimizer: float = 0.0
     other: float = 0.0
@@ -27,7 +29,7 @@ class StepTimes:
     @property
     def known(self) -> float:
         """All but ``other``."""
-        return self.forward + self.backward + self.waiting + self.exposed + self.optimizer
+        return self.forward + self.backward + self.waiting + self.tensor + self.exposed + self.optimizer
 
 
 @dataclass(kw_only=True)

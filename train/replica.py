@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,17 +20,23 @@ from torch import Tensor, nn
 from hybridcomm.groups import Group, Grouping
 from hybridcomm.reducer import Reducer
 from model.config import ModelConfig
+from model.head import HeadShard
 from model.parts import Part
+from model.ranking import target_ranks
 from model.recommender import Recommender
-from model.sharding import shardings
+from model.sharding import balanced, shardings
 from model.tensor_parallel import TensorParallel, sum_partial_gradients
-from model.vocab import ItemTable
+from model.vocab import Items, ItemTable
 from train.batch import Packed
 from train.errors import ConfigError
-from train.mesh import Mesh
+from train.mesh import Coordinates, Mesh
 from train.outcome import StepTimes
+from train.pipeline.buckets import bucket_counts
+from train.pipeline.exchange import HeadExchange
 from train.pipeline.instructions import PipelineSchedule
+from train.pipeline.passes import add_reduce
 from train.pipeline.stages import PipelineRuntime
+from train.pipeline.trace import Recorder, TimedGroup
 
 __all__ = ["ModelSpec", "Replica"]
 
@@ -45,12 +52,17 @@ class ModelSpec:
     dtype: torch.dtype = torch.float32
 
 
+_TIE_TAG = 3  # beside the pipeline's F, I and the head's parts
+
+
 class Replica:
     """One rank of a replica of the model.
 
-    ``schedule`` is lowered, for ``mesh.pp`` ranks; ``parts[stage]`` say how the model is cut into its stages.
+    ``schedule`` is lowered for ``mesh.pp`` ranks, but for its buckets: REDUCE is added here, where they are known.
+    ``parts[stage]`` say how the model is cut into its stages.
     ``make_reducer(module, group)`` averages a stage's gradients over the dp axis, which is only asked for where there
-    is more than one replica.
+    is more than one replica. ``node``: a context of the node's ranks alone, in whose queue the layers' collectives
+    stand; without one they stand behind the buckets in that of ``ctx``.
     """
 
     def __init__(
@@ -62,6 +74,7 @@ class Replica:
         mesh: Mesh,
         ctx: Grouping,
         make_reducer: Callable[[nn.Module, Grouping], Reducer],
+        node: Grouping | None = None,
         sequence: bool = False,
     ) -> None:
         if len(parts) != schedule.stages or schedule.ranks != mesh.pp:
@@ -69,40 +82,89 @@ class Replica:
                 f"schedule {schedule.name} has {schedule.stages} stages on {schedule.ranks} ranks; the model was cut "
                 f"into {len(parts)}, and the mesh has pp {mesh.pp}"
             )
+        if schedule.split_head and (mesh.pp == 1 or (mesh.tp > 1 and node is None)):
+            raise ConfigError(
+                "a split head needs a pipeline, and with tp a context of the node's own: in one queue layers would "
+                "wait for hidden states that are only made behind them"
+            )
         self.mesh, self.schedule, self.parts = mesh, schedule, tuple(parts)
         self.place = mesh.at(ctx.rank)
-        self.tp = TensorParallel(group=mesh.group("tp", ctx) if mesh.tp > 1 else None, sequence=sequence)
+        self.recorder = Recorder()
+        self._layers = TimedGroup(mesh.tensor_group(ctx, node), self.recorder) if mesh.tp > 1 else None
+        self.tp = TensorParallel(group=cast("Grouping | None", self._layers), sequence=sequence)
         self._pipeline = mesh.group("pp", ctx) if mesh.pp > 1 else None
         self._model = ctx.group(mesh.replica(ctx.rank)) if mesh.pp * mesh.tp > 1 else None
         self.stages = {stage: self._make(spec, parts[stage]) for stage in schedule.stages_of(self.place.pp)}
+        self.head = self._make_head(spec, ctx) if schedule.split_head else None
         self._tie = self._share_table(spec)
         self.module = nn.ModuleDict({str(stage): module for stage, module in self.stages.items()})
+        if self.head is not None:
+            self.module["head"] = self.head
         self.reducers: dict[int, Reducer] = {}
         shared = None
         if mesh.dp > 1:
             replicas, table = mesh.group("dp", ctx), self._shared_table()
             for stage, module in self.stages.items():
                 own = {name: child for name, child in module.named_children() if child is not table}
-                self.reducers[stage] = make_reducer(nn.ModuleDict(own), replicas)
+                if any(
+                    True for child in own.values() for _ in child.parameters()
+                ):  # else all it has is the shared table
+                    self.reducers[stage] = make_reducer(nn.ModuleDict(own), replicas)
             shared = None if table is None else make_reducer(nn.ModuleDict({"table": table}), replicas)
+            if self.head is not None:
+                self.reducers[schedule.head] = make_reducer(self.head, replicas)
+            self.schedule = self._with_buckets(shared, ctx)
         self.runtime = PipelineRuntime(
-            schedule,
+            self.schedule,
             self.place.pp,
             self.stages,
             group=self._pipeline,
+            head=self.head,
+            exchange=self._exchange(),
             reducers=self.reducers,
             shared=shared,
         )
+        self.runtime.recorder, self.runtime.layers = self.recorder, self._layers
 
     def _make(self, spec: ModelSpec, part: Part) -> Recommender:
         torch.manual_seed(spec.seed)
-        return Recommender(spec.config, spec.num_items, spec.features, part=part, tp=self.tp).to(spec.dtype)
+        return Recommender(
+            spec.config, spec.num_items, spec.features,
+            part=part, tp=self.tp, split_head=self.schedule.split_head,
+        ).to(spec.dtype)  # fmt: skip
+
+    def _make_head(self, spec: ModelSpec, ctx: Grouping) -> HeadShard:
+        """Items over pp x tp: each tp rank's range, as of the first stage's table, is shared out over the pipeline."""
+        sizes = tuple(size for own in self.tp.sizes(spec.num_items) for size in balanced(own, self.mesh.pp))
+        places = (
+            Coordinates(dp=self.place.dp, pp=pp, tp=tp)
+            for tp in range(self.mesh.tp)
+            for pp in range(self.mesh.pp)
+        )
+        shards = TensorParallel(group=ctx.group([self.mesh.rank(place) for place in places]))
+        torch.manual_seed(spec.seed)
+        items = Items(count=spec.num_items, tp=shards, sizes=sizes)
+        return HeadShard(spec.config, spec.features, items=items, tp=self.tp).to(spec.dtype)
+
+    def _exchange(self) -> HeadExchange | None:
+        shards = None if self.head is None else self.head.items.tp.group
+        if shards is None or self._pipeline is None:
+            return None
+        return HeadExchange(self._pipeline, shards, self.schedule.placement[-1])
+
+    def _with_buckets(self, shared: Reducer | None, ctx: Grouping) -> PipelineSchedule:
+        """All ranks' lists with REDUCE: as many of each stage as the rank has that has most of its buckets."""
+        counts = np.array(bucket_counts(self.schedule, self.place.pp, self.reducers, shared), dtype=np.int64)
+        ctx.allreduce(counts, op="max")
+        return add_reduce(self.schedule, counts.tolist())
 
     def _share_table(self, spec: ModelSpec) -> Group | None:
         """One table where first and last stage are both here; else the group of the two ranks that have a copy."""
         first, last = self.schedule.placement[0], self.schedule.placement[-1]
         if not spec.config.tied or self.schedule.stages == 1 or self.place.pp not in (first, last):
             return None
+        if self.head is not None:
+            return None  # all ranks have copies: `_sum_shards`
         if first == last:
             self.stages[self.schedule.last].table = self.stages[0].table
             return None
@@ -120,16 +182,22 @@ class Replica:
         multiplied by before backward; reducers divide by the number of replicas.
         """
         times = StepTimes() if times is None else times
+        self.recorder.begin()
         loss = self.runtime.step(batches, scale, times)
-        begin = time.perf_counter()
+        begin, shared = time.perf_counter(), 0.0 if self._layers is None else self._layers.seconds
         if self._tie is not None:
             self._sum_copies(self._tie)
+        if self.head is not None and self.head.tied and self._pipeline is not None:
+            self._sum_shards(self.head.table, self._pipeline)
         sum_partial_gradients(self.module, self.tp)
         if self._pipeline is not None:
             total = torch.tensor([loss], dtype=torch.float64)
             self._pipeline.broadcast(total, self.schedule.placement[-1])
             loss = float(total)
-        times.exposed += time.perf_counter() - begin
+        end, shared = time.perf_counter(), 0.0 if self._layers is None else self._layers.seconds - shared
+        times.tensor += shared
+        times.exposed += end - begin - shared
+        self.recorder.add("waits", "copies", begin, end)
         return loss
 
     @torch.no_grad()
@@ -145,14 +213,19 @@ class Replica:
             if stage > 0 and placement[stage - 1] != me:
                 x = self.runtime.room(batch, stage - 1)
                 self._pipeline.recv(x, placement[stage - 1])
-            if stage == self.schedule.last:
+            if stage == self.schedule.last and self.head is None:
                 ranks = module.target_ranks(batch.inputs, batch.targets, histories, x)
                 break
             x = module(*batch.inputs, None, x)
-            if placement[stage + 1] != me:
+            if stage < self.schedule.last and placement[stage + 1] != me:
                 sends.append(self._pipeline.isend(x.contiguous(), placement[stage + 1]))
         for work in sends:
             work.wait()
+        if self.head is not None and self._pipeline is not None:
+            rows = self.head.table()
+            hidden = x if placement[-1] == me else rows.new_empty(len(batch.picks), rows.shape[1])
+            self._pipeline.broadcast(hidden, placement[-1])
+            return target_ranks(hidden, rows, batch.targets, self.head.items, histories=histories)
         if self._pipeline is not None:
             self._pipeline.broadcast(ranks, placement[-1])
         return ranks
@@ -176,8 +249,12 @@ class Replica:
         return square.sqrt()[0]
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """This rank's, under the names that the whole model has."""
-        return {name: p for module in self.stages.values() for name, p in module.named_parameters()}
+        """This rank's, under the names that the whole model has; without its copies of a tied table's rows."""
+        return {name: p for named in self._named_modules() for name, p in named.named_parameters()}
+
+    def _named_modules(self) -> list[nn.Module]:
+        own = self.head is not None and not self.head.tied
+        return [*self.stages.values(), *([nn.ModuleDict({"head": self.head.table})] if own else [])]
 
     def parameters(self) -> list[nn.Parameter]:
         """This rank's, each once, in the order of stages."""
@@ -185,16 +262,52 @@ class Replica:
 
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's shares under the names that the whole model has; one table where it is shared."""
-        return {name: value for module in self.stages.values() for name, value in module.state_dict().items()}
+        return {name: value for named in self._named_modules() for name, value in named.state_dict().items()}
 
     def shares(self) -> set[str]:
         """Names of the parameters of which each tp rank has a share of its own."""
-        return {name for module in self.stages.values() for name in shardings(module)}
+        return {name for named in self._named_modules() for name in shardings(named)}
 
     def _sum_copies(self, pair: Group) -> None:
         here = 0 if self.place.pp == self.schedule.placement[0] else self.schedule.last
         table = self.stages[here].table
         for parameter in table.parameters() if table is not None else ():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            pair.allreduce(parameter.grad)
+            pair.allreduce(gradient_of(parameter))
+
+    def _sum_shards(self, own: ItemTable, pipeline: Group) -> None:
+        """Of a tied table: rows that are scored on this rank are embedded on the first stage's, in a copy of their own.
+
+        Both ranks send their gradient of these rows and add the other's: the same two numbers, so the same bits.
+        """
+        first, me = self.schedule.placement[0], self.place.pp
+        table = self.stages[0].table if me == first else None
+        sizes = balanced(self.tp.sizes(own.items.count)[self.tp.rank], pipeline.world_size)
+        grads = [gradient_of(own.embedding)]
+        if table is not None:
+            grads = list(gradient_of(table.embedding).split(list(sizes)))
+            mine = grads[me].clone()
+            grads[me] += gradient_of(own.embedding)
+            gradient_of(own.embedding).add_(mine)
+        peers = [first] if table is None else [rank for rank in range(pipeline.world_size) if rank != me]
+        works, rooms = [], []
+        for peer in peers:
+            grad = grads[0] if table is None else grads[peer]
+            rooms.append((grad, torch.empty_like(grad)))
+            works += [pipeline.isend(grad, peer, _TIE_TAG), pipeline.irecv(rooms[-1][1], peer, _TIE_TAG)]
+        for work in works:
+            work.wait()
+        for grad, room in rooms:
+            grad.add_(room)
+        if own.features is not None:
+            copies = [own.text_projection.weight] + ([] if table is None else [table.text_projection.weight])
+            total = torch.stack([gradient_of(copy) for copy in copies]).sum(0)
+            pipeline.allreduce(total)
+            for copy in copies:
+                gradient_of(copy).copy_(total)
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    """``.grad``, made of zeros where there is none."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad

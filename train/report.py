@@ -121,7 +121,7 @@ def summary(
     assert test is not None  # noqa: S101 (run() has ended)
     shares = {
         name: getattr(times, name)
-        for name in ("forward", "backward", "waiting", "exposed", "optimizer", "other")
+        for name in ("forward", "backward", "waiting", "tensor", "exposed", "optimizer", "other")
     }
     return {
         "loss": outcome.loss,
@@ -158,8 +158,12 @@ def final_table(values: dict[str, Any]) -> Table:
         f"{1e3 * values['step_seconds']:.1f} ms/step",
     )
     table.add_row("between nodes", *_wire(values))
-    names = ("forward", "backward", "waiting", "exposed", "optimizer", "other")
-    labels = {"waiting": "waiting for stages", "exposed": "exposed communication"}
+    names = ("forward", "backward", "waiting", "tensor", "exposed", "optimizer", "other")
+    labels = {
+        "waiting": "waiting for stages",
+        "tensor": "waiting for shares of layers",
+        "exposed": "exposed communication",
+    }
     shares = ", ".join(f"{labels.get(name, name)} {100 * values[f'{name}_share']:.0f} %" for name in names)
     table.add_row("step time", shares, f"{values['steps']} steps, {values['skipped_steps']} skipped")
     return table

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from train.backend import Backend
+    from train.report import Reporter
 
 __all__ = ["main", "train"]
 
@@ -82,6 +83,7 @@ def train(config: TrainConfig) -> int:
         )  # fmt: skip
         reporter.line(_describe(config, data, sum(p.numel() for p in parameters)))
         outcome = trainer.run()
+        _tell_steps(config, backend, reporter, run_dir)
         popular = popularity_scores(data, split)
         popularity = evaluate_scores(
             lambda histories: popular.expand(len(histories), -1), data, split, which="test",
@@ -96,6 +98,25 @@ def train(config: TrainConfig) -> int:
         reporter.close()
     backend.close()
     return 0
+
+
+def _tell_steps(config: TrainConfig, backend: Backend, reporter: Reporter, run_dir: Path) -> None:
+    """Where the last steps went; with --profile the timeline of the very last."""
+    from train.breakdown import breakdown_table
+    from train.profile import write
+
+    traces = backend.traces()
+    if not traces:
+        return
+    table, rows = breakdown_table(traces)
+    reporter.console.print(table)
+    for trace, row in zip(traces, rows, strict=True):
+        reporter.event("step_times", rank=trace.rank, clock_error_s=trace.error, **row)
+    if config.profile:
+        title = f"{config.pipeline}, tp {config.tp} x pp {config.pp} x dp {backend.replicas}"
+        facts = {"schedule": config.pipeline, "tp": config.tp, "pp": config.pp, "dp": backend.replicas}
+        paths = write(traces, run_dir, title, facts)
+        reporter.line(f"timeline of the last step: {', '.join(map(str, paths))}")
 
 
 def _connect(config: TrainConfig) -> Backend:

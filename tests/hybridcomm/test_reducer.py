@@ -318,3 +318,41 @@ def test_stats_count_and_table_tells_what_is_active(make_contexts: MakeContexts)
                 assert float(table.splitlines()[2].split()[-1]) > 100
             else:
                 assert stats.wire_nbytes == 0
+
+
+# -- buckets that are held back --------------------------------------------------------------------------------
+
+
+def test_held_buckets_are_launched_when_they_are_released(make_contexts: MakeContexts) -> None:
+    def rank(ctx: Any) -> nn.Module:
+        model = ExactNet()
+        reducer = Reducer(model, ctx=ctx, bucket_cap_mb=SMALL_MB)
+        reducer.hold()
+        for _ in range(2):
+            model.zero_grad()
+            reducer.release(1)  # before it is full: goes in backward
+            model.loss(ctx.rank, 0).backward()
+            assert [reducer.launched(bucket) for bucket in range(3)] == [True, False, False]
+            reducer.release(2)
+            assert [reducer.launched(bucket) for bucket in range(3)] == [True, True, False]
+            reducer.release(len(reducer.layouts))
+            reducer.finalize()
+            reducer.commit()
+        return model
+
+    for model in run_ranks(rank, make_contexts(NAMED["2x2"])):
+        assert_equal(model, local_gradients(4, [0]))
+
+
+def test_a_step_that_ends_with_held_buckets_is_told(make_contexts: MakeContexts) -> None:
+    def rank(ctx: Any) -> None:
+        model = ExactNet()
+        reducer = Reducer(model, ctx=ctx, bucket_cap_mb=SMALL_MB)
+        reducer.hold()
+        reducer.release(1)
+        model.loss(ctx.rank, 0).backward()
+        with pytest.raises(HybridCommError, match=r"buckets 1\.\.\d are held back; call release"):
+            reducer.finalize()
+        assert not reducer.launched(0)
+
+    run_ranks(rank, make_contexts(NAMED["1x4"]))

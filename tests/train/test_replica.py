@@ -12,11 +12,17 @@ import torch
 from torch import Tensor
 
 from hybridcomm.context import Context
+from hybridcomm.groups import Grouping
 from hybridcomm.reducer import Reducer
 from hybridcomm.topology import Topology
+from model import head as head_module
+from model import scores
 from model.config import ModelConfig
+from model.head import HeadShard
 from model.parts import Part, split
+from model.ranking import NotFiniteError
 from model.recommender import Recommender
+from model.scores import Columns
 from model.sharding import shardings
 from model.tensor_parallel import TensorParallel
 from tests.engine_ranks import engine_contexts
@@ -24,6 +30,7 @@ from tests.ranks import run_ranks
 from tests.train.shape import FakeGroup
 from train import replica as replica_module
 from train.batch import Packed, pack, rank_share
+from train.errors import ConfigError
 from train.mesh import Mesh
 from train.pipeline import SCHEDULES, check, lower, make_schedule
 from train.replica import ModelSpec, Replica
@@ -39,6 +46,10 @@ class ThreadReplica(Replica):
     def _make(self, spec: ModelSpec, part: Part) -> Recommender:
         with BUILDING:
             return super()._make(spec, part)
+
+    def _make_head(self, spec: ModelSpec, ctx: Grouping) -> HeadShard:
+        with BUILDING:
+            return super()._make_head(spec, ctx)
 
 
 def spec(
@@ -91,17 +102,19 @@ def train(
     count: int = MICROBATCHES,
     chunks: int | None = None,
     sequence: bool = False,
+    head: bool = False,
     lr: float = 0.1,
 ) -> Outcome:
     """SGD over a few steps: losses per prediction, and this rank's shares of the last gradients and weights."""
+    node = ctx.connect_node() if tp > 1 else None
     mesh = Mesh.over(ctx.topology, pp=pp, tp=tp, outer=outer)  # type: ignore[arg-type]
-    lowered = lower(make_schedule(schedule, pp, count, chunks=chunks), buckets=int(mesh.dp > 1))
-    check(lowered)
-    parts = split(model.config.layers, lowered.stages, head=1.5)
+    lowered = lower(make_schedule(schedule, pp, count, chunks=chunks), head=head)
+    parts = split(model.config.layers, lowered.stages, head=0.0 if head else 1.5)
     replica = ThreadReplica(
-        model, parts, lowered, mesh=mesh, ctx=ctx, sequence=sequence,
+        model, parts, lowered, mesh=mesh, ctx=ctx, node=node, sequence=sequence,
         make_reducer=lambda module, group: Reducer(module, ctx=group, sync_parameters=False),
     )  # fmt: skip
+    check(replica.schedule)
     optimizer = torch.optim.SGD(replica.parameters(), lr=lr)
     for reducer in replica.runtime.all_reducers():
         reducer.attach(optimizer)
@@ -117,10 +130,13 @@ def train(
         optimizer.step()
     named, batch = replica.named_parameters(), microbatches(99, 0, 1, 1)[0]
     nothing = [np.zeros(0, np.int64)] * len(batch.targets)
+    ranks = replica.target_ranks(batch, nothing).tolist()
+    if node is not None:
+        node.close()
     return Outcome(
         losses=tuple(losses),
         norms=tuple(norms),
-        ranks=tuple(replica.target_ranks(batch, nothing).tolist()),
+        ranks=tuple(ranks),
         gradients={name: p.grad.clone() for name, p in named.items() if p.grad is not None},
         weights={name: p.detach().clone() for name, p in named.items()},
     )
@@ -136,8 +152,16 @@ def whole(outcomes: Sequence[Outcome], model: ModelSpec, mesh: Mesh) -> dict[str
         shares = [outcomes[rank].weights for rank in mesh.along("tp", stage_rank)]
         for name, own in shares[0].items():
             split_name = split_names.get(name)
-            out[name] = own if split_name is None else split_name.join([share[name] for share in shares])
-    return out
+            if name != "head.embedding":
+                out[name] = own if split_name is None else split_name.join([share[name] for share in shares])
+    # A table that is only scored: in ranges by tp, each shared out over the pipeline where the head is split.
+    rows = [
+        outcomes[rank].weights["head.embedding"]
+        for tp_rank in mesh.along("tp", 0)
+        for rank in mesh.along("pp", tp_rank)
+        if "head.embedding" in outcomes[rank].weights
+    ]
+    return out | ({"head.embedding": torch.cat(rows)} if rows else {})
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +210,39 @@ def test_replicas_across_nodes_and_split_tokens(schedule: str, alone: Outcome) -
     same_training(outcomes, spec(), mesh, alone)
 
 
+SPLIT_HEADS = [
+    ("1f1b", 2, 1, 1, {}),
+    ("1f1b+1", 4, 1, 2, {}),
+    ("1f1b", 2, 2, 2, {}),
+    ("zbv", 2, 1, 2, {}),
+    ("zbv", 2, 2, 1, {"sequence": True}),
+    ("interleaved+1", 2, 1, 1, {}),
+    ("1f1b", 3, 1, 1, {}),
+]
+
+
+@pytest.mark.parametrize(("schedule", "pp", "tp", "dp", "options"), SPLIT_HEADS)
+def test_a_split_head_gives_the_same(
+    schedule: str, pp: int, tp: int, dp: int, options: dict[str, bool], alone: Outcome
+) -> None:
+    """Tied: 37 items in uneven shards that are copies of rows of the first stage's table, text projection included."""
+    with engine_contexts(Topology.virtual(pp * dp, tp)) as contexts:
+        outcomes = run_ranks(
+            lambda ctx: train(ctx, spec(), schedule, pp=pp, tp=tp, head=True, **options), contexts
+        )
+        same_training(outcomes, spec(), Mesh.over(contexts[0].topology, pp=pp, tp=tp), alone)
+
+
+@pytest.mark.parametrize(("pp", "tp"), [(2, 1), (2, 2)])
+def test_a_split_head_with_a_table_of_its_own(pp: int, tp: int) -> None:
+    model = spec(tied=False)
+    with engine_contexts(Topology.virtual(1, 1)) as contexts:
+        want = run_ranks(lambda ctx: train(ctx, model, "1f1b"), contexts)[0]
+    with engine_contexts(Topology.virtual(pp, tp)) as contexts:
+        outcomes = run_ranks(lambda ctx: train(ctx, model, "1f1b", pp=pp, tp=tp, head=True), contexts)
+        same_training(outcomes, model, Mesh.over(contexts[0].topology, pp=pp, tp=tp), want)
+
+
 # -- stages: the same bits -----------------------------------------------------------------------------------
 
 SPLIT = [(name, 2, count) for name in SCHEDULES for count in (1, 3, 5)] + [("zbv", 4, 6), ("1f1b", 4, 2)]
@@ -208,6 +265,61 @@ def test_stages_give_the_bits_of_one_process(schedule: str, pp: int, count: int)
 
 
 # -- planted bugs --------------------------------------------------------------------------------------------
+
+
+def _scored_twice(hidden: Tensor, table: Tensor, columns: Columns, mean: Tensor) -> Tensor:
+    """The second shard's items count double in the sum, and in the states' gradient."""
+    statistics = scores.fold(hidden, table, columns, mean)
+    if columns.tp.rank == 1:
+        statistics[1] *= 2
+        mean *= 2
+    return statistics
+
+
+HEAD_BUGS = {
+    "a head shard scored twice": (head_module, "fold", _scored_twice),
+    "shards and embedding are not summed": (Replica, "_sum_shards", lambda *_: None),
+    "targets are taken off by nobody": (
+        HeadShard, "states_gradient",
+        lambda self, parts, every, targets, scale: REAL_GRADIENT(
+            self, [(r, part * (torch.arange(len(part)) < len(targets))[:, None]) for r, part in parts],
+            every, targets, scale,
+        ),
+    ),
+    "the parts of the gradient are not scaled": (
+        HeadShard, "states_gradient",
+        lambda self, parts, every, *rest: REAL_GRADIENT(self, parts, torch.zeros_like(every), *rest),
+    ),
+}  # fmt: skip
+REAL_GRADIENT = HeadShard.states_gradient
+
+
+@pytest.mark.parametrize("bug", HEAD_BUGS)
+def test_control_a_bug_in_the_split_head_is_noticed(
+    bug: str, alone: Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(*HEAD_BUGS[bug])
+    with engine_contexts(Topology.virtual(2, 1)) as contexts:
+        mesh = Mesh.over(contexts[0].topology, pp=2)
+        with pytest.raises((AssertionError, NotFiniteError)):  # wrong, or so wrong that it diverges
+            same_training(
+                run_ranks(lambda ctx: train(ctx, spec(), "1f1b", pp=2, head=True), contexts),
+                spec(), mesh, alone,
+            )  # fmt: skip
+
+
+def test_a_split_head_refuses_to_stand_in_the_queue_of_layers() -> None:
+    lowered = lower(make_schedule("1f1b", 2, 2), head=True)
+    parts = split(4, 2, head=0.0)
+    topology = Topology.virtual(2, 2)
+    group = FakeGroup(4)
+    for mesh, schedule in (
+        (Mesh.over(topology, pp=2, tp=2), lowered),
+        (Mesh.over(topology), lower(make_schedule("1f1b", 1, 2), head=True)),
+    ):
+        with pytest.raises(ConfigError, match="a split head needs a pipeline, and with tp a context"):
+            Replica(spec(), parts[: mesh.pp], schedule, mesh=mesh, ctx=group, make_reducer=Reducer)  # type: ignore[arg-type]
+
 
 BUGS = {
     "the copies of the table are not summed": (Replica, "_sum_copies", lambda *_: None),

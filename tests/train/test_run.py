@@ -120,6 +120,8 @@ MESHES = [
     ("--nproc 8 --nodes 2 --pp 2 --tp 2", 3),
     ("--nproc 4 --nodes 2 --pp 2 --outer dp --schedule 1f1b --microbatches 3", 3),
     ("--nproc 2 --nodes 1 --tp 2 --sequence True", 1),
+    ("--nproc 4 --nodes 2 --pp 2 --model.layers 2", 3),
+    ("--nproc 8 --nodes 2 --pp 2 --tp 2 --split-head True --schedule 1f1b+1", 3),
 ]
 
 
@@ -127,7 +129,8 @@ MESHES = [
 def test_stages_and_shared_layers_train_as_one_process(tmp_path: Path, options: str, least: int) -> None:
     """To the last bits of fp32, and Adam's first steps make much of those: a part left out changes percents."""
     same = ["--compress", "none", "--model.layers", "3", "--model.dropout", "0"]
-    one = final(tmp_path / "one", *same, "--nproc", "1", "--nodes", "1")
+    layers = options.split()[-2:] if "--model.layers" in options else []
+    one = final(tmp_path / "one", *same, *layers, "--nproc", "1", "--nodes", "1")
     other = final(tmp_path / "mesh", *same, *options.split())
     assert other["loss"] == pytest.approx(one["loss"], rel=1e-3)
     assert (other["users"], other["steps"]) == (one["users"], one["steps"])

@@ -16,6 +16,7 @@ from hybridcomm.groups import Grouping
 from train.errors import ScheduleError
 from train.outcome import StepTimes
 from train.pipeline.costs import Costs
+from train.pipeline.exchange import Combined, HeadExchange
 from train.pipeline.instructions import COMPUTE, Instruction, PipelineSchedule
 from train.pipeline.runtime import ListRuntime, Step
 
@@ -36,13 +37,24 @@ class EmulatedRuntime(ListRuntime[int]):
     """One rank whose computation takes what ``costs`` say, and whose messages are of the sizes that they say."""
 
     def __init__(
-        self, schedule: PipelineSchedule, rank: int, costs: Costs, *, group: Grouping | None = None
+        self,
+        schedule: PipelineSchedule,
+        rank: int,
+        costs: Costs,
+        *,
+        group: Grouping | None = None,
+        exchange: HeadExchange | None = None,
     ) -> None:
         super().__init__(schedule, rank, group=group)
+        if schedule.split_head != (exchange is not None):
+            raise ScheduleError(
+                f"schedule {schedule.name}: give an exchange for a split head, and only for one"
+            )
         costs.check(schedule)
         if schedule.buckets:
             raise ScheduleError("nothing is reduced where computation is emulated: lower without buckets")
-        self._costs = costs
+        self._costs, self.exchange = costs, exchange
+        self._combined: dict[int, Combined] = {}
         self._rooms = [torch.zeros(max(1, cost.nbytes // 4)) for cost in costs.stages]
 
     def step(self, times: StepTimes | None = None) -> EmulatedStep:
@@ -63,6 +75,10 @@ class EmulatedRuntime(ListRuntime[int]):
 
     def _input_gradient(self, step: Step[int], entry: Instruction) -> None:
         step.arrived("I", (entry.stage, entry.microbatch))
+        if self.exchange is not None and entry.stage == self.schedule.last:
+            combined = self._combined[entry.microbatch]
+            for work in (combined.work, *combined.works):
+                step.wait(work, f"HEAD_C{self.schedule.head}.{entry.microbatch}")
         step.gradients.pop((entry.stage, entry.microbatch), None)
         self._pass(entry)
         if entry.stage > 0:
@@ -72,6 +88,34 @@ class EmulatedRuntime(ListRuntime[int]):
 
     def _weight_gradients(self, step: Step[int], entry: Instruction) -> None:
         self._pass(entry)
+
+    def _broadcast(self, step: Step[int], entry: Instruction) -> None:
+        hidden = torch.zeros(max(1, self._costs.heads[self.rank].hidden_nbytes // 4))
+        step.receives["X", 0, entry.microbatch] = self._exchange.broadcast(hidden), hidden
+
+    def _score(self, step: Step[int], entry: Instruction) -> None:
+        step.arrived("X", (0, entry.microbatch))
+        self._pass(entry)
+
+    def _combine(self, step: Step[int], entry: Instruction) -> None:
+        heads = self._costs.heads
+        statistics = torch.zeros(max(1, heads[self.rank].statistics_nbytes // 4))
+        lengths = [max(1, head.hidden_nbytes // 4) for head in heads]
+        part = torch.zeros(lengths[self.rank], 1)
+        combined = self._exchange.combine(statistics, part, lengths)
+        self._combined[entry.microbatch] = combined
+        if not self._exchange.at_root:
+            step.sends += [(entry, work) for work in combined.works]
+
+    def _shard_gradients(self, step: Step[int], entry: Instruction) -> None:
+        step.wait(self._combined[entry.microbatch].work, f"HEAD_C{entry.stage}.{entry.microbatch}")
+        self._pass(entry)
+
+    @property
+    def _exchange(self) -> HeadExchange:
+        if self.exchange is None:
+            raise ScheduleError(f"schedule {self.schedule.name} has no split head")
+        return self.exchange
 
     def _reduce(self, step: Step[int], entry: Instruction) -> None:
         raise ScheduleError(f"{entry}: nothing is reduced where computation is emulated")

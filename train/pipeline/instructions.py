@@ -14,7 +14,17 @@ from typing import NamedTuple
 
 from train.errors import ScheduleError
 
-__all__ = ["BACKWARD", "COMPUTE", "HEAD", "OPS", "RECEIVE", "SEND", "Instruction", "PipelineSchedule"]
+__all__ = [
+    "BACKWARD",
+    "COMPUTE",
+    "FORWARD",
+    "HEAD",
+    "OPS",
+    "RECEIVE",
+    "SEND",
+    "Instruction",
+    "PipelineSchedule",
+]
 
 OPS = {
     "F": "forward of a stage on a microbatch",
@@ -34,7 +44,8 @@ OPS = {
 """Op -> what it does. Only computation takes the rank's time; all else is started and goes on beside it."""
 
 BACKWARD = ("I", "W", "B")
-COMPUTE = ("F", *BACKWARD, "HEAD_S", "HEAD_T")
+FORWARD = ("F", "HEAD_S")
+COMPUTE = (*FORWARD, *BACKWARD, "HEAD_T")
 SEND = ("SEND_F", "SEND_I")
 RECEIVE = ("RECV_F", "RECV_I")
 HEAD = ("HEAD_X", "HEAD_S", "HEAD_C", "HEAD_T")

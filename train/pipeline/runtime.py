@@ -4,6 +4,7 @@
     SEND_*       is started and forgotten until the step's end; a channel (source, target, kind) keeps its order
     RECV_*       is asked for; the wait is where the value is used
     REDUCE       `_reduce`
+    HEAD_*       `_head`, which a subclass gives by op (`train.pipeline.exchange` moves the values)
 
 All ranks of a replica know every microbatch's shape, since they cut the same users into the same microbatches:
 nothing about shapes is ever sent. `train.pipeline.stages` computes with the stages of a model,
@@ -24,7 +25,8 @@ from hybridcomm.groups import Grouping
 from hybridcomm.work import Work
 from train.errors import ScheduleError
 from train.outcome import StepTimes
-from train.pipeline.instructions import BACKWARD, Instruction, PipelineSchedule
+from train.pipeline.instructions import COMPUTE, FORWARD, Instruction, PipelineSchedule
+from train.pipeline.trace import Recorder, TimedGroup
 
 __all__ = ["ListRuntime", "Place", "Step"]
 
@@ -45,19 +47,26 @@ class Step(Generic[Batch]):
     outputs: dict[Place, Tensor] = field(default_factory=dict)
     gradients: dict[Place, Tensor] = field(default_factory=dict)
     receives: dict[tuple[str, int, int], tuple[Work, Tensor]] = field(default_factory=dict)
-    sends: list[Work] = field(default_factory=list)
+    sends: list[tuple[Instruction, Work]] = field(default_factory=list)
+    recorder: Recorder | None = None
+    ready: float = 0.0
+    """When the latest wait was over."""
 
-    def wait(self, work: Work) -> None:
+    def wait(self, work: Work, what: str) -> None:
+        """``what`` is waited for, as the text of the instruction that brings it."""
         begin = time.perf_counter()
         work.wait()
-        self.times.waiting += time.perf_counter() - begin
+        self.ready = time.perf_counter()
+        self.times.waiting += self.ready - begin
+        if self.recorder is not None:
+            self.recorder.add("waits", what, begin, self.ready)
 
     def arrived(self, kind: str, place: Place) -> Tensor | None:
         """What was asked for, waited for; None where it comes from this rank."""
         found = self.receives.pop((kind, *place), None)
         if found is None:
             return None
-        self.wait(found[0])
+        self.wait(found[0], str(Instruction(f"RECV_{kind}", *place)).partition("<")[0])
         return found[1]
 
 
@@ -67,18 +76,18 @@ class ListRuntime(ABC, Generic[Batch]):
     The agreement of all ranks on ``schedule.digest`` is up to the caller.
     """
 
+    recorder: Recorder | None = None
+    layers: TimedGroup | None = None
+    """What this rank's layers wait for, which is no computation."""
+
     def __init__(self, schedule: PipelineSchedule, rank: int, *, group: Grouping | None = None) -> None:
         if schedule.ranks > 1 and (group is None or not schedule.communicates):
             raise ScheduleError(
                 f"schedule {schedule.name} of {schedule.ranks} ranks needs a group, and to be lowered"
             )
-        if schedule.split_head:
-            raise ScheduleError("this runtime has no split head: leave head=False when lowering")
         self.schedule, self.rank = schedule, rank
         self._group = group
         self.list = schedule.lists[rank]
-        final = {entry.stage: place for place, entry in enumerate(self.list) if entry.op in ("W", "B")}
-        self.final = final
         self._ops = {
             "F": self._forward,
             "I": self._input_gradient,
@@ -89,6 +98,10 @@ class ListRuntime(ABC, Generic[Batch]):
             "RECV_F": self._receive,
             "RECV_I": self._receive,
             "REDUCE": self._reduce,
+            "HEAD_X": self._broadcast,
+            "HEAD_S": self._score,
+            "HEAD_C": self._combine,
+            "HEAD_T": self._shard_gradients,
         }
 
     def run(self, step: Step[Batch]) -> None:
@@ -97,17 +110,25 @@ class ListRuntime(ABC, Generic[Batch]):
             raise ScheduleError(
                 f"{len(step.batches)} microbatches for a schedule of {self.schedule.microbatches}"
             )
-        for place, entry in enumerate(self.list):
-            begin, waited = time.perf_counter(), step.times.waiting
+        step.recorder = self.recorder
+        for entry in self.list:
+            begin, waited, shared = time.perf_counter(), step.times.waiting, self._in_layers
             self._ops[entry.op](step, entry)
-            took = time.perf_counter() - begin - (step.times.waiting - waited)
-            if entry.op == "F":
+            end, shared = time.perf_counter(), self._in_layers - shared
+            took = end - begin - (step.times.waiting - waited) - shared
+            step.times.tensor += shared
+            if self.recorder is not None:
+                self.recorder.add("instructions", str(entry), max(begin, step.ready), end)
+            if entry.op in FORWARD:
                 step.times.forward += took
-            elif entry.op in BACKWARD:
+            elif entry.op in COMPUTE:
                 step.times.backward += took
-            self._after(place)
-        for work in step.sends:
-            step.wait(work)
+        for entry, work in step.sends:
+            step.wait(work, str(entry))
+
+    @property
+    def _in_layers(self) -> float:
+        return 0.0 if self.layers is None else self.layers.seconds
 
     # -- computation -----------------------------------------------------------------------------------------
 
@@ -131,8 +152,23 @@ class ListRuntime(ABC, Generic[Batch]):
     def _reduce(self, step: Step[Batch], entry: Instruction) -> None:
         """The sum of a bucket over the replicas is under way."""
 
-    def _after(self, place: int) -> None:
-        """Behind each instruction, by its place in the list."""
+    # -- the split head --------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _broadcast(self, step: Step[Batch], entry: Instruction) -> None:
+        """The last stage's output is on its way to all ranks."""
+
+    @abstractmethod
+    def _score(self, step: Step[Batch], entry: Instruction) -> None:
+        """It has been scored against this rank's items."""
+
+    @abstractmethod
+    def _combine(self, step: Step[Batch], entry: Instruction) -> None:
+        """Statistics are on their way to all ranks, parts of its gradient to the last stage's."""
+
+    @abstractmethod
+    def _shard_gradients(self, step: Step[Batch], entry: Instruction) -> None:
+        """Adds the gradients of this rank's items."""
 
     # -- messages --------------------------------------------------------------------------------------------
 
@@ -146,7 +182,7 @@ class ListRuntime(ABC, Generic[Batch]):
             tensor = step.outputs[stage, microbatch].detach()
         else:
             tensor = step.gradients.pop((stage - 1, microbatch))
-        step.sends.append(self._peers().isend(tensor.contiguous(), peer, _TAGS[op[-1]]))
+        step.sends.append((entry, self._peers().isend(tensor.contiguous(), peer, _TAGS[op[-1]])))
 
     def _receive(self, step: Step[Batch], entry: Instruction) -> None:
         op, stage, microbatch, peer, _ = entry

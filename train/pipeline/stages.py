@@ -3,12 +3,12 @@
 F        the stage's input -> its output (the last stage: the loss); the graph stays until I or B
 I, W     the gradient of the input; later the weights' (put off by `model.weight_gradients`)
 B        both at once
-REDUCE   buckets are launched by the last W or B itself, as gradients are complete: here the launch is checked
+HEAD_*   a shard of the items (`model.head`): scored, combined, its gradients; the last stage's output is what is scored
+REDUCE   a bucket of the stage is launched (`train.pipeline.buckets`)
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,11 +18,15 @@ from torch import Tensor
 
 from hybridcomm.groups import Grouping
 from hybridcomm.reducer import Reducer
+from hybridcomm.work import Work
+from model.head import HeadShard, Scored
 from model.recommender import Recommender
 from model.weight_gradients import WeightGradients
 from train.batch import Packed
 from train.errors import ScheduleError
 from train.outcome import StepTimes
+from train.pipeline.buckets import Buckets
+from train.pipeline.exchange import Combined, HeadExchange
 from train.pipeline.instructions import Instruction, PipelineSchedule
 from train.pipeline.runtime import ListRuntime, Place, Step
 
@@ -31,18 +35,28 @@ __all__ = ["PipelineRuntime"]
 
 @dataclass(kw_only=True)
 class _Step(Step[Packed]):
+    """Of the split head, by microbatch: its hidden states on their way, what this rank made of them, what it gets."""
+
     scale: float
     inputs: dict[Place, Tensor] = field(default_factory=dict)
     queues: dict[Place, WeightGradients] = field(default_factory=dict)
     loss: Tensor | None = None
+    hidden: dict[int, tuple[Work, Tensor]] = field(default_factory=dict)
+    scored: dict[int, Scored] = field(default_factory=dict)
+    combined: dict[int, Combined] = field(default_factory=dict)
+
+    def add_loss(self, loss: Tensor) -> None:
+        self.loss = loss.double() if self.loss is None else self.loss + loss
 
 
 class PipelineRuntime(ListRuntime[Packed]):
     """One rank of a pipeline: the stages that it holds, and the list that says what it does with them.
 
     ``stages[stage]`` are parts of one model, ``group`` the pipeline's ranks in their order (None for one rank alone).
-    ``reducers[stage]`` average the stage's gradients over the replicas; ``shared`` those of the item table that first
-    and last stage have in common, where both are here. Checkpointing or compiling stages is up to the caller.
+    ``head`` is this rank's shard of a split head and ``exchange`` how its values travel. ``reducers[stage]`` average
+    the stage's gradients over the replicas (the head is one stage more); ``shared`` those of the item table that first
+    and last stage have in common, where both are here: its buckets come behind those of the stage that is done last.
+    Checkpointing or compiling stages is up to the caller.
     """
 
     def __init__(
@@ -52,6 +66,8 @@ class PipelineRuntime(ListRuntime[Packed]):
         stages: Mapping[int, Recommender],
         *,
         group: Grouping | None = None,
+        head: HeadShard | None = None,
+        exchange: HeadExchange | None = None,
         reducers: Mapping[int, Reducer] | None = None,
         shared: Reducer | None = None,
     ) -> None:
@@ -61,9 +77,13 @@ class PipelineRuntime(ListRuntime[Packed]):
                 f"rank {rank} holds stages {schedule.stages_of(rank)} in schedule {schedule.name}, "
                 f"and was given {tuple(sorted(stages))}"
             )
-        self.stages = dict(stages)
-        self.reducers, self.shared = dict(reducers or {}), shared
-        self._last_use = -1 if shared is None else max(self.final[0], self.final[schedule.last])
+        if schedule.split_head != (head is not None and exchange is not None):
+            raise ScheduleError(
+                f"schedule {schedule.name} {'has' if schedule.split_head else 'has no'} split head: give its shard and "
+                "exchange where there is one, and only there"
+            )
+        self.stages, self.head, self.exchange = dict(stages), head, exchange
+        self.buckets = Buckets(schedule, rank, reducers or {}, shared)
 
     def step(self, batches: Sequence[Packed], scale: float = 1.0, times: StepTimes | None = None) -> float:
         """Forward and backward of all microbatches: gradients of ``scale`` times the sum of losses are added to .grad.
@@ -75,16 +95,12 @@ class PipelineRuntime(ListRuntime[Packed]):
         """
         step = _Step(batches=batches, scale=scale, times=StepTimes() if times is None else times)
         self.run(step)
-        begin = time.perf_counter()
-        for reducer in self.all_reducers():
-            reducer.finalize()
-        step.times.exposed += time.perf_counter() - begin
+        step.times.exposed += self.buckets.finalize(self.recorder)
         return 0.0 if step.loss is None else float(step.loss)
 
     def all_reducers(self) -> list[Reducer]:
         """In the order in which they are finalized, which is the same in all replicas."""
-        shared = [] if self.shared is None else [self.shared]
-        return [*(self.reducers[stage] for stage in sorted(self.reducers, reverse=True)), *shared]
+        return self.buckets.all()
 
     def room(self, batch: Packed, stage: int) -> Tensor:
         module = next(iter(self.stages.values()))  # the residual stream is as wide everywhere
@@ -92,6 +108,8 @@ class PipelineRuntime(ListRuntime[Packed]):
         if not module.tp.sequence:
             return weight.new_empty(*batch.items.shape, module.config.dim)
         return weight.new_empty(module.tp.sizes(batch.items.numel())[module.tp.rank], module.config.dim)
+
+    # -- stages ----------------------------------------------------------------------------------------------
 
     def _forward(self, step: _Step, entry: Instruction) -> None:  # type: ignore[override]
         _, stage, microbatch, *_ = entry
@@ -101,10 +119,10 @@ class PipelineRuntime(ListRuntime[Packed]):
             if x is None:  # the stage before is here too
                 x = step.outputs[stage - 1, microbatch].detach()
             step.inputs[place] = x = x.requires_grad_()
-        targets = batch.targets if stage == self.schedule.last else None
-        step.outputs[place] = out = self.stages[stage](*batch.inputs, targets, x)
-        if targets is not None:
-            step.loss = out.detach().double() if step.loss is None else step.loss + out.detach()
+        scores = stage == self.schedule.last and self.head is None
+        step.outputs[place] = out = self.stages[stage](*batch.inputs, batch.targets if scores else None, x)
+        if scores:
+            step.add_loss(out.detach())
 
     def _input_gradient(self, step: _Step, entry: Instruction) -> None:  # type: ignore[override]
         _, stage, microbatch, *_ = entry
@@ -114,14 +132,21 @@ class PipelineRuntime(ListRuntime[Packed]):
 
     def _backward(self, step: _Step, entry: Instruction) -> None:  # type: ignore[override]
         _, stage, microbatch, *_ = entry
-        with self._accumulating(complete=stage if self._is_final(entry) else None):
+        final = self.buckets.is_final(entry)
+        if final:
+            self.buckets.release_behind(stage)
+        with self._accumulating(complete=stage if final else None):
             self._run_backward(step, stage, microbatch)
+        if final:
+            self.buckets.shared_ready(stage)
 
     def _run_backward(self, step: _Step, stage: int, microbatch: int) -> None:
         place = (stage, microbatch)
         out = step.outputs.pop(place)
-        if stage == self.schedule.last:
+        if stage == self.schedule.last and self.head is None:
             gradient: Tensor | None = torch.full_like(out, step.scale)
+        elif stage == self.schedule.last:
+            gradient = self._states_gradient(step, microbatch).to(out.dtype)
         else:
             gradient = step.arrived("I", place)
             gradient = step.gradients.pop(place) if gradient is None else gradient
@@ -133,44 +158,103 @@ class PipelineRuntime(ListRuntime[Packed]):
     def _weight_gradients(self, step: _Step, entry: Instruction) -> None:  # type: ignore[override]
         _, stage, microbatch, *_ = entry
         queue = step.queues.pop((stage, microbatch))
-        reducer = self.reducers.get(stage)
-        if reducer is None or not self._is_final(entry):
+        if not self.buckets.is_final(entry):
             queue.run()
             return
-        left = dict.fromkeys(reducer.parameters)
+        self.buckets.release_behind(stage)
+        reducer = self.buckets.reducers.get(stage)
+        left = dict.fromkeys(() if reducer is None else reducer.parameters)
 
         def complete(parameter: Tensor) -> None:
-            if parameter in left:  # else it is of the shared table
+            if reducer is not None and parameter in left:  # else it is of the shared table
                 del left[parameter]
                 reducer.ready(parameter)
 
         queue.run(complete)
         for parameter in tuple(left):  # norms: theirs was complete with the last I
             complete(parameter)
-
-    def _is_final(self, entry: Instruction) -> bool:
-        """Whether the stage's gradients are complete behind it."""
-        return self.list[self.final[entry.stage]] == entry
+        self.buckets.shared_ready(stage)
 
     @contextmanager
     def _accumulating(self, complete: int | None = None) -> Iterator[None]:
         """Around a backward: gradients are added up, and complete at most for one stage."""
         with ExitStack() as stack:
-            for stage, reducer in self.reducers.items():
+            for stage, reducer in self.buckets.reducers.items():
                 if stage != complete:
                     stack.enter_context(reducer.no_sync())
-            if self.shared is not None:
-                stack.enter_context(self.shared.no_sync())
+            if self.buckets.shared is not None:
+                stack.enter_context(self.buckets.shared.no_sync())
             yield
 
-    def _after(self, place: int) -> None:
-        if self.shared is not None and place == self._last_use:
-            for parameter in self.shared.parameters:
-                self.shared.ready(parameter)
+    # -- the split head --------------------------------------------------------------------------------------
+
+    def _broadcast(self, step: _Step, entry: Instruction) -> None:  # type: ignore[override]
+        microbatch, weight = entry.microbatch, self._shard.table.embedding
+        if self._exchange.at_root:
+            hidden = step.outputs[self.schedule.last, microbatch].detach().to(weight.dtype, copy=True)
+        else:
+            hidden = weight.new_empty(len(step.batches[microbatch].picks), weight.shape[1])
+        step.hidden[microbatch] = self._exchange.broadcast(hidden), hidden
+
+    def _score(self, step: _Step, entry: Instruction) -> None:  # type: ignore[override]
+        work, hidden = step.hidden.pop(entry.microbatch)
+        step.wait(work, f"HEAD_X{entry.stage}.{entry.microbatch}")
+        step.scored[entry.microbatch] = self._shard.score(hidden, step.batches[entry.microbatch].targets)
+
+    def _combine(self, step: _Step, entry: Instruction) -> None:  # type: ignore[override]
+        scored = step.scored[entry.microbatch]
+        lengths = self._shard.part_lengths(step.batches[entry.microbatch].targets)
+        mine = [lengths[shard] for shard in self._shards]
+        combined = self._exchange.combine(scored.statistics, scored.part, mine)
+        step.combined[entry.microbatch] = combined
+        if not self._exchange.at_root:
+            step.sends += [(entry, work) for work in combined.works]
+
+    def _states_gradient(self, step: _Step, microbatch: int) -> Tensor:
+        """What HEAD_C brings the last stage; the loss comes with it."""
+        combined = step.combined[microbatch]
+        for work in (combined.work, *combined.works):
+            step.wait(work, f"HEAD_C{self.schedule.head}.{microbatch}")
+        step.add_loss(self._shard.loss(combined.every))
+        parts = [(self._shards[rank], part) for rank, part in combined.parts]
+        combined.parts.clear()
+        if microbatch not in step.scored:  # HEAD_T has been
+            del step.combined[microbatch]
+        return self._shard.states_gradient(
+            parts, combined.every, step.batches[microbatch].targets, step.scale
+        )
+
+    def _shard_gradients(self, step: _Step, entry: Instruction) -> None:  # type: ignore[override]
+        combined, scored = step.combined[entry.microbatch], step.scored.pop(entry.microbatch)
+        step.wait(combined.work, f"HEAD_C{entry.stage}.{entry.microbatch}")
+        if not combined.parts:  # else the last stage's backward has yet to take them
+            del step.combined[entry.microbatch]
+        with self._accumulating():
+            self._shard.accumulate(scored, combined.every, step.scale)
+        reducer = self.buckets.reducers.get(entry.stage)
+        if reducer is not None and self.buckets.is_final(entry):
+            self.buckets.release_behind(entry.stage)
+            for parameter in reducer.parameters:
+                reducer.ready(parameter)
+
+    @property
+    def _shard(self) -> HeadShard:
+        if self.head is None:
+            raise ScheduleError(f"schedule {self.schedule.name} has no split head")
+        return self.head
+
+    @property
+    def _exchange(self) -> HeadExchange:
+        if self.exchange is None:
+            raise ScheduleError(f"schedule {self.schedule.name} has no split head")
+        return self.exchange
+
+    @property
+    def _shards(self) -> range:
+        """The places among all shards of those of this pipeline's ranks: ranks that share layers have the others."""
+        size = self._exchange.pipeline.world_size
+        first = self._shard.items.tp.rank - self._exchange.pipeline.rank
+        return range(first, first + size)
 
     def _reduce(self, step: Step[Packed], entry: Instruction) -> None:
-        reducer = self.reducers.get(entry.stage)
-        if reducer is None or not reducer.launched(entry.bucket):
-            raise ScheduleError(
-                f"{entry}: not all gradients of the bucket are complete, or it has no reducer"
-            )
+        self.buckets.launch(entry)

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
 from hybridcomm.context import Context
+from hybridcomm.reducer import Reducer
 from hybridcomm.topology import Topology
 from model.config import ModelConfig
-from model.parts import Part
+from model.parts import Part, split
 from model.recommender import Recommender
 from tests.engine_ranks import engine_contexts
 from tests.ranks import run_ranks
+from tests.train.pipeline.builders import moved
 from train.batch import pack
 from train.errors import ScheduleError
-from train.pipeline import Costs, PipelineSchedule, StageCost, check, lower, make_schedule
+from train.pipeline import (
+    Costs,
+    Instruction,
+    PipelineSchedule,
+    StageCost,
+    add_reduce,
+    check,
+    lower,
+    make_schedule,
+)
+from train.pipeline.buckets import bucket_counts
 from train.pipeline.emulated import EmulatedRuntime
 from train.pipeline.stages import PipelineRuntime
 
@@ -76,18 +90,90 @@ def test_refusals() -> None:
     with pytest.raises(ScheduleError, match="1 microbatches for a schedule of 2"):
         PipelineRuntime(one, 0, {0: WHOLE}).step([None])  # type: ignore[list-item]
     split = lower(make_schedule("1f1b+1", 1, 2), head=True)
-    with pytest.raises(ScheduleError, match="no split head"):
+    with pytest.raises(ScheduleError, match="has split head: give its shard and exchange"):
         PipelineRuntime(split, 0, {0: WHOLE})
+    with pytest.raises(ScheduleError, match="give an exchange for a split head"):
+        EmulatedRuntime(split, 0, costs_of(split))
     reduced = lower(make_schedule("1f1b", 1, 2), buckets=1)
     with pytest.raises(ScheduleError, match="nothing is reduced"):
         EmulatedRuntime(reduced, 0, costs_of(reduced))
 
 
-def test_a_bucket_that_is_not_launched_is_told() -> None:
-    """REDUCE stands where its bucket is complete; without a reducer nothing has been launched."""
+# -- buckets -----------------------------------------------------------------------------------------------------
+
+
+def model_of(layers: int, stages: int) -> dict[int, Recommender]:
+    config = ModelConfig(dim=4, layers=layers, heads=1, hidden=4, dropout=0.0)
+    return {stage: Recommender(config, 5, part=part) for stage, part in enumerate(split(layers, stages))}
+
+
+def played(
+    name: str, change: Callable[[PipelineSchedule], PipelineSchedule] = lambda schedule: schedule
+) -> tuple[list[str], list[str]]:
+    """A lone rank's list, and what it does: its instructions as they begin, ``stage/bucket`` where that is launched."""
+    schedule = lower(make_schedule(name, 1, 2))
+    log: list[str] = []
+    stages = model_of(2 * schedule.stages, schedule.stages)
+    with engine_contexts(Topology.virtual(1, 1)) as (ctx,):
+        reducers = {stage: Reducer(module, ctx=ctx, bucket_cap_mb=1e-4) for stage, module in stages.items()}
+        for stage, reducer in reducers.items():
+            real = reducer._launch
+            reducer._launch = lambda layout, real=real, stage=stage: (  # type: ignore[method-assign]
+                log.append(f"{stage}/{layout.index}"), real(layout))[1]  # fmt: skip
+        schedule = change(add_reduce(schedule, bucket_counts(schedule, 0, reducers, None)))
+        assert min(schedule.buckets) >= 3
+        runtime = PipelineRuntime(schedule, 0, stages, reducers=reducers)
+        for op, run in runtime._ops.items():
+            runtime._ops[op] = lambda step, entry, run=run: (log.append(str(entry)), run(step, entry))
+        user = [np.array([1, 2, 3])]
+        batches = [pack(user, user)] * schedule.microbatches
+        for _ in range(2):
+            log.clear()
+            runtime.step(batches)
+    return [str(entry) for entry in schedule.lists[0]], log
+
+
+def test_buckets_behind_their_stage_go_while_it_still_computes() -> None:
+    texts, log = played("1f1b")
+    buckets = [text for text in texts if text.startswith("REDUCE")]
+    assert texts[-len(buckets) - 1 :] == ["B0.1", *buckets]
+    assert log[log.index("B0.1") :] == [
+        "B0.1", *(text.removeprefix("REDUCE") for text in buckets), *buckets,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("by", [2, 4])
+def test_a_bucket_is_launched_where_the_list_says(by: int) -> None:
+    """Behind other computation: it waits until then, and so do those behind it."""
+
+    def later(schedule: PipelineSchedule) -> PipelineSchedule:
+        for bucket in reversed(range(schedule.buckets[1])):
+            schedule = moved(schedule, 0, Instruction("REDUCE", 1, bucket=bucket), by)
+        check(schedule)
+        return schedule
+
+    texts, log = played("zbv", later)
+    assert [text for text in log if "/" not in text or text.startswith("REDUCE")] == texts
+    assert log[log.index("REDUCE1/0") + 1] == "1/0"
+    assert log[log.index("REDUCE1/1") + 1] == "1/1"
+    assert texts.index("REDUCE1/0") > texts.index("W1.1") + 1
+
+
+def test_control_a_bucket_reduced_one_op_early_is_noticed() -> None:
+
+    def early(schedule: PipelineSchedule) -> PipelineSchedule:
+        return moved(schedule, 0, Instruction("REDUCE", 1, bucket=0), -1)
+
+    with pytest.raises(ScheduleError, match=r"stands before its W1\.1"):
+        check(early(lower(make_schedule("zbv", 1, 2), buckets=2)))
+    with pytest.raises(ScheduleError, match="REDUCE1/0: not all gradients of the bucket are complete"):
+        played("zbv", early)
+
+
+def test_a_bucket_without_a_reducer_is_told() -> None:
     reduced = lower(make_schedule("1f1b", 1, 1), buckets=1)
     runtime = PipelineRuntime(reduced, 0, {0: WHOLE})
-    with pytest.raises(ScheduleError, match=r"REDUCE0/0: not all gradients .* or it has no reducer"):
+    with pytest.raises(ScheduleError, match="REDUCE0/0: there are no reducers"):
         runtime.step([pack([], [])])
 
 

@@ -200,7 +200,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=60, help="for each target (%(default)s)")
     parser.add_argument("--runs", type=int, default=0, help="executions of each target, instead of a time")
     parser.add_argument("--jobs", type=int, default=2, help="targets at a time (%(default)s)")
-    parser.add_argument("--only", nargs="+", metavar="TARGET", help="such as 'decode topk' or link")
+    parser.add_argument(
+        "--only", nargs="+", metavar="TARGET", help="such as 'decode topk' or link; decoders, framings, none"
+    )
     parser.add_argument(
         "--planted", choices=["none", "one", "all"], default="one", help="bugs to plant and find"
     )
@@ -212,10 +214,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fuzz: nothing ran: {error}")
         return 2
     names = [target.name for target in targets]
-    unknown = [name for name in options.only or [] if name not in names]
-    if unknown:
-        parser.error(f"no target {unknown}; there are {names}")
-    chosen = [target for target in targets if not options.only or target.name in options.only]
+    groups = {"none": [], "framings": list(FRAMINGS), "decoders": names[: -len(FRAMINGS)]}
+    wanted = {name for asked in options.only or names for name in groups.get(asked, [asked])}
+    if unknown := wanted - set(names):
+        parser.error(f"no target {sorted(unknown)}; there are {names}, and {list(groups)}")
+    chosen = [target for target in targets if target.name in wanted]
     mutants = MUTANTS[: {"none": 0, "one": 1, "all": len(MUTANTS)}[options.planted]]
     with ThreadPoolExecutor(options.jobs) as pool:
         running = start(pool, chosen, seconds=options.seconds, runs=options.runs)

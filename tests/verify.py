@@ -100,9 +100,13 @@ def sanitizers(*tests: str) -> tuple[bool, str]:
     return pytest(*(f"tests/hybridcomm/{test}" for test in tests), env={"HYBRIDCOMM_SANITIZERS": "1"})
 
 
-def fuzzing(options: argparse.Namespace, details: Path) -> tuple[bool, str]:
-    command = [sys.executable, "-m", "tests.fuzz", "--runs", str(options.fuzz_runs), "--planted", "all"]
-    return run([*command, "--jobs", str(len(os.sched_getaffinity(0))), "--markdown", str(details)])
+def fuzz_step(what: str, targets: str, *, planted: str = "none") -> Step:
+    def fuzz(options: argparse.Namespace, details: Path) -> tuple[bool, str]:
+        command = [sys.executable, "-m", "tests.fuzz", "--runs", str(options.fuzz_runs), "--only", targets]
+        command += ["--planted", planted, "--jobs", str(len(os.sched_getaffinity(0)))]
+        return run([*command, "--markdown", str(details)])
+
+    return Step(what=what, run=fuzz, about=(*NATIVE, "tests/fuzz.py", "tests/fuzz_mutants.py"))
 
 
 def soak() -> tuple[bool, str]:
@@ -115,6 +119,15 @@ NATIVE = (
     ":(glob)kernels/**/*.h",
     "CMakeLists.txt",
     "tests/csrc",
+)
+LIBRARY = (
+    "hybridcomm",
+    "kernels",
+    "CMakeLists.txt",
+    "tests/*.py",
+    "tests/csrc",
+    "tests/hybridcomm",
+    "tests/kernels",
 )
 STEPS: dict[str, Step] = {
     "lint": Step(what="format, lint, types, import directions", run=lambda *_: run(["make", "lint"])),
@@ -129,19 +142,22 @@ STEPS: dict[str, Step] = {
     "engine": Step(
         what="engine and kernels as C++ programs under ASan, UBSan and TSan, the Python module under ASan and UBSan",
         run=lambda *_: sanitizers("test_sanitizers.py"),
+        about=LIBRARY,
     ),
     "bugs": Step(
         what="bugs planted in the engine's source, each found by its C++ test program",
         run=lambda *_: sanitizers("test_engine_source_mutants.py"),
         about=(*NATIVE, "tests/hybridcomm/test_engine_source_mutants.py"),
     ),
-    "fuzz": Step(
-        what="libFuzzer with ASan and UBSan on every decoder and on the framings",
-        run=fuzzing,
-        about=(*NATIVE, "tests/fuzz.py", "tests/fuzz_mutants.py"),
+    "decoders": fuzz_step("libFuzzer with ASan and UBSan on every decoder", "decoders"),
+    "framings": fuzz_step("likewise on all that is read from the network", "framings"),
+    "planted": fuzz_step(
+        "bugs planted in decoders and framings, which fuzzing must find", "none", planted="all"
     ),
     "soak": Step(
-        what=f"{SOAK_OPERATIONS:,} random operations, exact, nothing left behind", run=lambda *_: soak()
+        what=f"{SOAK_OPERATIONS:,} random operations, exact, nothing left behind",
+        run=lambda *_: soak(),
+        about=LIBRARY,
     ),
 }
 

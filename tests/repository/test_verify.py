@@ -49,8 +49,8 @@ def test_steps_may_add_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
         details.write_text(f"| runs | {options.fuzz_runs} |\n")
         return True, "all clean\n"
 
-    monkeypatch.setitem(verify.STEPS, "fuzz", Step(what="x", run=run))
-    outcome = verify.perform("fuzz", argparse.Namespace(fuzz_runs=7))
+    monkeypatch.setitem(verify.STEPS, "decoders", Step(what="x", run=run))
+    outcome = verify.perform("decoders", argparse.Namespace(fuzz_runs=7))
     assert (outcome.passed, outcome.summary, outcome.details) == (True, "all clean", "| runs | 7 |")
 
 
@@ -67,7 +67,7 @@ HEAD = "a" * 40
 def test_steps_stay_in_a_report_while_what_they_are_about_does(monkeypatch: pytest.MonkeyPatch) -> None:
     outcomes = [
         Outcome(
-            name="fuzz",
+            name="decoders",
             commit=HEAD,
             passed=True,
             seconds=60,
@@ -149,7 +149,7 @@ def test_what_the_report_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     assert stale is not None
     assert "not in this history" in str(stale)
     assert "uncommitted changes" in str(stale)
-    assert "fuzz" in stale.missing
+    assert "decoders" in stale.missing
     assert "lint" not in stale.missing
     with pytest.raises(ValueError, match="names no commit"):
         staleness("# nothing\n")

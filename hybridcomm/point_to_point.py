@@ -35,6 +35,7 @@ class PointToPoint:
     rank: int
     members: Members | None
     _engine: _C.Engine
+    _prepared: _C.PreparedCalls
     _running: deque[Work]
 
     @property
@@ -57,17 +58,29 @@ class PointToPoint:
 
     def isend(self, t: Array, dst: int, tag: int = 0) -> Work:
         """As `send`, but returns at once; ``t`` must stay as it is until the work is done."""
-        return self._start([self._half(True, t, dst, tag)], [t])
+        return self._start_one(True, t, dst, tag)
 
     def irecv(self, t: Array, src: int | None, tag: int = 0) -> Work:
         """As `recv`, but returns at once; ``t`` holds the message when the work is done."""
-        return self._start([self._half(False, t, src, tag)], [t])
+        return self._start_one(False, t, src, tag)
+
+    def _start_one(self, sends: bool, t: Array, peer: int | None, tag: int) -> Work:
+        job_rank, group = self._meet(peer, tag)
+        started = self._prepared.post(sends, t, job_rank, group, tag)
+        if started is not None:
+            return self._keep(Work(started, [t]))
+        half = self._half(sends, t, peer, tag)
+        self._prepared.remember_dtype(t, half[4])
+        return self._start([half], [t])
 
     def _start(self, halves: Sequence[_Half], tensors: Sequence[Array]) -> Work:
         for half, t in zip(halves, tensors, strict=True):
             if not half[0]:
                 note_written(t)
-        work = Work(self._engine.post(list(halves)), tensors)
+        return self._keep(Work(self._engine.post(list(halves)), tensors))
+
+    def _keep(self, work: Work) -> Work:
+        """Until it is done, whatever its caller does with it."""
         while self._running and self._running[0].is_completed():
             self._running.popleft()
         self._running.append(work)
@@ -78,6 +91,12 @@ class PointToPoint:
         return work
 
     def _half(self, sends: bool, t: Array, peer: int | None, tag: int) -> _Half:
+        job_rank, group = self._meet(peer, tag)
+        found = view(t)
+        return sends, job_rank, group, tag, DTYPES.index(found.dtype), found.numel, found.address
+
+    def _meet(self, peer: int | None, tag: int) -> tuple[int, int]:
+        """The other's rank in the job, and what names this group to it."""
         if peer is None:
             raise UnsupportedError(
                 "recv(src=None): which message comes first would depend on timing, and so would results; "
@@ -89,11 +108,7 @@ class PointToPoint:
             raise GroupError(f"rank {peer} is not in this group of ranks 0..{self.world_size - 1}")
         if peer == self.rank:
             raise UnsupportedError(f"rank {peer} sends to itself: copy the tensor instead")
-        found = view(t)
-        everybody = self.members is None
-        job_rank = peer if self.members is None else self.members.ranks[peer]
-        group = 0 if everybody or self.members is None else self.members.digest
-        return sends, job_rank, group, tag, DTYPES.index(found.dtype), found.numel, found.address
+        return (peer, 0) if self.members is None else (self.members.ranks[peer], self.members.digest)
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,7 @@ def soak() -> tuple[bool, str]:
 
 NATIVE = (
     ":(glob)hybridcomm/csrc/**",
+    ":(exclude)hybridcomm/csrc/bind*",
     ":(glob)kernels/**/*.cpp",
     ":(glob)kernels/**/*.h",
     "CMakeLists.txt",

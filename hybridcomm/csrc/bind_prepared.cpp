@@ -1,5 +1,6 @@
-// The short way from Python to the engine, for blocking calls that were made before: small messages take about two
-// microseconds, and looking at an array through Python takes several.
+// The short way from Python to the engine, for blocking calls that were made before and for single messages: small
+// ones take about two microseconds, and looking at an array through Python takes several, twenty times as many where
+// a computation has just had the caches to itself.
 //
 // 1. What a caller passes is looked at through the C API: exactly a torch.Tensor or a numpy.ndarray, plain and
 //    contiguous. Whatever is out of the ordinary is left to the long way (arrays.py), which knows what to say.
@@ -58,11 +59,7 @@ class PreparedCalls {
     if (programs_.size() >= kRemembered) programs_.clear();
     py::object dtype = like.attr("dtype");
     const bool torch = py::hasattr(like, "data_ptr");
-    if (torch && !tensor_type_) {
-      tensor_type_ = py::module_::import("torch").attr("Tensor");
-      increment_version_ = py::module_::import("torch.autograd.graph").attr("increment_version");
-    }
-    if (!torch && !array_type_) array_type_ = py::module_::import("numpy").attr("ndarray");
+    learn_types(torch);
     const auto numel = torch ? like.attr("numel")().cast<uint64_t>() : like.attr("size").cast<uint64_t>();
     const Key key{dtype.ptr(), op.ptr(), numel};
     programs_[key] = {std::move(dtype), op, std::move(program)};
@@ -70,18 +67,10 @@ class PreparedCalls {
 
   // Runs the remembered program on `array` to its end; false: nothing was done, take the long way.
   bool run(py::handle array, py::handle op) {
-    if (paused) return false;
-    const PyTypeObject* type = Py_TYPE(array.ptr());
     Plain plain;
-    if (tensor_type_ && type == reinterpret_cast<PyTypeObject*>(tensor_type_.ptr())) {
-      if (!look_at_tensor(array, plain)) return false;
-    } else if (array_type_ && type == reinterpret_cast<PyTypeObject*>(array_type_.ptr())) {
-      if (!look_at_array(array, plain)) return false;
-    } else {
-      return false;
-    }
+    if (paused || !look_at(array, plain)) return false;
     const auto found = programs_.find({plain.dtype.ptr(), op.ptr(), plain.numel});
-    if (found == programs_.end() || !note_written(array, type)) return false;
+    if (found == programs_.end() || !note_written(array, Py_TYPE(array.ptr()))) return false;
     const std::shared_ptr<const Program> program = found->second.program;
     Buffers buffers;
     buffers.tensor = reinterpret_cast<std::byte*>(plain.address);
@@ -89,6 +78,34 @@ class PreparedCalls {
     const py::gil_scoped_release no_gil;
     engine_->run(program, buffers, raise_pending_signals);
     return true;
+  }
+
+  // Messages of arrays like this one are of this dtype.
+  void remember_dtype(const py::object& like, uint8_t dtype) {
+    learn_types(py::hasattr(like, "data_ptr"));
+    const py::object key = like.attr("dtype");
+    dtypes_[key.ptr()] = {key, dtype};
+  }
+
+  // Starts to send or receive `array`; null: nothing was done, take the long way.
+  std::shared_ptr<Work> post(bool send, py::handle array, int peer, uint64_t group, uint32_t tag) {
+    Plain plain;
+    if (!look_at(array, plain)) return nullptr;
+    const auto found = dtypes_.find(plain.dtype.ptr());
+    if (found == dtypes_.end() || (!send && !note_written(array, Py_TYPE(array.ptr())))) return nullptr;
+    Message message;
+    message.send = send;
+    message.peer = peer;
+    message.tag.digest = group;
+    message.tag.tensor = tag;
+    message.tag.numel = plain.numel;
+    message.tag.collective = kMessageCollective;
+    message.tag.dtype = found->second.second;
+    message.data = reinterpret_cast<std::byte*>(plain.address);
+    message.nbytes = plain.numel * itemsize(static_cast<Dtype>(found->second.second));
+    std::vector<Message> messages(1, std::move(message));
+    const py::gil_scoped_release no_gil;
+    return engine_->post(std::move(messages));
   }
 
   bool paused = false;  // calls are collected, not run
@@ -112,6 +129,23 @@ class PreparedCalls {
     py::object dtype, op;  // kept alive, so that their addresses stay theirs
     std::shared_ptr<const Program> program;
   };
+
+  void learn_types(bool torch) {
+    if (torch && !tensor_type_) {
+      tensor_type_ = py::module_::import("torch").attr("Tensor");
+      increment_version_ = py::module_::import("torch.autograd.graph").attr("increment_version");
+    }
+    if (!torch && !array_type_) array_type_ = py::module_::import("numpy").attr("ndarray");
+  }
+
+  bool look_at(py::handle array, Plain& plain) const {
+    const PyTypeObject* type = Py_TYPE(array.ptr());
+    if (tensor_type_ && type == reinterpret_cast<PyTypeObject*>(tensor_type_.ptr())) {
+      return look_at_tensor(array, plain);
+    }
+    return array_type_ && type == reinterpret_cast<PyTypeObject*>(array_type_.ptr()) &&
+           look_at_array(array, plain);
+  }
 
   bool look_at_tensor(py::handle tensor, Plain& plain) const {
     if (attribute(tensor, is_cpu_).ptr() != Py_True || attribute(tensor, requires_grad_).ptr() != Py_False ||
@@ -150,6 +184,7 @@ class PreparedCalls {
 
   std::shared_ptr<Engine> engine_;
   std::unordered_map<Key, Entry, KeyHash> programs_;
+  std::unordered_map<const PyObject*, std::pair<py::object, uint8_t>> dtypes_;
   py::object tensor_type_, array_type_, increment_version_;
   const py::str dtype_{intern("dtype")}, is_cpu_{intern("is_cpu")}, requires_grad_{intern("requires_grad")},
       is_contiguous_{intern("is_contiguous")}, is_neg_{intern("is_neg")}, numel_{intern("numel")},
@@ -166,6 +201,9 @@ void bind_prepared(py::module_& module) {
       .def(py::init<std::shared_ptr<Engine>>())
       .def("remember", &PreparedCalls::remember, py::arg("like"), py::arg("op"), py::arg("program"))
       .def("run", &PreparedCalls::run, py::arg("array"), py::arg("op"))
+      .def("remember_dtype", &PreparedCalls::remember_dtype, py::arg("like"), py::arg("dtype"))
+      .def("post", &PreparedCalls::post, py::arg("send"), py::arg("array"), py::arg("peer"), py::arg("group"),
+           py::arg("tag"))
       .def_readwrite("paused", &PreparedCalls::paused)
       .def("stamp", &PreparedCalls::stamp, py::arg("program"), py::arg("name"));
 }

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hybridcomm.context import Context
-from hybridcomm.errors import AbortedError, DataTypeError
+from hybridcomm.errors import AbortedError, DataTypeError, HybridCommError
 from hybridcomm.reduction import premul_sum
 from hybridcomm.topology import Topology
 from tests.engine_ranks import each_rank, engine_contexts
@@ -127,3 +127,36 @@ def test_errors_reach_the_caller() -> None:
             contexts[0].allreduce(torch.ones(NUMEL))
         with pytest.raises(AbortedError):
             contexts[1].allreduce(torch.ones(NUMEL))
+
+
+@pytest.mark.parametrize("like", ["torch", "numpy"])
+def test_the_second_message_of_a_dtype_goes_the_short_way(like: str) -> None:
+    """What has been looked at through Python once is not again; both ways bring the same, and tell autograd."""
+    with engine_contexts(Topology.virtual(1, 2)) as contexts:
+
+        def make(value: int, dtype: str) -> Any:
+            whole = np.full(300, value, dtype)
+            return torch.from_numpy(whole) if like == "torch" else whole
+
+        def body(rank: int) -> None:
+            ctx = contexts[rank]
+            for dtype in ("float32", "float64", "int64", "uint8"):
+                for turn in range(3):
+                    sent, got = make(turn + 1, dtype), make(0, dtype)
+                    short = ctx._prepared.post(rank == 0, sent if rank == 0 else got, 1 - rank, 0, turn)
+                    assert (short is None) == (turn == 0), (dtype, turn)
+                    if short is not None:
+                        assert short.wait(20)
+                    elif rank == 0:
+                        ctx.isend(sent, 1, turn).wait(20)
+                    else:
+                        ctx.irecv(got, 0, turn).wait(20)
+                    assert rank == 0 or (got == turn + 1).all(), (dtype, turn)
+                    assert rank == 0 or like == "numpy" or got._version == 1
+            plain = make(1, "float32")
+            odd = plain[::2]
+            assert ctx._prepared.post(rank == 0, odd, 1 - rank, 0, 9) is None
+            with pytest.raises(HybridCommError, match="contiguous"):
+                ctx.isend(odd, 1 - rank)
+
+        assert each_rank(body, 2) == [None] * 2

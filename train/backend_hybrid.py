@@ -62,6 +62,11 @@ class HybridBackend(Backend):
         check(self.schedule)
         return self._replica.parameters()
 
+    @property
+    def held(self) -> Replica:
+        """This rank's share of the model, and what runs it."""
+        return self._replica
+
     def _schedule(self) -> PipelineSchedule:
         config = self._config
         schedule = make_schedule(config.pipeline, config.pp, config.pieces, chunks=config.chunks)

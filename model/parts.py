@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hybridcomm.errors import UnsupportedError
 
-__all__ = ["Part", "split"]
+__all__ = ["Part", "cut", "split"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +76,17 @@ def split(
                     options.append((max(slowest, cost), squares + cost * cost, (-begin, *cuts)))
             reached[end] = min(options)
         best = reached
-    starts = [-begin for begin in reversed(best[len(units)][2])]
-    return tuple(
-        _part(begin, end, layers) for begin, end in zip(starts, [*starts[1:], len(units)], strict=True)
-    )
+    return cut(layers, [-begin for begin in reversed(best[len(units)][2])])
+
+
+def cut(layers: int, starts: Sequence[int]) -> tuple[Part, ...]:
+    """The parts that begin at ``starts`` (ascending, the first 0) of embedding, layers 0 .. and head, in that order."""
+    ends = [*starts[1:], layers + 2]
+    if not starts or starts[0] != 0 or any(begin >= end for begin, end in zip(starts, ends, strict=True)):
+        raise UnsupportedError(
+            f"starts {list(starts)}: ascending from 0 to {layers + 1}, where the head is, so that no part is empty"
+        )
+    return tuple(_part(begin, end, layers) for begin, end in zip(starts, ends, strict=True))
 
 
 def _part(begin: int, end: int, layers: int) -> Part:

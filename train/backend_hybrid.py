@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import hybridcomm
 from hybridcomm import collective_plans
 from hybridcomm.groups import Grouping
-from model.parts import Part, split
+from model.parts import Part
 from train.backend import Backend
 from train.batch import Packed
 from train.config import TrainConfig
@@ -26,7 +26,7 @@ from train.outcome import StepTimes
 from train.pipeline import PipelineSchedule, check, lower, make_schedule
 from train.profile import RankTrace, gather
 from train.replica import ModelSpec, Replica
-from train.stage_costs import relative_costs
+from train.stage_costs import best_parts, relative_costs, stage_costs
 
 __all__ = ["HybridBackend"]
 
@@ -45,8 +45,7 @@ class HybridBackend(Backend):
         self._node = self.context.connect_node() if self.mesh.tp > 1 else None
 
     def build(self, spec: ModelSpec) -> Sequence[nn.Parameter]:
-        self.schedule = self._schedule()
-        self.parts = self._parts(spec, self.schedule.stages)
+        self.schedule, self.parts = self._cut(spec)
         self._agree()
         self._replica = Replica(
             spec,
@@ -60,20 +59,26 @@ class HybridBackend(Backend):
         )
         self.schedule = self._replica.schedule
         check(self.schedule)
+        self._agree()  # on the buckets too
         return self._replica.parameters()
 
-    def _schedule(self) -> PipelineSchedule:
+    @property
+    def held(self) -> Replica:
+        """This rank's share of the model, and what runs it."""
+        return self._replica
+
+    def _cut(self, spec: ModelSpec) -> tuple[PipelineSchedule, tuple[Part, ...]]:
+        """The lowered schedule, but for buckets, and the model's parts: pure functions of settings and model."""
         config = self._config
         schedule = make_schedule(config.pipeline, config.pp, config.pieces, chunks=config.chunks)
-        lowered = lower(schedule, head=config.split_head)
-        check(lowered)
-        return lowered
-
-    def _parts(self, spec: ModelSpec, stages: int) -> tuple[Part, ...]:
         embedding, head = relative_costs(spec)
-        if self._config.split_head:
+        if config.split_head:
             head = 0.0  # shared out over all ranks, whatever else they have
-        return split(spec.config.layers, stages, embedding=embedding, head=head)
+        parts = best_parts(schedule, spec.config.layers, embedding=embedding, head=head)
+        costs = stage_costs(parts, embedding=embedding, head=head)
+        lowered = lower(schedule, head=config.split_head, costs=costs)
+        check(lowered)
+        return lowered, parts
 
     def _agree(self) -> None:
         """All ranks run lists of one schedule: else they would wait for each other for ever."""

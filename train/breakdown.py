@@ -90,7 +90,7 @@ def _peers(traces: Sequence[RankTrace], number: int) -> frozenset[int]:
     return frozenset(traces[number].pipeline) if traces[number].pipeline else frozenset(range(len(traces)))
 
 
-def breakdown_table(traces: Sequence[RankTrace]) -> tuple[Table, list[dict[str, float]]]:
+def breakdown_table(traces: Sequence[RankTrace], kind: str = "") -> tuple[Table, list[dict[str, float]]]:
     """A row per rank and of their mean, in ms and parts of the step, over the traced steps; and those rows in s."""
     steps = len(traces[0].steps)
     every = [breakdown(traces, step) for step in range(steps)]
@@ -99,7 +99,9 @@ def breakdown_table(traces: Sequence[RankTrace]) -> tuple[Table, list[dict[str, 
         for number in range(len(traces))
     ]
     shown = [name for name in COLUMNS if name == "total" or any(row[name] for row in rows)]
-    table = Table(title=f"where a step went, ms (means of the last {steps} steps)", title_justify="left")
+    table = Table(
+        title=f"{kind}where a step went, ms (means of the last {steps} steps)", title_justify="left"
+    )
     table.add_column("rank", no_wrap=True)
     for name in shown:
         table.add_column(_SHORT.get(name, name), justify="right", no_wrap=True)

@@ -96,6 +96,11 @@ class TrainConfig(BaseModel):
         False,
         description="Write the last step's timeline: profile.json (Perfetto), timeline.png, timeline.svg.",
     )
+    emulate: float | None = Field(
+        None,
+        gt=0.0,
+        description="Train nothing: a layer takes so many s per 1,000 tokens, communication is real.",
+    )
     threads: int = Field(1, ge=1, description="Compute threads per rank.")
     run_dir: Path | None = Field(
         None, description="Where metrics.jsonl and config.json go (default: runs/TIME)."
@@ -141,6 +146,8 @@ class TrainConfig(BaseModel):
             raise ValueError("--split-head shares out the items over pipeline ranks: pass --pp too")
         if self.profile and self.comm == "ddp":
             raise ValueError("--profile draws what --comm hybridcomm runs; DDP has no list of instructions")
+        if self.emulate is not None and self.comm == "ddp":
+            raise ValueError("--emulate plays what --comm hybridcomm runs: leave out --comm ddp")
         if self.sequence and self.tp == 1:
             raise ValueError("--sequence splits tokens over tensor-parallel ranks: pass --tp too")
         if self.nodes > self.nproc:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from train.backend import Backend
-from train.batch import epoch_order, rank_share, step_users, train_batch
+from train.batch import Packed, epoch_order, rank_share, step_users, train_batch
 from train.config import TrainConfig
 from train.data import Dataset, Split
 from train.errors import TrainError
@@ -84,15 +84,23 @@ class Trainer:
         self.outcome.samples += len(users)
         self._reporter.stepped(self.outcome.steps, took)
 
-    def _step(self, users: np.ndarray) -> None:
-        """One optimizer step on this replica's share of ``users``."""
+    def first_batches(self) -> list[Packed]:
+        """This replica's microbatches of the first step."""
+        return self._batches(next(self._epoch_steps(0)))
+
+    def _batches(self, users: np.ndarray) -> list[Packed]:
         config, backend = self._config, self._backend
-        predictions = int(self._predictions[users].sum())
         share = rank_share(users, backend.replica, backend.replicas)
-        batches = [
+        return [
             train_batch(self._data, self._split, rank_share(share, part, config.pieces), config.model.max_len)
             for part in range(config.pieces)
         ]
+
+    def _step(self, users: np.ndarray) -> None:
+        """One optimizer step on this replica's share of ``users``."""
+        backend = self._backend
+        predictions = int(self._predictions[users].sum())
+        batches = self._batches(users)
         self._optimizer.zero_grad(set_to_none=True)
         # Averaging over replicas divides by their number, so multiply by it: the sum of all losses / predictions.
         loss = backend.step(batches, backend.replicas / predictions, self.outcome.times)

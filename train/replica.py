@@ -183,7 +183,10 @@ class Replica:
         """
         times = StepTimes() if times is None else times
         self.recorder.begin()
-        loss = self.runtime.step(batches, scale, times)
+        return self.complete(self.runtime.step(batches, scale, times), times)
+
+    def complete(self, loss: float, times: StepTimes) -> float:
+        """Sums what has parts of its gradient on several ranks; the loss of the last stage's rank, on all."""
         begin, shared = time.perf_counter(), 0.0 if self._layers is None else self._layers.seconds
         if self._tie is not None:
             self._sum_copies(self._tie)
@@ -247,6 +250,11 @@ class Replica:
         if self._model is not None:
             self._model.allreduce(square)
         return square.sqrt()[0]
+
+    @property
+    def pipeline(self) -> Group | None:
+        """The ranks of this one's pipeline; None for one."""
+        return self._pipeline
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """This rank's, under the names that the whole model has; without its copies of a tied table's rows."""

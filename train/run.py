@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from train.backend import Backend
+    from train.loop import Trainer
+    from train.replica import ModelSpec
     from train.report import Reporter
 
 __all__ = ["main", "train"]
@@ -82,6 +84,10 @@ def train(config: TrainConfig) -> int:
             reporter=reporter,
         )  # fmt: skip
         reporter.line(_describe(config, data, sum(p.numel() for p in parameters)))
+        if config.emulate is not None:
+            _emulate(config, spec, trainer, backend, reporter)
+            backend.close()
+            return 0
         outcome = trainer.run()
         _tell_steps(config, backend, reporter, run_dir)
         popular = popularity_scores(data, split)
@@ -100,7 +106,9 @@ def train(config: TrainConfig) -> int:
     return 0
 
 
-def _tell_steps(config: TrainConfig, backend: Backend, reporter: Reporter, run_dir: Path) -> None:
+def _tell_steps(
+    config: TrainConfig, backend: Backend, reporter: Reporter, run_dir: Path, kind: str = ""
+) -> None:
     """Where the last steps went; with --profile the timeline of the very last."""
     from train.breakdown import breakdown_table
     from train.profile import write
@@ -108,15 +116,34 @@ def _tell_steps(config: TrainConfig, backend: Backend, reporter: Reporter, run_d
     traces = backend.traces()
     if not traces:
         return
-    table, rows = breakdown_table(traces)
+    table, rows = breakdown_table(traces, kind)
     reporter.console.print(table)
     for trace, row in zip(traces, rows, strict=True):
-        reporter.event("step_times", rank=trace.rank, clock_error_s=trace.error, **row)
+        reporter.event("step_times", emulated=bool(kind), rank=trace.rank, clock_error_s=trace.error, **row)
     if config.profile:
-        title = f"{config.pipeline}, tp {config.tp} x pp {config.pp} x dp {backend.replicas}"
+        title = f"{kind}{config.pipeline}, tp {config.tp} x pp {config.pp} x dp {backend.replicas}"
         facts = {"schedule": config.pipeline, "tp": config.tp, "pp": config.pp, "dp": backend.replicas}
+        facts["emulated"] = bool(kind)
         paths = write(traces, run_dir, title, facts)
         reporter.line(f"timeline of the last step: {', '.join(map(str, paths))}")
+
+
+def _emulate(
+    config: TrainConfig, spec: ModelSpec, trainer: Trainer, backend: Backend, reporter: Reporter
+) -> None:
+    """Plays the first step with computation that is time, and tells what came of it."""
+    from train.backend_hybrid import HybridBackend
+    from train.emulate import Emulation, emulated_table
+
+    assert isinstance(backend, HybridBackend)  # noqa: S101 (the settings say so)
+    reporter.line(backend.describe())
+    emulation = Emulation(config.emulate or 0.0, spec, backend.held, backend.context, trainer.first_batches())
+    figures = emulation.run(config.max_steps or 10)
+    mesh = f"tp {config.tp} x pp {config.pp} x dp {backend.replicas}"
+    what = f"{mesh}, {backend.schedule.name}, compress {config.compress}"
+    reporter.event("emulated", what=what, **figures)
+    _tell_steps(config, backend, reporter, config.run_dir or Path("."), kind="emulated: ")
+    reporter.console.print(emulated_table(figures, what))
 
 
 def _connect(config: TrainConfig) -> Backend:

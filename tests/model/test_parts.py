@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hybridcomm.errors import UnsupportedError
 from model.config import ModelConfig
-from model.parts import Part, split
+from model.parts import Part, cut, split
 from model.recommender import Recommender
 
 COSTS = st.floats(0.0, 20.0)
@@ -81,3 +81,12 @@ def test_parts_draw_the_wholes_weights(tied: bool) -> None:
             assert torch.equal(value, whole[name]), name
             seen.add(name)
     assert seen == set(whole)
+
+
+def test_a_cut_by_its_starts() -> None:
+    assert cut(3, [0, 2, 4]) == (
+        Part(layers=range(1), embeds=True), Part(layers=range(1, 3)), Part(layers=range(3, 3), scores=True),
+    )  # fmt: skip
+    for starts in ([], [1, 2], [0, 2, 2], [0, 5]):
+        with pytest.raises(UnsupportedError, match="ascending from 0 to 4"):
+            cut(3, starts)

@@ -67,6 +67,10 @@ def test_model_preset_names_a_shape() -> None:
         (["--config", "/no/such/file"], "--config /no/such/file"),
         (["--comm", "ddp"], "pass --compress none"),
         (["--wire.ddp-hook", "fp16"], "acts on --comm ddp only"),
+        (["--split-head", "True"], "--split-head shares out the items over pipeline ranks: pass --pp too"),
+        (["--comm", "ddp", "--compress", "none", "--profile", "True"], "DDP has no list of instructions"),
+        (["--comm", "ddp", "--compress", "none", "--emulate", "1"], "leave out --comm ddp"),
+        (["--emulate", "0"], "--emulate: Input should be greater than 0"),
     ],
 )
 def test_a_mistake_gives_one_line(arguments: list[str], message: str) -> None:

@@ -140,6 +140,36 @@ def test_stages_and_shared_layers_train_as_one_process(tmp_path: Path, options: 
     assert sum(share > 0 for share in shares) >= least
 
 
+def test_a_profile_is_written_and_steps_are_told(tmp_path: Path) -> None:
+    options = "--nproc 4 --nodes 2 --pp 2 --model.layers 3 --compress none --profile True"
+    done = train(*SMALL, "--run-dir", str(tmp_path / "p"), *options.split())
+    assert done.returncode == 0, done.stderr
+    assert "where a step went" in done.stdout
+    assert "emulated" not in done.stdout
+    assert {path.suffix for path in (tmp_path / "p").iterdir()} >= {".json", ".png", ".svg"}
+    trace = json.loads((tmp_path / "p" / "profile.json").read_text())
+    assert {event["pid"] for event in trace["traceEvents"]} == {0, 1, 2, 3}
+    names = [event["name"] for event in trace["traceEvents"] if event["pid"] == 0]
+    assert names.count("optimizer") == 1
+    rows = events(tmp_path / "p", "step_times")
+    assert [row["rank"] for row in rows] == [0, 1, 2, 3]
+    assert all(row["input_grad"] > 0 and row["optimizer"] > 0 for row in rows)
+
+
+def test_what_is_emulated_is_called_so(tmp_path: Path) -> None:
+    options = "--nproc 4 --nodes 2 --pp 2 --model.layers 3 --emulate 0.002 --max-steps 2 --profile True"
+    done = train(*SMALL, "--run-dir", str(tmp_path / "e"), *options.split())
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stdout.splitlines() if "where a step went" in line or "zbv" in line]
+    assert sum(line.startswith("emulated: ") for line in told) == 2
+    assert "predicted" in done.stdout
+    assert "NDCG" not in done.stdout
+    (figures,) = events(tmp_path / "e", "emulated")
+    assert figures["predicted_step_seconds"] > 0
+    assert all(row["emulated"] for row in events(tmp_path / "e", "step_times"))
+    assert json.loads((tmp_path / "e" / "profile.json").read_text())["otherData"]["emulated"]
+
+
 def test_joins_under_torchrun(tmp_path: Path) -> None:
     done = run(
         [

@@ -62,6 +62,11 @@ class Buckets:
         shared = [] if self.shared is None else [self.shared]
         return [*(self.reducers[stage] for stage in sorted(self.reducers, reverse=True)), *shared]
 
+    def of_stage(self, stage: int) -> list[Reducer]:
+        """Whose buckets are those of a stage, in their order."""
+        own = [self.reducers[stage]] if stage in self.reducers else []
+        return own + ([self.shared] if self.shared is not None and stage == self._shared_stage else [])
+
     def is_final(self, entry: Instruction) -> bool:
         """Whether the stage's gradients are complete behind it."""
         return self.list[self.final[entry.stage]] == entry

@@ -41,15 +41,22 @@ class StageCost:
 class HeadCost:
     """A rank's shard of the head: s of HEAD_S and HEAD_T per microbatch, bytes of what HEAD_C moves.
 
-    ``hidden_nbytes``: the last stage's output for one microbatch, and its gradient; ``statistics_nbytes``: largest
-    score, sum and target's score of each token. ``reduce``: as for a stage.
+    ``hidden_nbytes``: the last stage's output for one microbatch; ``part_nbytes``: what the shard sends of its gradient
+    (None: as much); ``statistics_nbytes``: largest score, sum and target's score of each token. ``reduce``: as for a
+    stage.
     """
 
     score: float
     weight_grad: float
     hidden_nbytes: int = 0
     statistics_nbytes: int = 0
+    part_nbytes: int | None = None
     reduce: tuple[float, ...] = ()
+
+    @property
+    def sends(self) -> int:
+        """Bytes of its part of the hidden states' gradient."""
+        return self.hidden_nbytes if self.part_nbytes is None else self.part_nbytes
 
     def seconds(self, op: str) -> float:
         return self.score if op == "HEAD_S" else self.weight_grad

@@ -7,6 +7,7 @@ to be called so wherever it is printed.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +16,13 @@ from torch import Tensor
 from hybridcomm.groups import Grouping
 from train.errors import ScheduleError
 from train.outcome import StepTimes
+from train.pipeline.buckets import Buckets
 from train.pipeline.costs import Costs
 from train.pipeline.exchange import Combined, HeadExchange
 from train.pipeline.instructions import COMPUTE, Instruction, PipelineSchedule
 from train.pipeline.runtime import ListRuntime, Step
 
-__all__ = ["EmulatedRuntime", "EmulatedStep"]
+__all__ = ["Edges", "EmulatedRuntime", "EmulatedStep"]
 
 _WAKE_UP_S = 300e-6  # a sleeper may be woken so much too late: the rest is spent awake
 
@@ -33,8 +35,15 @@ class EmulatedStep:
     work: float
 
 
+Edges = Callable[[Instruction], Sequence[Callable[[], object]]]
+"""Of a computation: the collectives of its layers, which its time is shared out between."""
+
+
 class EmulatedRuntime(ListRuntime[int]):
-    """One rank whose computation takes what ``costs`` say, and whose messages are of the sizes that they say."""
+    """One rank whose computation takes what ``costs`` say, and whose messages are of the sizes that they say.
+
+    ``buckets`` are real: reducers of parameters that have a gradient in ``.grad``. ``edges``: what its layers wait for.
+    """
 
     def __init__(
         self,
@@ -44,6 +53,8 @@ class EmulatedRuntime(ListRuntime[int]):
         *,
         group: Grouping | None = None,
         exchange: HeadExchange | None = None,
+        buckets: Buckets | None = None,
+        edges: Edges | None = None,
     ) -> None:
         super().__init__(schedule, rank, group=group)
         if schedule.split_head != (exchange is not None):
@@ -51,9 +62,10 @@ class EmulatedRuntime(ListRuntime[int]):
                 f"schedule {schedule.name}: give an exchange for a split head, and only for one"
             )
         costs.check(schedule)
-        if schedule.buckets:
-            raise ScheduleError("nothing is reduced where computation is emulated: lower without buckets")
-        self._costs, self.exchange = costs, exchange
+        if schedule.buckets and buckets is None:
+            raise ScheduleError(f"schedule {schedule.name} reduces buckets: give them, or lower without")
+        self._costs, self.exchange, self._edges = costs, exchange, edges
+        self.buckets = Buckets(schedule, rank, {}) if buckets is None else buckets
         self._combined: dict[int, Combined] = {}
         self._rooms = [torch.zeros(max(1, cost.nbytes // 4)) for cost in costs.stages]
 
@@ -62,7 +74,9 @@ class EmulatedRuntime(ListRuntime[int]):
         work = sum(self._costs.seconds(entry, self.rank) for entry in self.list if entry.op in COMPUTE)
         begin = time.perf_counter()
         microbatches = range(self.schedule.microbatches)
-        self.run(Step(batches=microbatches, times=StepTimes() if times is None else times))
+        times = StepTimes() if times is None else times
+        self.run(Step(batches=microbatches, times=times))
+        times.exposed += self.buckets.finalize(self.recorder)
         return EmulatedStep(seconds=time.perf_counter() - begin, work=work)
 
     def room(self, batch: int, stage: int) -> Tensor:
@@ -70,7 +84,7 @@ class EmulatedRuntime(ListRuntime[int]):
 
     def _forward(self, step: Step[int], entry: Instruction) -> None:
         step.arrived("F", (entry.stage, entry.microbatch))
-        self._pass(entry)
+        self._compute(entry)
         step.outputs[entry.stage, entry.microbatch] = self._rooms[entry.stage]
 
     def _input_gradient(self, step: Step[int], entry: Instruction) -> None:
@@ -80,14 +94,14 @@ class EmulatedRuntime(ListRuntime[int]):
             for work in (combined.work, *combined.works):
                 step.wait(work, f"HEAD_C{self.schedule.head}.{entry.microbatch}")
         step.gradients.pop((entry.stage, entry.microbatch), None)
-        self._pass(entry)
+        self._compute(entry)
         if entry.stage > 0:
             step.gradients[entry.stage - 1, entry.microbatch] = self._rooms[entry.stage - 1]
 
     _backward = _input_gradient
 
     def _weight_gradients(self, step: Step[int], entry: Instruction) -> None:
-        self._pass(entry)
+        self._compute(entry)
 
     def _broadcast(self, step: Step[int], entry: Instruction) -> None:
         hidden = torch.zeros(max(1, self._costs.heads[self.rank].hidden_nbytes // 4))
@@ -95,12 +109,12 @@ class EmulatedRuntime(ListRuntime[int]):
 
     def _score(self, step: Step[int], entry: Instruction) -> None:
         step.arrived("X", (0, entry.microbatch))
-        self._pass(entry)
+        self._compute(entry)
 
     def _combine(self, step: Step[int], entry: Instruction) -> None:
         heads = self._costs.heads
         statistics = torch.zeros(max(1, heads[self.rank].statistics_nbytes // 4))
-        lengths = [max(1, head.hidden_nbytes // 4) for head in heads]
+        lengths = [max(1, head.sends // 4) for head in heads]
         part = torch.zeros(lengths[self.rank], 1)
         combined = self._exchange.combine(statistics, part, lengths)
         self._combined[entry.microbatch] = combined
@@ -109,7 +123,7 @@ class EmulatedRuntime(ListRuntime[int]):
 
     def _shard_gradients(self, step: Step[int], entry: Instruction) -> None:
         step.wait(self._combined[entry.microbatch].work, f"HEAD_C{entry.stage}.{entry.microbatch}")
-        self._pass(entry)
+        self._compute(entry)
 
     @property
     def _exchange(self) -> HeadExchange:
@@ -118,12 +132,43 @@ class EmulatedRuntime(ListRuntime[int]):
         return self.exchange
 
     def _reduce(self, step: Step[int], entry: Instruction) -> None:
-        raise ScheduleError(f"{entry}: nothing is reduced where computation is emulated")
+        self.buckets.launch(entry)
 
-    def _pass(self, entry: Instruction) -> None:
-        until = time.perf_counter() + self._costs.seconds(entry, self.rank)
-        left = until - time.perf_counter() - _WAKE_UP_S
-        if left > 0:
-            time.sleep(left)
-        while time.perf_counter() < until:
-            pass
+    # -- time that passes ------------------------------------------------------------------------------------
+
+    def _compute(self, entry: Instruction) -> None:
+        """The time of ``entry``, between the collectives of its layers; gradients become complete as it passes."""
+        seconds = self._costs.seconds(entry, self.rank)
+        if entry.op in ("W", "B", "HEAD_T") and self.buckets.is_final(entry):
+            self._complete(entry.stage, seconds)
+            self.buckets.shared_ready(entry.stage)
+            if entry.op == "W":
+                return
+            seconds = 0.0  # of a B: its layers' collectives are still to come
+        edges = [] if self._edges is None else self._edges(entry)
+        for edge in edges:
+            _pass(seconds / len(edges))
+            edge()
+        if not edges:
+            _pass(seconds)
+
+    def _complete(self, stage: int, seconds: float) -> None:
+        """Parameters get their gradients last one first, each after its part of the time."""
+        self.buckets.release_behind(stage)
+        reducer = self.buckets.reducers.get(stage)
+        parameters = [] if reducer is None else list(reducer.parameters)[::-1]
+        whole = sum(parameter.numel() for parameter in parameters)
+        for parameter in parameters:
+            _pass(seconds * parameter.numel() / whole)
+            reducer.ready(parameter)  # type: ignore[union-attr]
+        if not parameters:
+            _pass(seconds)
+
+
+def _pass(seconds: float) -> None:
+    until = time.perf_counter() + seconds
+    left = seconds - _WAKE_UP_S
+    if left > 0:
+        time.sleep(left)
+    while time.perf_counter() < until:
+        pass

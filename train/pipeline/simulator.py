@@ -170,9 +170,7 @@ class _Model:
         """Shards' statistics and parts of the gradient go to the last stage's rank, statistics of all come back."""
         heads, others = self.costs.heads, [rank for rank in sides if rank != self.root]
         there = [
-            self._transfer(
-                "C", rank, self.root, heads[rank].hidden_nbytes + heads[rank].statistics_nbytes, sides
-            )
+            self._transfer("C", rank, self.root, heads[rank].sends + heads[rank].statistics_nbytes, sides)
             for rank in others
         ]
         combined = self.tasks.add(0.0, after=[*there, sides[self.root]])

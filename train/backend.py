@@ -20,7 +20,7 @@ from train.batch import Packed
 from train.outcome import StepTimes
 from train.replica import ModelSpec
 
-__all__ = ["Backend", "LastGradient", "WholeModel"]
+__all__ = ["Backend", "WholeModel"]
 
 
 class Backend(ABC):
@@ -45,8 +45,13 @@ class Backend(ABC):
     def step(self, batches: Sequence[Packed], scale: float, times: StepTimes) -> float:
         """Leaves in .grad the mean over replicas of the gradient of ``scale`` times the sum of losses.
 
-        ``batches`` are the replica's microbatches. Adds to ``times``; returns the replica's sum of losses.
+        ``batches`` are the replica's microbatches. Adds to ``times``; returns this rank's sum of losses, which need not
+        be the replica's: `total_loss` tells that.
         """
+
+    def total_loss(self, loss: float) -> float:
+        """What `step` has returned since it was last asked for, summed: of all replicas, on all ranks."""
+        return float(self.sum(np.array([loss]))[0])
 
     @abstractmethod
     def gradient_norm(self) -> Tensor:
@@ -165,15 +170,3 @@ class WholeModel(Backend):
 
     def close(self) -> None:
         """Nothing to leave."""
-
-
-class LastGradient:
-    """Notes when the latest gradient of a backward pass was complete."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.at = 0.0
-        for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(self._note)
-
-    def _note(self, _: Tensor) -> None:
-        self.at = time.perf_counter()

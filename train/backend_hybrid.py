@@ -98,6 +98,9 @@ class HybridBackend(Backend):
     def step(self, batches: Sequence[Packed], scale: float, times: StepTimes) -> float:
         return self._replica.step(batches, scale, times)
 
+    def total_loss(self, loss: float) -> float:
+        return super().total_loss(self._replica.loss_of_all(loss))
+
     def gradient_norm(self) -> Tensor:
         return self._replica.gradient_norm()
 

@@ -114,10 +114,11 @@ class Replica:
         return first.table if both and first.table is last.table else None
 
     def step(self, batches: Sequence[Packed], scale: float = 1.0, times: StepTimes | None = None) -> float:
-        """Gradients of one optimizer step in .grad; the loss's sum over this replica's predictions, on all its ranks.
+        """Gradients of one optimizer step in .grad; the sum of losses on the last stage's ranks, 0 on the others.
 
         ``batches`` are the replica's microbatches, the same on all its ranks. ``scale``: what the sum of losses is
-        multiplied by before backward; reducers divide by the number of replicas.
+        multiplied by before backward; reducers divide by the number of replicas. No step waits for the loss, which
+        nothing is computed from: `loss_of_all` brings it to the other stages when it is to be read.
         """
         times = StepTimes() if times is None else times
         loss = self.runtime.step(batches, scale, times)
@@ -125,12 +126,16 @@ class Replica:
         if self._tie is not None:
             self._sum_copies(self._tie)
         sum_partial_gradients(self.module, self.tp)
-        if self._pipeline is not None:
-            total = torch.tensor([loss], dtype=torch.float64)
-            self._pipeline.broadcast(total, self.schedule.placement[-1])
-            loss = float(total)
         times.exposed += time.perf_counter() - begin
         return loss
+
+    def loss_of_all(self, loss: float) -> float:
+        """What steps have returned, summed: the last stage's sum, on all ranks of the replica."""
+        if self._pipeline is None:
+            return loss
+        total = torch.tensor([loss], dtype=torch.float64)
+        self._pipeline.broadcast(total, self.schedule.placement[-1])
+        return float(total)
 
     @torch.no_grad()
     def target_ranks(self, batch: Packed, histories: Sequence[np.ndarray]) -> Tensor:
@@ -182,10 +187,6 @@ class Replica:
     def parameters(self) -> list[nn.Parameter]:
         """This rank's, each once, in the order of stages."""
         return list(self.module.parameters())
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """This rank's shares under the names that the whole model has; one table where it is shared."""
-        return {name: value for module in self.stages.values() for name, value in module.state_dict().items()}
 
     def shares(self) -> set[str]:
         """Names of the parameters of which each tp rank has a share of its own."""

@@ -36,10 +36,14 @@ class Backend(ABC):
 
     @abstractmethod
     def build(self, spec: ModelSpec) -> Sequence[nn.Parameter]:
-        """Makes this rank's share of the model, equal on all replicas; its parameters, for an optimizer."""
+        """Makes this rank's share of the model, equal on all replicas; its parameters."""
+
+    def updated(self) -> Sequence[Tensor]:
+        """What this rank's optimizer is given: its parameters, or the part of them that it updates for others too."""
+        return list(self.module.parameters())
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027 (not everyone needs to know)
-        """The optimizer that applies the gradients."""
+        """The optimizer that applies the gradients to what is `updated`."""
 
     @abstractmethod
     def step(self, batches: Sequence[Packed], scale: float, times: StepTimes) -> float:

@@ -79,6 +79,9 @@ class TrainConfig(BaseModel):
         None, ge=1, description="Per optimizer step and replica (default: 1, with a pipeline 2 per rank)."
     )
     outer: Literal["dp", "pp"] = Field("pp", description="The axis that spans the nodes.")
+    zero: Literal[0, 1] = Field(
+        0, description="1: a node's replicas share the optimizer's state out among themselves (ZeRO-1)."
+    )
     eval_every: int = Field(
         2, ge=1, description="Epochs between validations; the best one's weights are tested."
     )

@@ -30,7 +30,7 @@ _MAX_SKIPPED_IN_A_ROW = 20
 
 
 class Trainer:
-    """Trains the model that ``backend`` has built, whose ``parameters`` the optimizer has; ``outcome`` fills."""
+    """Trains the model that ``backend`` has built, whose ``parameters`` the optimizer updates; ``outcome`` fills."""
 
     def __init__(
         self, config: TrainConfig, *, data: Dataset, split: Split, backend: Backend,
@@ -93,7 +93,8 @@ class Trainer:
             train_batch(self._data, self._split, rank_share(share, part, config.pieces), config.model.max_len)
             for part in range(config.pieces)
         ]
-        self._optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters:
+            parameter.grad = None
         # Averaging over replicas divides by their number, so multiply by it: the sum of all losses / predictions.
         self._loss += backend.step(batches, backend.replicas / predictions, self.outcome.times)
         self._seen += sum(len(batch.targets) for batch in batches)

@@ -82,8 +82,9 @@ class Replica:
         if mesh.dp > 1:
             replicas, table = mesh.group("dp", ctx), self._shared_table()
             for stage, module in self.stages.items():
-                own = {name: child for name, child in module.named_children() if child is not table}
-                self.reducers[stage] = make_reducer(nn.ModuleDict(own), replicas)
+                own = nn.ModuleDict({n: child for n, child in module.named_children() if child is not table})
+                if any(True for _ in own.parameters()):  # else the stage is the shared table alone
+                    self.reducers[stage] = make_reducer(own, replicas)
             shared = None if table is None else make_reducer(nn.ModuleDict({"table": table}), replicas)
         self.runtime = PipelineRuntime(
             schedule,

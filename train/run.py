@@ -75,7 +75,7 @@ def train(config: TrainConfig) -> int:
         features = _features(config, data, backend)
         spec = ModelSpec(config=config.model, num_items=data.num_items, features=features, seed=config.seed)
         parameters = backend.build(spec)
-        optimizer = build_optimizer(parameters, config.optim)
+        optimizer = build_optimizer(backend.updated(), config.optim)
         trainer = Trainer(
             config, data=data, split=split, backend=backend, parameters=parameters, optimizer=optimizer,
             reporter=reporter,
@@ -142,7 +142,10 @@ def _check_mesh(config: TrainConfig) -> None:
     from train.mesh import Mesh
     from train.pipeline import make_schedule
 
-    Mesh.over(Topology.even(config.nodes, config.nproc), pp=config.pp, tp=config.tp, outer=config.outer)
+    topology = Topology.even(config.nodes, config.nproc)
+    mesh = Mesh.over(topology, pp=config.pp, tp=config.tp, outer=config.outer)
+    if config.zero:
+        mesh.check_shared_state()
     try:
         schedule = make_schedule(config.pipeline, config.pp, config.pieces, chunks=config.chunks)
         split(config.model.layers, schedule.stages)

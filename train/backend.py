@@ -126,7 +126,9 @@ class WholeModel(Backend):
 
     def build(self, spec: ModelSpec) -> Sequence[nn.Parameter]:
         torch.manual_seed(spec.seed)
-        self.model = Recommender(spec.config, spec.num_items, spec.features).to(spec.dtype)
+        self.model = Recommender(spec.config, spec.num_items, spec.features, computing=spec.computing).to(
+            spec.dtype
+        )
         return list(self.model.parameters())
 
     def forward(self, batch: Packed) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hybridcomm.groups import Group, Grouping
 from hybridcomm.reducer import Reducer
+from model.computing import PLAIN, Computing
 from model.config import ModelConfig
 from model.parts import Part
 from model.recommender import Recommender
@@ -43,6 +44,7 @@ class ModelSpec:
     features: Tensor | None = None
     seed: int = 0
     dtype: torch.dtype = torch.float32
+    computing: Computing = PLAIN
 
 
 class Replica:
@@ -97,7 +99,9 @@ class Replica:
 
     def _make(self, spec: ModelSpec, part: Part) -> Recommender:
         torch.manual_seed(spec.seed)
-        return Recommender(spec.config, spec.num_items, spec.features, part=part, tp=self.tp).to(spec.dtype)
+        return Recommender(
+            spec.config, spec.num_items, spec.features, part=part, tp=self.tp, computing=spec.computing
+        ).to(spec.dtype)
 
     def _share_table(self, spec: ModelSpec) -> Group | None:
         """One table where first and last stage are both here; else the group of the two ranks that have a copy."""

@@ -73,7 +73,10 @@ def train(config: TrainConfig) -> int:
     reporter = Reporter(config, run_dir, active=backend.rank == 0)
     try:
         features = _features(config, data, backend)
-        spec = ModelSpec(config=config.model, num_items=data.num_items, features=features, seed=config.seed)
+        spec = ModelSpec(
+            config=config.model, num_items=data.num_items, features=features, seed=config.seed,
+            computing=config.computing,
+        )  # fmt: skip
         parameters = backend.build(spec)
         optimizer = build_optimizer(backend.updated(), config.optim)
         trainer = Trainer(
@@ -191,6 +194,7 @@ def _describe(config: TrainConfig, data: Dataset, parameters: int) -> str:
     return (
         f"{data.name}: {data.num_users} users, {data.num_items} items ({text}), {len(data.items)} "
         f"interactions; {parameters / 1e6:.2f} M parameters {_where(config)}; {config.batch_size} users per step"
+        f"{config.computing.describe()}"
     )
 
 

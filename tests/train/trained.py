@@ -53,7 +53,10 @@ def settings(**changes: Any) -> TrainConfig:
 def train(backend: Backend, config: TrainConfig) -> Trained:
     """One rank's whole run."""
     features = torch.randn(DATA.num_items, 5, generator=torch.Generator().manual_seed(3))
-    spec = ModelSpec(config=config.model, num_items=DATA.num_items, features=features, seed=config.seed)
+    spec = ModelSpec(
+        config=config.model, num_items=DATA.num_items, features=features, seed=config.seed,
+        computing=config.computing,
+    )  # fmt: skip
     parameters = backend.build(spec)
     optimizer = build_optimizer(backend.updated(), config.optim)
     trainer = Trainer(

@@ -42,7 +42,7 @@ class PipelineRuntime(ListRuntime[Packed]):
 
     ``stages[stage]`` are parts of one model, ``group`` the pipeline's ranks in their order (None for one rank alone).
     ``reducers[stage]`` average the stage's gradients over the replicas; ``shared`` those of the item table that first
-    and last stage have in common, where both are here. Checkpointing or compiling stages is up to the caller.
+    and last stage have in common, where both are here. How they compute is up to them (`model.computing`).
     """
 
     def __init__(

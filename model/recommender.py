@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridcomm.errors import UnsupportedError
+from model.computing import PLAIN, Computing
 from model.config import ModelConfig
 from model.dropout import Dropout
 from model.layers import Block, RMSNorm, rope_tables
@@ -54,6 +55,7 @@ class Recommender(nn.Module):
     tells them apart. ``tp``: the ranks that share each layer. ``part``: the whole by default; a part that neither
     embeds nor (tied) scores has no item table. ``split_head``: items are scored elsewhere (`model.head`); the last part
     ends with the states that are to be scored.
+    ``computing``: see `Computing`.
     """
 
     def __init__(
@@ -65,11 +67,13 @@ class Recommender(nn.Module):
         part: Part | None = None,
         tp: TensorParallel = ALONE,
         split_head: bool = False,
+        computing: Computing = PLAIN,
     ) -> None:
         super().__init__()
         seed = draw_seed()  # before layers are made, which draw too: as many as the part has
         self.split_head = split_head
         self.config, self.num_items, self.tp = config, num_items, tp
+        self.computing = computing
         self.part = Part.whole(config.layers) if part is None else part
         self.part.check(config.layers)
         features = text_features if config.text else None
@@ -78,6 +82,8 @@ class Recommender(nn.Module):
             self.table = ItemTable(num_items, config.dim, features=features, tp=tp)
         self.embedding_dropout = Dropout(config.dropout, tp=tp, split=tp.sequence)
         self.blocks = nn.ModuleDict({str(layer): Block(config, tp=tp) for layer in self.part.layers})
+        for block in self.blocks.values():
+            computing.prepare(block)
         if self.part.scores:
             self.final_norm = RMSNorm(config.dim, tp=tp)
             if not config.tied and not split_head:
@@ -146,12 +152,15 @@ class Recommender(nn.Module):
         self, items: Tensor, segments: Tensor, positions: Tensor, x: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """What comes out of the part's last block, and the rows of its table."""
-        rows = None if self.table is None else self.table()
-        if self.table is not None and rows is not None and self.part.embeds:
-            x = self.embedding_dropout(embed(items, rows, self.table.items))
-        if x is None:
-            raise UnsupportedError(f"the part {self.part} continues another one: give it that one's output")
-        return self._decode(x, segments, positions), rows
+        with self.computing.precision(items):
+            rows = None if self.table is None else self.table()
+            if self.table is not None and rows is not None and self.part.embeds:
+                x = self.embedding_dropout(embed(items, rows, self.table.items))
+            if x is None:
+                raise UnsupportedError(
+                    f"the part {self.part} continues another one: give it that one's output"
+                )
+            return self._decode(x, segments, positions), rows
 
     def _scoring(self, rows: Tensor | None) -> tuple[ItemTable, Tensor]:
         """The table that items are scored with, and its rows: those of the input's, if the model is tied."""
@@ -168,7 +177,7 @@ class Recommender(nn.Module):
         cos, sin = rope_tables(positions, self.config.dim // self.config.heads, self.config.rope_base)
         tables = cos.to(x.dtype), sin.to(x.dtype)
         for block in self.blocks.values():
-            x = block(x, tables, mask)
+            x = self.computing.run(block, x, tables, mask)
         return x
 
     def _final(self, x: Tensor, tokens: int, picks: Tensor) -> Tensor:

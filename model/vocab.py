@@ -133,9 +133,10 @@ def item_loss(
     """Sum over predictions of the cross-entropy over all items, in nats; no score table is made.
 
     hidden [N, D], the same on all ranks; table [rows, D], this rank's; targets int64 [N] -> scalar, the same on all
-    ranks. Equals ``next_item_loss(hidden @ whole_table.T, targets)``. Under sequence parallelism ``hidden`` comes
-    through GATHER, which sums its gradient. ``owner`` may have a queue that the table's gradient is put off into, if
-    the table is a leaf (an embedding alone, or detached); else it is computed at once.
+    ranks. Equals the sum of ``F.cross_entropy(hidden @ whole_table.T, targets)``. Under sequence parallelism
+    ``hidden`` comes through GATHER, which sums its gradient. ``owner`` may have a queue that the table's gradient is
+    put off into, if the table is a leaf (an embedding alone, or detached). One that is computed, from text say, gets
+    its gradient at once: the layers that it comes from are still to be run through.
     """
     items.check(table)
     own, places = items.here(targets)

@@ -21,7 +21,7 @@ from train.outcome import StepTimes
 from train.profile import RankTrace
 from train.replica import ModelSpec
 
-__all__ = ["Backend", "LastGradient", "WholeModel"]
+__all__ = ["Backend", "WholeModel"]
 
 
 class Backend(ABC):
@@ -37,16 +37,21 @@ class Backend(ABC):
 
     @abstractmethod
     def build(self, spec: ModelSpec) -> Sequence[nn.Parameter]:
-        """Makes this rank's share of the model, equal on all replicas; its parameters, for an optimizer."""
+        """Makes this rank's share of the model, equal on all replicas; its parameters."""
+
+    def updated(self) -> Sequence[Tensor]:
+        """What this rank's optimizer is given: its parameters, or the part of them that it updates for others too."""
+        return list(self.module.parameters())
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027 (not everyone needs to know)
-        """The optimizer that applies the gradients."""
+        """The optimizer that applies the gradients to what is `updated`."""
 
     @abstractmethod
     def step(self, batches: Sequence[Packed], scale: float, times: StepTimes) -> float:
         """Leaves in .grad the mean over replicas of the gradient of ``scale`` times the sum of losses.
 
-        ``batches`` are the replica's microbatches. Adds to ``times``; returns the replica's sum of losses.
+        ``batches`` are the replica's microbatches. Adds to ``times``; returns this rank's sum of losses, which need not
+        be the replica's: `total_loss` tells that.
         """
 
     def optimized(self, begin: float, end: float) -> None:  # noqa: B027
@@ -55,6 +60,10 @@ class Backend(ABC):
     def traces(self) -> list[RankTrace]:
         """The latest steps of all ranks, on rank 0; elsewhere, and where nothing is traced, none. All ranks call it."""
         return []
+
+    def total_loss(self, loss: float) -> float:
+        """What `step` has returned since it was last asked for, summed: of all replicas, on all ranks."""
+        return float(self.sum(np.array([loss]))[0])
 
     @abstractmethod
     def gradient_norm(self) -> Tensor:
@@ -125,7 +134,9 @@ class WholeModel(Backend):
 
     def build(self, spec: ModelSpec) -> Sequence[nn.Parameter]:
         torch.manual_seed(spec.seed)
-        self.model = Recommender(spec.config, spec.num_items, spec.features).to(spec.dtype)
+        self.model = Recommender(spec.config, spec.num_items, spec.features, computing=spec.computing).to(
+            spec.dtype
+        )
         return list(self.model.parameters())
 
     def forward(self, batch: Packed) -> Tensor:
@@ -173,15 +184,3 @@ class WholeModel(Backend):
 
     def close(self) -> None:
         """Nothing to leave."""
-
-
-class LastGradient:
-    """Notes when the latest gradient of a backward pass was complete."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.at = 0.0
-        for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(self._note)
-
-    def _note(self, _: Tensor) -> None:
-        self.at = time.perf_counter()

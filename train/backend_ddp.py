@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from train.backend import LastGradient, WholeModel
+from train.backend import WholeModel
 from train.batch import Packed
 from train.config import TrainConfig
 from train.errors import TrainError
@@ -53,7 +53,7 @@ class DDPBackend(WholeModel):
         from torch.nn.parallel import DistributedDataParallel
 
         parameters = super().build(spec)
-        self._last = LastGradient(parameters)
+        self._last = _LastGradient(parameters)
         cap = self._config.wire.bucket_cap_mb
         self._ddp = DistributedDataParallel(
             self.model, gradient_as_bucket_view=True, **({} if cap is None else {"bucket_cap_mb": cap})
@@ -99,3 +99,15 @@ class DDPBackend(WholeModel):
 
     def close(self) -> None:
         self._dist.destroy_process_group()
+
+
+class _LastGradient:
+    """Notes when the latest gradient of a backward pass was complete."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.at = 0.0
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._note)
+
+    def _note(self, _: Tensor) -> None:
+        self.at = time.perf_counter()

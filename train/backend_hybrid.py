@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import hybridcomm
 from hybridcomm import collective_plans
+from hybridcomm.context import Context
 from hybridcomm.groups import Grouping
 from model.parts import Part
 from train.backend import Backend
@@ -27,6 +28,7 @@ from train.pipeline import PipelineSchedule, check, lower, make_schedule
 from train.profile import RankTrace, gather
 from train.replica import ModelSpec, Replica
 from train.stage_costs import best_parts, relative_costs, stage_costs
+from train.zero import SharedState
 
 __all__ = ["HybridBackend"]
 
@@ -34,15 +36,20 @@ __all__ = ["HybridBackend"]
 class HybridBackend(Backend):
     """One rank of a mesh of replicas, stages and shares of layers."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, context: Context | None = None) -> None:
+        """``context``: this rank's, if it has joined the job already; it stays open then."""
         self._config = config
-        self.context = hybridcomm.init(timeout=config.wire.timeout)
+        self._joined = context is None
+        self.context = hybridcomm.init(timeout=config.wire.timeout) if context is None else context
         self.rank, self.world_size = self.context.rank, self.context.world_size
         self.mesh = Mesh.over(self.context.topology, pp=config.pp, tp=config.tp, outer=config.outer)
         self.replica, self.replicas = self.mesh.at(self.rank).dp, self.mesh.dp
         self._replicas = self.mesh.group("dp", self.context)
         # Layers wait for their collectives: those must not stand in one queue with buckets, for which nobody waits yet.
         self._node = self.context.connect_node() if self.mesh.tp > 1 else None
+        if config.zero:
+            self.mesh.check_shared_state()
+        self._shared: SharedState | None = None
 
     def build(self, spec: ModelSpec) -> Sequence[nn.Parameter]:
         self.schedule, self.parts = self._cut(spec)
@@ -60,7 +67,14 @@ class HybridBackend(Backend):
         self.schedule = self._replica.schedule
         check(self.schedule)
         self._agree()  # on the buckets too
-        return self._replica.parameters()
+        parameters = self._replica.parameters()
+        if self._config.zero:
+            neighbours = self.mesh.node_replicas(self.rank)
+            self._shared = SharedState(parameters, self.context.group(neighbours))
+        return parameters
+
+    def updated(self) -> Sequence[Tensor]:
+        return super().updated() if self._shared is None else self._shared.pieces
 
     @property
     def held(self) -> Replica:
@@ -107,6 +121,8 @@ class HybridBackend(Backend):
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         for reducer in self._reducers():
             reducer.attach(optimizer)
+        if self._shared is not None:
+            self._shared.attach(optimizer)
 
     def step(self, batches: Sequence[Packed], scale: float, times: StepTimes) -> float:
         return self._replica.step(batches, scale, times)
@@ -117,6 +133,9 @@ class HybridBackend(Backend):
     def traces(self) -> list[RankTrace]:
         pipelines = [self.mesh.along("pp", rank) for rank in range(self.world_size)]
         return gather(self.context, self._replica.recorder.steps, pipelines)
+
+    def total_loss(self, loss: float) -> float:
+        return super().total_loss(self._replica.loss_of_all(loss))
 
     def gradient_norm(self) -> Tensor:
         return self._replica.gradient_norm()
@@ -174,12 +193,15 @@ class HybridBackend(Backend):
                 f"one replica: no gradients are averaged, so --compress {self._config.compress} has no effect"
             )
         lines += [reducer.table() for reducer in self._reducers()]
+        if self._shared is not None:
+            lines.append(self._shared.describe())
         return "\n".join(lines)
 
     def close(self) -> None:
         if self._node is not None:
             self._node.close()
-        hybridcomm.shutdown()
+        if self._joined:
+            hybridcomm.shutdown()
 
     def _reducers(self) -> list[hybridcomm.Reducer]:
         return self._replica.runtime.all_reducers()

@@ -11,7 +11,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from model.computing import Computing
 from model.config import MODEL_PRESETS, ModelConfig
+from train import combinations
+from train.errors import ConfigError
 from train.synthetic import SyntheticConfig
 
 __all__ = ["PRESETS", "OptimConfig", "TrainConfig", "WireConfig"]
@@ -80,6 +83,16 @@ class TrainConfig(BaseModel):
         None, ge=1, description="Per optimizer step and replica (default: 1, with a pipeline 2 per rank)."
     )
     outer: Literal["dp", "pp"] = Field("pp", description="The axis that spans the nodes.")
+    autocast: Literal["none", "bf16"] = Field(
+        "none", description="bf16: products of blocks in bf16; weights, loss and gradients' sums stay fp32."
+    )
+    checkpoint: bool = Field(
+        False, description="Keep each block's input alone for backward, which computes the block again."
+    )
+    compile: bool = Field(False, description="Compile blocks by torch.compile; the first steps take minutes.")
+    zero: Literal[0, 1] = Field(
+        0, description="1: a node's replicas share the optimizer's state out among themselves (ZeRO-1)."
+    )
     eval_every: int = Field(
         2, ge=1, description="Epochs between validations; the best one's weights are tested."
     )
@@ -122,12 +135,18 @@ class TrainConfig(BaseModel):
         """Microbatches of a replica in an optimizer step."""
         return self.microbatches or (2 * self.pp if self.pp > 1 else 1)
 
+    @property
+    def computing(self) -> Computing:
+        """How blocks are computed."""
+        backend = "inductor" if self.compile else None
+        return Computing(autocast=self.autocast, checkpoint=self.checkpoint, compile=backend)
+
     @model_validator(mode="after")
     def _options_act(self) -> TrainConfig:
-        if self.comm == "ddp" and self.compress != "none":
-            raise ValueError(
-                "--comm ddp cannot use --compress; pass --compress none (and perhaps --wire.ddp-hook)"
-            )
+        try:
+            combinations.check(self)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
         if self.comm != "ddp" and self.wire.ddp_hook != "none":
             raise ValueError("--wire.ddp-hook acts on --comm ddp only")
         if (
@@ -136,8 +155,6 @@ class TrainConfig(BaseModel):
             and "final_lr" in self.optim.model_fields_set
         ):
             raise ValueError("--optim.final-lr does nothing with --optim.schedule constant")
-        if self.comm == "ddp" and (self.pp, self.tp) != (1, 1):
-            raise ValueError("--comm ddp has the whole model on each rank: leave out --tp and --pp")
         if self.pp == 1 and (self.schedule != "auto" or self.chunks is not None):
             raise ValueError("--schedule and --chunks act on a pipeline: pass --pp too")
         if self.chunks is not None and self.schedule != "interleaved":

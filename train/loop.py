@@ -30,7 +30,7 @@ _MAX_SKIPPED_IN_A_ROW = 20
 
 
 class Trainer:
-    """Trains the model that ``backend`` has built, whose ``parameters`` the optimizer has; ``outcome`` fills."""
+    """Trains the model that ``backend`` has built, whose ``parameters`` the optimizer updates; ``outcome`` fills."""
 
     def __init__(
         self, config: TrainConfig, *, data: Dataset, split: Split, backend: Backend,
@@ -44,7 +44,7 @@ class Trainer:
         self.total_steps = min(steps, config.max_steps) if config.max_steps else steps
         self._skipped_in_a_row = 0
         self._best: dict[str, torch.Tensor] | None = None
-        self._loss = np.zeros(2)
+        self._loss, self._seen = 0.0, 0  # this rank's losses and the replica's predictions since a validation
         self.outcome = Outcome()
 
     def run(self) -> Outcome:
@@ -101,10 +101,11 @@ class Trainer:
         backend = self._backend
         predictions = int(self._predictions[users].sum())
         batches = self._batches(users)
-        self._optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters:
+            parameter.grad = None
         # Averaging over replicas divides by their number, so multiply by it: the sum of all losses / predictions.
-        loss = backend.step(batches, backend.replicas / predictions, self.outcome.times)
-        self._loss += (loss, sum(len(batch.targets) for batch in batches))
+        self._loss += backend.step(batches, backend.replicas / predictions, self.outcome.times)
+        self._seen += sum(len(batch.targets) for batch in batches)
         begin = time.perf_counter()
         self._apply()
         end = time.perf_counter()
@@ -133,8 +134,9 @@ class Trainer:
         self._optimizer.step()
 
     def _validate(self, epoch: int) -> None:
-        loss, predictions = self._backend.sum(self._loss)
-        self._loss[:] = 0.0
+        loss = self._backend.total_loss(self._loss)
+        (predictions,) = self._backend.sum(np.array([self._seen]))
+        self._loss, self._seen = 0.0, 0
         # No replica made a prediction: there is no mean loss.
         self.outcome.loss = float(loss / predictions) if predictions else float("nan")
         metrics = self._evaluate("validation")

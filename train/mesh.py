@@ -94,6 +94,25 @@ class Mesh:
         places = {"dp": mine.dp, "pp": mine.pp, "tp": mine.tp}
         return tuple(self.rank(Coordinates(**{**places, axis: place})) for place in range(self.size(axis)))
 
+    def node_replicas(self, rank: int) -> tuple[int, ...]:
+        """The part of the dp axis of ``rank`` that lies in its node."""
+        node = self.topology.node_of(rank)
+        return tuple(other for other in self.along("dp", rank) if self.topology.node_of(other) == node)
+
+    def check_shared_state(self) -> None:
+        """Raises `ConfigError` where no node has two ranks with the same parameters, so that none can share state."""
+        if all(len(self.node_replicas(rank)) == 1 for rank in range(self.topology.world_size)):
+            outer = (
+                ""
+                if self.dp == 1 or self.outer == "pp"
+                else ", or --outer pp, which puts replicas side by side"
+            )
+            raise ConfigError(
+                f"--zero 1 shares the optimizer's state out among a node's replicas: with dp {self.dp}, pp {self.pp}, "
+                f"tp {self.tp} on {len(self.topology.nodes)} nodes none has two of one share of the model; leave it "
+                f"out{outer}"
+            )
+
     def replica(self, rank: int) -> tuple[int, ...]:
         """The ranks that hold one copy of the model together with ``rank``."""
         dp = self.at(rank).dp

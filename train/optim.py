@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from train.config import OptimConfig
 
 __all__ = ["build_optimizer", "learning_rate"]
 
 
-def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(parameters: Iterable[Tensor], config: OptimConfig) -> torch.optim.Optimizer:
     """Fused AdamW over all parameters."""
     return torch.optim.AdamW(
         parameters,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hybridcomm.groups import Group, Grouping
 from hybridcomm.reducer import Reducer
+from model.computing import PLAIN, Computing
 from model.config import ModelConfig
 from model.head import HeadShard
 from model.parts import Part
@@ -50,6 +51,7 @@ class ModelSpec:
     features: Tensor | None = None
     seed: int = 0
     dtype: torch.dtype = torch.float32
+    computing: Computing = PLAIN
 
 
 _TIE_TAG = 3  # beside the pipeline's F, I and the head's parts
@@ -105,11 +107,9 @@ class Replica:
         if mesh.dp > 1:
             replicas, table = mesh.group("dp", ctx), self._shared_table()
             for stage, module in self.stages.items():
-                own = {name: child for name, child in module.named_children() if child is not table}
-                if any(
-                    True for child in own.values() for _ in child.parameters()
-                ):  # else all it has is the shared table
-                    self.reducers[stage] = make_reducer(nn.ModuleDict(own), replicas)
+                own = nn.ModuleDict({n: child for n, child in module.named_children() if child is not table})
+                if any(True for _ in own.parameters()):  # else the stage is the shared table alone
+                    self.reducers[stage] = make_reducer(own, replicas)
             shared = None if table is None else make_reducer(nn.ModuleDict({"table": table}), replicas)
             if self.head is not None:
                 self.reducers[schedule.head] = make_reducer(self.head, replicas)
@@ -130,7 +130,7 @@ class Replica:
         torch.manual_seed(spec.seed)
         return Recommender(
             spec.config, spec.num_items, spec.features,
-            part=part, tp=self.tp, split_head=self.schedule.split_head,
+            part=part, tp=self.tp, split_head=self.schedule.split_head, computing=spec.computing,
         ).to(spec.dtype)  # fmt: skip
 
     def _make_head(self, spec: ModelSpec, ctx: Grouping) -> HeadShard:
@@ -176,10 +176,11 @@ class Replica:
         return first.table if both and first.table is last.table else None
 
     def step(self, batches: Sequence[Packed], scale: float = 1.0, times: StepTimes | None = None) -> float:
-        """Gradients of one optimizer step in .grad; the loss's sum over this replica's predictions, on all its ranks.
+        """Gradients of one optimizer step in .grad; the sum of losses on the last stage's ranks, 0 on the others.
 
         ``batches`` are the replica's microbatches, the same on all its ranks. ``scale``: what the sum of losses is
-        multiplied by before backward; reducers divide by the number of replicas.
+        multiplied by before backward; reducers divide by the number of replicas. No step waits for the loss, which
+        nothing is computed from: `loss_of_all` brings it to the other stages when it is to be read.
         """
         times = StepTimes() if times is None else times
         self.recorder.begin()
@@ -193,15 +194,19 @@ class Replica:
         if self.head is not None and self.head.tied and self._pipeline is not None:
             self._sum_shards(self.head.table, self._pipeline)
         sum_partial_gradients(self.module, self.tp)
-        if self._pipeline is not None:
-            total = torch.tensor([loss], dtype=torch.float64)
-            self._pipeline.broadcast(total, self.schedule.placement[-1])
-            loss = float(total)
         end, shared = time.perf_counter(), 0.0 if self._layers is None else self._layers.seconds - shared
         times.tensor += shared
         times.exposed += end - begin - shared
         self.recorder.add("waits", "copies", begin, end)
         return loss
+
+    def loss_of_all(self, loss: float) -> float:
+        """What steps have returned, summed: the last stage's sum, on all ranks of the replica."""
+        if self._pipeline is None:
+            return loss
+        total = torch.tensor([loss], dtype=torch.float64)
+        self._pipeline.broadcast(total, self.schedule.placement[-1])
+        return float(total)
 
     @torch.no_grad()
     def target_ranks(self, batch: Packed, histories: Sequence[np.ndarray]) -> Tensor:

@@ -76,9 +76,12 @@ def train(config: TrainConfig) -> int:
     reporter = Reporter(config, run_dir, active=backend.rank == 0)
     try:
         features = _features(config, data, backend)
-        spec = ModelSpec(config=config.model, num_items=data.num_items, features=features, seed=config.seed)
+        spec = ModelSpec(
+            config=config.model, num_items=data.num_items, features=features, seed=config.seed,
+            computing=config.computing,
+        )  # fmt: skip
         parameters = backend.build(spec)
-        optimizer = build_optimizer(parameters, config.optim)
+        optimizer = build_optimizer(backend.updated(), config.optim)
         trainer = Trainer(
             config, data=data, split=split, backend=backend, parameters=parameters, optimizer=optimizer,
             reporter=reporter,
@@ -190,7 +193,10 @@ def _check_mesh(config: TrainConfig) -> None:
     from train.mesh import Mesh
     from train.pipeline import make_schedule
 
-    Mesh.over(Topology.even(config.nodes, config.nproc), pp=config.pp, tp=config.tp, outer=config.outer)
+    topology = Topology.even(config.nodes, config.nproc)
+    mesh = Mesh.over(topology, pp=config.pp, tp=config.tp, outer=config.outer)
+    if config.zero:
+        mesh.check_shared_state()
     try:
         schedule = make_schedule(config.pipeline, config.pp, config.pieces, chunks=config.chunks)
         split(config.model.layers, schedule.stages)
@@ -236,6 +242,7 @@ def _describe(config: TrainConfig, data: Dataset, parameters: int) -> str:
     return (
         f"{data.name}: {data.num_users} users, {data.num_items} items ({text}), {len(data.items)} "
         f"interactions; {parameters / 1e6:.2f} M parameters {_where(config)}; {config.batch_size} users per step"
+        f"{config.computing.describe()}"
     )
 
 

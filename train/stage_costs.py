@@ -12,7 +12,7 @@ __all__ = ["best_parts", "relative_costs", "stage_costs"]
 
 _ROW = 64  # tokens of a row, which attention looks at
 _TOKENS = 512  # of a microbatch, among which the projection of all items' text is shared out
-_AGAIN = 4 / 3  # the head's scores are computed once more in backward
+_AGAIN = 4 / 3  # what is computed once more in backward: the head's scores, checkpointed layers
 _LEAST = 1e-3  # of a layer: a stage takes some time, and the simulation that orders a split head asks for it
 
 
@@ -20,6 +20,7 @@ def relative_costs(spec: ModelSpec) -> tuple[float, float]:
     """(embedding, head), where a layer is 1: forward and backward for a token."""
     config = spec.config
     layer = 4 * config.dim**2 + 3 * config.dim * config.hidden + 2 * _ROW * config.dim
+    layer *= _AGAIN if spec.computing.checkpoint else 1
     text = 0.0
     if spec.features is not None and config.text:
         text = spec.num_items * spec.features.shape[1] * config.dim / _TOKENS

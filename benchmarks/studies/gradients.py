@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from model.loss import next_item_loss
 from model.recommender import Recommender
 from train.batch import epoch_order, step_users, train_batch
 from train.config import PRESETS, TrainConfig
@@ -67,7 +66,7 @@ def node_gradients(config: TrainConfig, steps: int) -> Iterator[Floats]:
         halves = [train_batch(data, split, half, config.model.max_len) for half in np.array_split(batch, 2)]
         count = sum(len(half.targets) for half in halves)
         for node, half in enumerate(halves):
-            (next_item_loss(model(*half.inputs), half.targets) / count).backward()
+            (model(*half.inputs, half.targets) / count).backward()
             if node == 0:
                 yield _flat(model)
         for group in optimizer.param_groups:

@@ -8,7 +8,6 @@ import torch
 from pydantic import ValidationError
 
 from model.config import ModelConfig
-from model.loss import next_item_loss
 from model.recommender import Recommender
 from tests.numerics import gamma
 from train.batch import Packed, pack
@@ -84,14 +83,14 @@ def test_every_parameter_gets_a_gradient(tied: bool, features: int) -> None:
     assert ("head.embedding" in names) is not tied
     assert ("table.text_projection.weight" in names) is bool(features)
     batch = packed(histories())
-    next_item_loss(model(*batch.inputs), batch.targets).backward()
+    model(*batch.inputs, batch.targets).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in names.values())
 
 
 def test_a_batch_without_users_gives_zero_gradients() -> None:
     model = build(features=8)
     batch = pack([], [])
-    loss = next_item_loss(model(*batch.inputs), batch.targets)
+    loss = model(*batch.inputs, batch.targets)
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model.scores
 from hybridcomm.context import Context
 from hybridcomm.errors import UnsupportedError
-from model.loss import next_item_loss
 from model.scores import TILE, Columns, Tile, log_sums
 from model.tensor_parallel import ALONE, TensorParallel
 from model.vocab import Items, item_loss
@@ -135,7 +135,7 @@ def test_any_tile_gives_the_same(rows: int, columns: int, items: int, prediction
 
 def test_control_scores_in_bf16_are_noticed() -> None:
     hidden, table, targets = draw(41, 5.0, torch.bfloat16)
-    found = computed(lambda h, t: next_item_loss((h @ t.T).float(), targets), hidden, table)
+    found = computed(lambda h, t: F.cross_entropy((h @ t.T).float(), targets, reduction="sum"), hidden, table)
     assert Oracle(hidden, table, targets, "float32").excess(found, output="bfloat16") > 10
 
 
@@ -147,7 +147,7 @@ def test_default_tile_equals_the_table_of_scores() -> None:
     table = torch.randn(items, D, generator=generator, dtype=torch.float64)
     targets = torch.randint(0, items, (rows,), generator=generator)
     ours = computed(lambda h, t: item_loss(h, t, targets, Items(count=items)), hidden, table)
-    plain = computed(lambda h, t: next_item_loss(h @ t.T, targets), hidden, table)
+    plain = computed(lambda h, t: F.cross_entropy(h @ t.T, targets, reduction="sum"), hidden, table)
     for name, exact in plain.items():
         bound = 4 * gamma(items + rows + D, "float64") * float(exact.abs().max())
         torch.testing.assert_close(ours[name], exact, rtol=0.0, atol=bound)
@@ -224,7 +224,7 @@ def test_memory_is_a_tile_and_the_gradients(contexts: list[Context]) -> None:
         assert "addmm_.default" in seen.names  # backward was seen too
         assert seen.numel <= max(tile.rows * tile.columns, items * 4, rows * 4)
     with Largest() as plain:
-        computed(lambda h, t: next_item_loss(h @ t.T, targets), hidden, table)
+        computed(lambda h, t: F.cross_entropy(h @ t.T, targets, reduction="sum"), hidden, table)
     assert plain.numel >= rows * items
 
 

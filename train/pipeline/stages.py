@@ -56,7 +56,7 @@ class PipelineRuntime(ListRuntime[Packed]):
     ``head`` is this rank's shard of a split head and ``exchange`` how its values travel. ``reducers[stage]`` average
     the stage's gradients over the replicas (the head is one stage more); ``shared`` those of the item table that first
     and last stage have in common, where both are here: its buckets come behind those of the stage that is done last.
-    Checkpointing or compiling stages is up to the caller.
+    How stages compute is up to them (`model.computing`).
     """
 
     def __init__(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hybridcomm.context import Context
+from hybridcomm.errors import UnsupportedError
 from hybridcomm.reducer import Reducer
 from hybridcomm.topology import Topology
 from model.config import ModelConfig
@@ -179,5 +180,5 @@ def test_a_bucket_without_a_reducer_is_told() -> None:
 
 def test_a_part_that_continues_needs_its_input() -> None:
     part = Recommender(WHOLE.config, 5, part=Part(layers=range(1), scores=True))
-    with pytest.raises(Exception, match="continues another one"):
+    with pytest.raises(UnsupportedError, match="continues another one"):
         part(*[torch.zeros(1, 1, dtype=torch.int64)] * 3, torch.zeros(1, dtype=torch.int64))

@@ -58,6 +58,7 @@ bench: $(VENV)/engine.stamp
 	$(PY) -m pytest benchmarks/bench_kernels.py --benchmark-json $(BENCH)/kernels.json $(ARGS)
 	$(PY) -m pytest benchmarks/bench_inhost.py --benchmark-json $(BENCH)/inhost.json $(ARGS)
 	$(PY) -m benchmarks.bench_schedules --json $(BENCH)/schedules.json
+	$(PY) -m benchmarks.bench_parallel --json $(BENCH)/parallel.json
 	if [ "$$(id -u)" = 0 ]; then \
 	  $(PY) -m benchmarks.bench_wire --json $(BENCH)/wire.json && \
 	  $(PY) -m benchmarks.bench_allreduce --rates 1gbit 200mbit --json $(BENCH)/allreduce.json && \

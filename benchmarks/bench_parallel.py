@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 
 from benchmarks import native
 from benchmarks.table import table
+from hybridcomm.launch import launch
 
 __all__ = ["main", "rows"]
 
@@ -132,31 +132,17 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Runs both ranks; raises CalledProcessError when one fails."""
-    argv = [sys.executable, "-m", "hybridcomm.launch", "--nproc", "2", "-m", "benchmarks.parallel.worker"]
+def _measure(arguments: argparse.Namespace, out: Path) -> int:
+    """Runs both ranks, which leave a JSON line per comparison in ``out``; the exit code."""
+    argv = ["-m", "benchmarks.parallel.worker", "--out", str(out)]
     for name in ("comparisons", "items", "layers", "dim", "rows", "microbatches", "rounds", "cuts"):
         argv += [f"--{name}", str(getattr(arguments, name))]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu"}
-    results = []
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=env) as job:
-        for line in job.stdout or ():
-            if not line.startswith("{"):  # DeepSpeed prints too
-                print(line, end="", file=sys.stderr, flush=True)
-                continue
-            results.append(json.loads(line))
-            print(
-                f"  {results[-1]['comparison']} {results[-1]['items']} items: done",
-                file=sys.stderr,
-                flush=True,
-            )
-    if job.returncode:
-        raise subprocess.CalledProcessError(job.returncode, argv)
-    return results
+    env = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu"}
+    return launch(argv, nproc=2, env=env)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints the table; 1 when a rank failed or somebody's losses were wrong."""
+    """Measures, prints the table; another code than 0 when a rank failed or somebody's losses were wrong."""
     arguments = _arguments(argv)
     tokens = 64 * arguments.rows
     print(
@@ -164,11 +150,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"; medians of {arguments.rounds} interleaved rounds, all warm in the same processes",
         flush=True,
     )
-    try:
-        results = _measure(arguments)
-    except subprocess.CalledProcessError as error:
-        print(f"error: a rank ended with code {error.returncode}; it said why above", file=sys.stderr)
-        return 1
+    with tempfile.TemporaryDirectory(prefix="bench-parallel-") as folder:
+        out = Path(folder) / "results.jsonl"
+        code = _measure(arguments, out)
+        if code:
+            return code
+        results = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     sizes = [result["last_bucket_nbytes"] for result in results if result["comparison"] == "dp"]
     floors = native.floor_ms(2, sizes) if sizes else {}
     body = [

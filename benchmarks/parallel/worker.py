@@ -1,4 +1,4 @@
-"""What each of the two ranks of ``bench_parallel`` runs; rank 0 prints a JSON line for each comparison."""
+"""What each of the two ranks of ``bench_parallel`` runs; rank 0 writes a JSON line for each comparison."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import gc
 import json
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -124,6 +125,7 @@ COMPARISONS = {"pp": pipelines, "tp": tensors, "dp": replicas}
 def main() -> None:
     """Every comparison at every size."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--comparisons", required=True)
     parser.add_argument("--items", required=True)
     parser.add_argument("--layers", type=int, required=True)
@@ -148,7 +150,9 @@ def main() -> None:
         for name in options.comparisons.split(","):
             line = COMPARISONS[name](contest, ctx, options)
             if ctx.rank == 0:
-                print(json.dumps({"comparison": name, "items": items, **line}), flush=True)
+                with options.out.open("a", encoding="utf-8") as out:
+                    out.write(json.dumps({"comparison": name, "items": items, **line}) + "\n")
+                print(f"  {name} {items} items: done", file=sys.stderr, flush=True)
             gc.collect()
     hybridcomm.shutdown()
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The model that all competitors train, its batches, and how far apart their losses may be."""
+"""The model that all competitors train, its batches, and its losses in one process."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.tolerance import loss_tolerance
 from model.config import ModelConfig
 from model.recommender import Recommender
 from train.batch import Packed
 from train.replica import ModelSpec
 
-__all__ = ["Case", "Competitor", "reference", "tolerance"]
+__all__ = ["Case", "Competitor", "reference"]
 
 TOKENS = 64
 """Of a row, all of one user: no row is ragged, because peers want one shape."""
@@ -45,6 +46,10 @@ class Case:
     @property
     def spec(self) -> ModelSpec:
         return ModelSpec(config=self.config, num_items=self.items)
+
+    def tolerance(self, loss: float) -> float:
+        """How far a loss in fp32 may be from ``loss``."""
+        return loss_tolerance(self.config, items=self.items, predictions=self.predictions, loss=loss)
 
     def batches(self) -> list[Packed]:
         """The microbatches of a step, the same in every step and on every rank."""
@@ -114,17 +119,3 @@ def reference(case: Case, steps: int) -> list[float]:
         losses.append(total)
         optimizer.step()
     return losses
-
-
-def tolerance(case: Case, loss: float) -> float:
-    """How far a loss in fp32 may be from ``loss``, by the number n of roundings in the longest chain.
-
-    A chain goes through all blocks (dot products over the channels, the tokens and the hidden channels), the scores
-    and the sums over items and predictions. Roundings mostly cancel, so the bound grows with the square root of n
-    (Higham and Mary, SIAM J. Sci. Comput. 41, 2019, with lambda = 8).
-    """
-    config = case.config
-    block = 3 * config.dim + config.hidden + TOKENS + config.dim // config.heads
-    chain = config.layers * block + config.dim + case.items + case.predictions
-    unit = torch.finfo(torch.float32).eps / 2
-    return 8 * chain**0.5 * unit / (1 - chain * unit) * abs(loss)

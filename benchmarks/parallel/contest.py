@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.parallel.case import Case, Competitor, reference, tolerance
+from benchmarks.parallel.case import Case, Competitor, reference
 from benchmarks.timing import slowest
 
 __all__ = ["Contest"]
@@ -43,7 +43,7 @@ class Contest:
         """Its first steps, from the initial weights; s of the last. AssertionError where a loss is wrong."""
         for step, want in enumerate(self.expected[:steps]):
             seconds, loss = _timed(competitor)
-            bound = tolerance(self.case, want)
+            bound = self.case.tolerance(want)
             if not abs(loss - want) <= bound:
                 raise AssertionError(
                     f"{competitor.name} {competitor.choice}: step {step + 1} has loss {loss:.7f}, one process "

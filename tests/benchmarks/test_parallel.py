@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import bench_parallel
 from benchmarks.parallel import contest, plain
-from benchmarks.parallel.case import LR, Case, Competitor, reference, tolerance
+from benchmarks.parallel.case import LR, Case, Competitor, reference
 from benchmarks.parallel.contest import Contest
 from benchmarks.parallel.splits import cuts, parts_of, promising
 from model.vocab import Items, item_loss
@@ -86,8 +86,8 @@ def test_shares_of_a_regrouped_weight_have_a_share_of_each_section() -> None:
 def test_the_tolerance_is_between_rounding_and_what_matters() -> None:
     """In fp32 one process is inside it, by far; losses of neighbouring steps are not."""
     first, second = reference(CASE, 2)
-    assert tolerance(CASE, first) < abs(first - second)
-    assert tolerance(CASE, first) > torch.finfo(torch.float32).eps * first
+    assert CASE.tolerance(first) < abs(first - second)
+    assert CASE.tolerance(first) > torch.finfo(torch.float32).eps * first
 
 
 @pytest.mark.parametrize("stages", [2, 4])

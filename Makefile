@@ -65,6 +65,7 @@ bench: $(VENV)/engine.stamp
 	  $(PY) -m benchmarks.bench_allreduce --nodes 4 --peers gloo,powersgd,ours,ours-topk,ours-reducer --json $(BENCH)/allreduce-4x2.json && \
 	  $(PY) -m benchmarks.bench_crossover --json $(BENCH)/crossover.json && \
 	  $(PY) -m benchmarks.bench_overlap --json $(BENCH)/overlap.json && \
+	  $(PY) -m benchmarks.bench_hybrid --json $(BENCH)/hybrid.json && \
 	  $(PY) -m benchmarks.bench_training --steps 320 --variants ddp,topk --json $(BENCH)/training.json && \
 	  $(PY) -m benchmarks.figures --allreduce $(BENCH)/allreduce.json --training $(BENCH)/training.json --out $(BENCH); \
 	else echo "not root: the benchmarks on the virtual cluster are left out"; fi

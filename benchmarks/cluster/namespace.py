@@ -48,6 +48,8 @@ echo ready
 read -r _ || true
 """
 
+_ALLOWED = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control")
+
 
 def skip_reason() -> str | None:
     """Why no cluster can be built here, or None when one can: root, tools and namespaces are looked for."""
@@ -62,6 +64,12 @@ def skip_reason() -> str | None:
     done = subprocess.run(probe, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         return f"the virtual cluster needs the right to make namespaces: {done.stderr.strip()}"
+    allowed = _ALLOWED.read_text().split() if _ALLOWED.exists() else [CONGESTION_CONTROL]
+    if CONGESTION_CONTROL not in allowed:
+        return (
+            f"the virtual cluster needs TCP {CONGESTION_CONTROL}, which namespaces may not use here: "
+            f"sysctl -w net.ipv4.tcp_allowed_congestion_control='{' '.join([*allowed, CONGESTION_CONTROL])}'"
+        )
     return None
 
 

@@ -12,7 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cluster import Cluster, ClusterError, RankFailure, RateError, Shape, parse_rate, skip_reason
+from benchmarks.cluster import (
+    Cluster,
+    ClusterError,
+    RankFailure,
+    RateError,
+    Shape,
+    namespace,
+    parse_rate,
+    skip_reason,
+)
 from benchmarks.cluster.shape import ETHERNET_OVERHEAD
 
 _REASON = skip_reason()
@@ -54,6 +63,23 @@ def test_without_iproute2_the_package_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setenv("PATH", "/nowhere")
     assert "iproute2" in (skip_reason() or "")
+
+
+def test_a_congestion_control_that_is_not_allowed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed = tmp_path / "allowed"
+    monkeypatch.setattr(namespace, "_ALLOWED", allowed)
+    monkeypatch.setattr(namespace, "_TOOLS", {})
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(
+        namespace.subprocess, "run", lambda *a, **_: subprocess.CompletedProcess(a, 0, "", "")
+    )
+    assert skip_reason() is None  # a kernel that does not say
+    allowed.write_text("reno cubic\n")
+    assert skip_reason() is None
+    allowed.write_text("reno bbr\n")
+    assert "tcp_allowed_congestion_control='reno bbr cubic'" in (skip_reason() or "")
 
 
 @root

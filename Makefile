@@ -58,12 +58,14 @@ bench: $(VENV)/engine.stamp
 	$(PY) -m pytest benchmarks/bench_kernels.py --benchmark-json $(BENCH)/kernels.json $(ARGS)
 	$(PY) -m pytest benchmarks/bench_inhost.py --benchmark-json $(BENCH)/inhost.json $(ARGS)
 	$(PY) -m benchmarks.bench_schedules --json $(BENCH)/schedules.json
+	$(PY) -m benchmarks.bench_parallel --json $(BENCH)/parallel.json
 	if [ "$$(id -u)" = 0 ]; then \
 	  $(PY) -m benchmarks.bench_wire --json $(BENCH)/wire.json && \
 	  $(PY) -m benchmarks.bench_allreduce --rates 1gbit 200mbit --json $(BENCH)/allreduce.json && \
 	  $(PY) -m benchmarks.bench_allreduce --nodes 4 --peers gloo,powersgd,ours,ours-topk,ours-reducer --json $(BENCH)/allreduce-4x2.json && \
 	  $(PY) -m benchmarks.bench_crossover --json $(BENCH)/crossover.json && \
 	  $(PY) -m benchmarks.bench_overlap --json $(BENCH)/overlap.json && \
+	  $(PY) -m benchmarks.bench_hybrid --json $(BENCH)/hybrid.json && \
 	  $(PY) -m benchmarks.bench_training --steps 320 --variants ddp,topk --json $(BENCH)/training.json && \
 	  $(PY) -m benchmarks.figures --allreduce $(BENCH)/allreduce.json --training $(BENCH)/training.json --out $(BENCH); \
 	else echo "not root: the benchmarks on the virtual cluster are left out"; fi

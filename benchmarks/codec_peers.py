@@ -6,11 +6,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 __all__ = ["PEERS", "Peer"]
 
 GROUP = 128  # of int8 and int4; sign1 takes 256, as ours do
 SIGN_GROUP = 256
+ROWS = 100  # of which gtop1 and randk send one
+COLUMNS = 512  # of powersgd's matrix
 _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
 Code = tuple[Any, ...]
@@ -96,8 +99,81 @@ def _sign_decode(code: Code, out: torch.Tensor) -> None:
     out.view(-1, SIGN_GROUP).add_(torch.where(negative, -scale, scale), alpha=0.5)
 
 
+def _one_of_each(pick: Callable[[torch.Tensor], torch.Tensor], lanes: int) -> Peer:
+    """One element of each group of ROWS, ``lanes`` apart; ``pick(groups [n, ROWS, lanes]) -> rows [n, 1, lanes]``."""
+
+    def groups(values: torch.Tensor) -> torch.Tensor:
+        size = ROWS * lanes
+        return F.pad(values, (0, -values.numel() % size)).view(-1, ROWS, lanes)
+
+    def encode(grad: torch.Tensor, e_in: torch.Tensor, e_out: torch.Tensor) -> Code:
+        acc = groups(grad + e_in)
+        rows = pick(acc)
+        sent = acc.gather(1, rows)
+        acc.scatter_(1, rows, 0.0)
+        e_out.copy_(acc.view(-1)[: grad.numel()])
+        return rows, sent
+
+    def decode(code: Code, out: torch.Tensor) -> None:
+        rows, sent = code
+        dense = torch.zeros(len(rows), ROWS, lanes).scatter_(1, rows, sent)
+        out.add_(dense.view(-1)[: out.numel()], alpha=0.5)
+
+    return Peer("torch max of groups" if lanes > 1 else "torch.randint", encode, decode)
+
+
+def _draw(groups: torch.Tensor) -> torch.Tensor:
+    return torch.randint(ROWS, (len(groups), 1, groups.shape[-1]))
+
+
+def _low_rank(rank: int) -> Peer:
+    def encode(grad: torch.Tensor, e_in: torch.Tensor, e_out: torch.Tensor) -> Code:
+        matrix = (grad + e_in).view(-1, COLUMNS)
+        left = torch.linalg.qr(matrix @ torch.randn(COLUMNS, rank)).Q
+        right = matrix.T @ left
+        torch.addmm(matrix, left, right.T, alpha=-1, out=e_out.view(-1, COLUMNS))
+        return left, right
+
+    def decode(code: Code, out: torch.Tensor) -> None:
+        left, right = code
+        out.view(-1, COLUMNS).addmm_(left, right.T, alpha=0.5)
+
+    return Peer("torch matmul, qr", encode, decode)
+
+
+def _coarse_topk(name: str, quantise: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]) -> Peer:
+    """``torch.topk`` whose values go as ``quantise(values) -> (code, scale)``."""
+
+    def encode(grad: torch.Tensor, e_in: torch.Tensor, e_out: torch.Tensor) -> Code:
+        index, sent = _topk_encode(grad, e_in, e_out)
+        code, scale = quantise(sent)
+        e_out[index] = sent - code.float() * scale
+        return index, code, scale
+
+    def decode(code: Code, out: torch.Tensor) -> None:
+        out.index_add_(0, code[0], code[1].float() * code[2], alpha=0.5)
+
+    return Peer(name, encode, decode)
+
+
+def _int8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = values.abs().max() / 127
+    return (values / scale).round_().to(torch.int8), scale
+
+
+def _sign(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return values.sign().to(torch.int8), values.abs().mean()
+
+
 PEERS = {
     "topk": Peer("torch.topk", _topk_encode, _topk_decode),
+    "topk:0.01+int8": _coarse_topk("torch.topk, int8", _int8),
+    "topk:0.01+sign": _coarse_topk("torch.topk, sign", _sign),
+    "gtopk:0.01": Peer("torch.topk", _topk_encode, _topk_decode),
+    "gtop1:0.01": _one_of_each(lambda groups: groups.abs().argmax(1, keepdim=True), 32),
+    "randk:0.01": _one_of_each(_draw, 1),
+    "powersgd:1": _low_rank(1),
+    "powersgd:4": _low_rank(4),
     "fp16": _cast(torch.float16),
     "bf16": _cast(torch.bfloat16),
     "fp8": Peer("torch scaled cast", _fp8_encode, _fp8_decode),

@@ -27,7 +27,7 @@ _ROOT_MEAN_SQUARE = 0.5  # of a feature: at 1 the first steps of Adam move the p
 
 
 def text_features(texts: Sequence[str], features: int) -> Tensor:
-    """One row per text, fp32 [texts, features], rows of root mean square 0.5 (zero for an empty text)."""
+    """One row per text, fp32 [texts, features], contiguous; rows of root mean square 0.5 (zero for an empty text)."""
     if not texts:
         return torch.zeros(0, features)
     weights = _tf_idf(texts)
@@ -42,7 +42,8 @@ def text_features(texts: Sequence[str], features: int) -> Tensor:
     # The sign of a singular vector is arbitrary: make each column's largest entry positive.
     peaks = reduced.gather(0, reduced.abs().argmax(0, keepdim=True))
     reduced = torch.nn.functional.normalize(reduced * torch.where(peaks < 0, -1.0, 1.0), dim=1)
-    return torch.nn.functional.pad(reduced, (0, features - rank)) * (_ROOT_MEAN_SQUARE * features**0.5)
+    padded = torch.nn.functional.pad(reduced, (0, features - rank)) * (_ROOT_MEAN_SQUARE * features**0.5)
+    return padded.contiguous()  # the SVD's columns are
 
 
 def _tf_idf(texts: Sequence[str]) -> Tensor:

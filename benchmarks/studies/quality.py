@@ -39,11 +39,14 @@ class Study:
     nodes: int
     epochs: int | None
 
-    def options(self) -> list[str]:
-        """Options of ``train.run`` that both arms have."""
-        options = ["--preset", self.preset, "--data", str(self.data)]
-        options += ["--nproc", str(self.nproc), "--nodes", str(self.nodes)]
+    def options(self, arm: str) -> list[str]:
+        """Of ``train.run``, in an arm."""
+        options = ["--preset", self.preset, "--data", str(self.data), *self.arm(arm)]
         return options if self.epochs is None else [*options, "--epochs", str(self.epochs)]
+
+    def arm(self, arm: str) -> list[str]:
+        """What is an arm's own."""
+        return ["--nproc", str(self.nproc), "--nodes", str(self.nodes), "--compress", _ARMS[arm]]
 
     def claim(self) -> None:
         """Make the directory this study's own; StudyError when it holds runs with other settings."""
@@ -62,7 +65,7 @@ class Study:
         if found is not None:
             return found
         shutil.rmtree(run_dir, ignore_errors=True)  # an unfinished one
-        argv = [sys.executable, "-m", "train.run", *self.options(), "--compress", _ARMS[arm]]
+        argv = [sys.executable, "-m", "train.run", *self.options(arm)]
         argv += ["--seed", str(seed), "--run-dir", str(run_dir)]
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
         run = TrainingRun.read(run_dir)

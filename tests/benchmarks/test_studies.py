@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.runs import TrainingRun
-from benchmarks.studies import quality
+from benchmarks.studies import parallel_quality, quality
 from benchmarks.studies.statistics import PairedDifference, t_quantile
+from tests.train.builders import random_dataset
+from train.config import TrainConfig
 
 _FINAL = {
     "ndcg": 0.06,
@@ -105,3 +107,36 @@ def test_the_study_passes_or_fails_on_the_lower_bound(
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["wire_ratio"] == 150
     assert summary["ndcg"]["paired"]["mean"] == pytest.approx(-loss, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("first", "shift", "code"),
+    [(8.0001, 1e-4, 0), (8.0, 1e-3, 1), (8.01, 1e-4, 1)],
+    ids=["fine", "ndcg", "loss"],
+)
+def test_the_cut_model_passes_or_fails_on_both_questions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: float, shift: float, code: int
+) -> None:
+    """Seeds differ by 5e-4 here (a standard deviation)."""
+    monkeypatch.setattr(parallel_quality, "load_directory", lambda _: random_dataset(9, 4000))
+    for seed, ndcg in enumerate([0.06, 0.0605, 0.061]):
+        _write(tmp_path / f"alone-seed{seed}", ndcg=ndcg)
+        _write(tmp_path / f"hybrid-seed{seed}", ndcg=ndcg - shift)
+    one = tmp_path / "first-step"
+    _write(one / "alone-seed0", loss=8.0)
+    _write(one / "hybrid-seed0", loss=first)
+    (one / "alone-seed0" / "config.json").write_text(TrainConfig().model_dump_json())
+    assert parallel_quality.main(["--data", "d", "--seeds", "3", "--out", str(tmp_path)]) == code
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["spread"] == pytest.approx(5e-4)
+    assert summary["paired"]["mean"] == pytest.approx(-shift)
+
+
+def test_arms_of_the_parallel_study_differ_in_the_mesh_alone() -> None:
+    study = parallel_quality.ParallelStudy(
+        data=Path("d"), out=Path("o"), preset="scientific", nproc=8, nodes=2, epochs=None, steps=3
+    )
+    alone, hybrid = (" ".join(study.options(arm)) for arm in ("alone", "hybrid"))
+    mesh = "--nproc 8 --nodes 2 --tp 2 --pp 2"
+    assert alone.replace("--nproc 1 --nodes 1", mesh) == hybrid
+    assert "--model.dropout 0 --max-steps 1" in " ".join(study.first_step().options("alone"))

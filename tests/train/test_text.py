@@ -15,6 +15,7 @@ def test_features_are_reproducible_rows_of_one_mean_square() -> None:
     features = text_features(TEXTS, 8)
     assert features.shape == (len(TEXTS), 8)
     assert features.dtype == torch.float32
+    assert features.is_contiguous()  # rank 0 broadcasts them
     assert torch.equal(features, text_features(TEXTS, 8))
     torch.testing.assert_close(
         features.square().mean(1), torch.full((len(TEXTS),), 0.25), rtol=gamma(3 * 8 + 8, "float32"), atol=0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,13 @@ from model.config import ModelConfig
 from tests.numerics import gamma
 from tests.train.builders import random_dataset
 from train.backend import WholeModel
+from train.batch import Packed
 from train.config import OptimConfig, TrainConfig
 from train.data import split_leave_one_out
-from train.errors import TrainError
+from train.errors import EvaluationError, TrainError
 from train.loop import Trainer
 from train.optim import build_optimizer, learning_rate
+from train.outcome import StepTimes
 from train.replica import ModelSpec
 from train.report import Reporter
 
@@ -55,12 +58,50 @@ def trainer(backend: WholeModel, **settings: Any) -> Trainer:
     )  # fmt: skip
 
 
-def first_gradient(microbatches: int = 1, rank: int = 0, world_size: int = 1) -> torch.Tensor:
-    comm = Alone(rank, world_size)
-    run = trainer(comm, microbatches=microbatches, max_steps=1)
-    with contextlib.suppress(Exception):  # the evaluation of a part of the users refuses, after the step
+class MeanOfMeans(Alone):
+    """The planted bug: each microbatch is divided by its own predictions, and what is left by their number."""
+
+    def step(self, batches: Sequence[Packed], scale: float, times: StepTimes) -> float:
+        filled = [batch for batch in batches if len(batch.targets)]
+        if not filled:
+            return super().step(batches, scale, times)
+        total = 0.0
+        for batch in filled:
+            total += super().step([batch], 1 / len(batch.targets) / len(filled), times)
+        if len(filled) > 1:  # each call has noted what had been added up so far
+            self.gradients[-len(filled) :] = self.gradients[-1:]
+        return total
+
+
+UNMOVED = OptimConfig(lr=1e-30, warmup_steps=0)
+"""Weights stay as they are, so each step's gradient is that of the first weights."""
+
+
+def gradients(
+    microbatches: int = 1, rank: int = 0, world_size: int = 1, kind: type[Alone] = Alone
+) -> list[torch.Tensor]:
+    """Of each step of an epoch, the last of which has fewer users."""
+    comm = kind(rank, world_size)
+    run = trainer(comm, microbatches=microbatches, optim=UNMOVED)
+    assert len(run._users) % 8
+    with contextlib.suppress(
+        EvaluationError
+    ):  # the evaluation of a part of the users refuses, after the steps
         run.run()
-    return comm.gradients[0]
+    assert len(comm.gradients) == run.total_steps == -(-len(run._users) // 8)
+    return comm.gradients
+
+
+def mean_over(world_size: int, kind: type[Alone] = Alone) -> list[torch.Tensor]:
+    ranks = [gradients(rank=rank, world_size=world_size, kind=kind) for rank in range(world_size)]
+    return [torch.stack(step).mean(0) for step in zip(*ranks, strict=True)]
+
+
+def excess(found: Sequence[torch.Tensor], whole: Sequence[torch.Tensor]) -> list[float]:
+    """By step, how far gradients lie apart, in tolerances."""
+    return [
+        float((one - other).abs().max()) / tolerance(other) for one, other in zip(found, whole, strict=True)
+    ]
 
 
 def tolerance(gradient: torch.Tensor) -> float:
@@ -70,17 +111,23 @@ def tolerance(gradient: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("microbatches", [2, 3, 8, 11])
 def test_microbatches_do_not_change_the_gradient(microbatches: int) -> None:
-    whole = first_gradient()
-    torch.testing.assert_close(first_gradient(microbatches), whole, rtol=0.0, atol=tolerance(whole))
+    """In no step: uneven microbatches, empty ones, and the ragged last batch."""
+    assert max(excess(gradients(microbatches), gradients())) <= 1
+
+
+@pytest.mark.parametrize("microbatches", [2, 3])
+def test_control_a_mean_of_microbatches_means_is_noticed(microbatches: int) -> None:
+    assert min(excess(gradients(microbatches, kind=MeanOfMeans), gradients())) > 1
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 11])
 def test_the_mean_over_ranks_is_the_gradient_of_one_process(world_size: int) -> None:
-    whole = first_gradient()
-    parts = torch.stack([first_gradient(rank=rank, world_size=world_size) for rank in range(world_size)])
-    torch.testing.assert_close(parts.mean(0), whole, rtol=0.0, atol=tolerance(whole))
-    # Control: with uneven parts a mean of means is another gradient (each part's scale is off).
-    assert (parts.mean(0) * 1.02 - whole).abs().max() > tolerance(whole)
+    assert max(excess(mean_over(world_size), gradients())) <= 1
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_control_a_mean_of_ranks_means_is_noticed(world_size: int) -> None:
+    assert min(excess(mean_over(world_size, MeanOfMeans), gradients())) > 1
 
 
 @pytest.mark.filterwarnings("error")

@@ -356,9 +356,26 @@ def test_a_split_head_refuses_to_stand_in_the_queue_of_layers() -> None:
             Replica(spec(), parts[: mesh.pp], schedule, mesh=mesh, ctx=group, make_reducer=Reducer)  # type: ignore[arg-type]
 
 
+REAL_STEP, REAL_NORM = Replica.step, Replica.gradient_norm
+
+
+def part_norm(replica: Replica) -> Tensor:
+    return torch.nn.utils.get_total_norm([p.grad for p in replica.parameters() if p.grad is not None])
+
+
+def norm_with_copies(replica: Replica) -> Tensor:
+    tie, replica._tie = replica._tie, None
+    try:
+        return REAL_NORM(replica)
+    finally:
+        replica._tie = tie
+
+
 BUGS = {
     "the copies of the table are not summed": (Replica, "_sum_copies", lambda *_: None),
     "text gradients are not summed over tp": (replica_module, "sum_partial_gradients", lambda *_: None),
+    "the norm is that of this rank's part": (Replica, "gradient_norm", part_norm),
+    "the table's copies count twice in the norm": (Replica, "gradient_norm", norm_with_copies),
     "the loss stays with the last stage": (Replica, "loss_of_all", lambda _, loss: loss),
     "the first microbatch counts twice": (
         Replica, "step", lambda self, batches, scale: REAL_STEP(self, [batches[0], *batches[:-1]], scale),
@@ -367,7 +384,6 @@ BUGS = {
         Replica, "step", lambda self, batches, scale: REAL_STEP(self, batches, scale / 2),
     ),
 }  # fmt: skip
-REAL_STEP = Replica.step
 
 
 @pytest.mark.parametrize("bug", BUGS)

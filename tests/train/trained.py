@@ -50,14 +50,15 @@ def settings(**changes: Any) -> TrainConfig:
     return TrainConfig(**{**tiny, **changes})
 
 
-def train(backend: Backend, config: TrainConfig) -> Trained:
-    """One rank's whole run."""
+def train(backend: Backend, config: TrainConfig, built: Callable[[], object] = lambda: None) -> Trained:
+    """One rank's whole run; ``built`` is called when the model is there."""
     features = torch.randn(DATA.num_items, 5, generator=torch.Generator().manual_seed(3))
     spec = ModelSpec(
         config=config.model, num_items=DATA.num_items, features=features, seed=config.seed,
         computing=config.computing,
     )  # fmt: skip
     parameters = backend.build(spec)
+    built()
     optimizer = build_optimizer(backend.updated(), config.optim)
     trainer = Trainer(
         config, data=DATA, split=split_leave_one_out(DATA), backend=backend, parameters=parameters,
@@ -79,7 +80,8 @@ def trained(
     *,
     timeout: float = 60.0,
 ) -> list[Trained]:
-    """`train` on each rank; models are made one after the other, since they draw from torch's one generator."""
+    """`train` on each rank; models are made one after the other, and before any rank trains, since all draw from
+    torch's one generator."""
     alone = Replica._make
 
     def one_by_one(replica: Replica, spec: ModelSpec, part: Part) -> Recommender:
@@ -88,4 +90,6 @@ def trained(
 
     with pytest.MonkeyPatch.context() as patch, engine_contexts(topology, timeout=timeout) as contexts:
         patch.setattr(Replica, "_make", one_by_one)
-        return run_ranks(lambda ctx: train(make(config, ctx), config), contexts, timeout=1.5 * timeout)
+        return run_ranks(
+            lambda ctx: train(make(config, ctx), config, ctx.barrier), contexts, timeout=1.5 * timeout
+        )

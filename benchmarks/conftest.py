@@ -29,14 +29,14 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     columns = [*peers, *(name for name in _OURS if name in found)]
     rows = []
     for where, by_peer in sorted(cases.items()):
-        ours, limits = by_peer.get("hybridcomm"), floors.get(where, ())
+        ours, limits = by_peer.get("hybridcomm"), floors.get(where, (None, None))
         best = min((by_peer[peer] for peer in peers if peer in by_peer), default=None)
         cells = [f"{by_peer[name]:.4f}" if name in by_peer else "" for name in columns]
         cells.append(f"{best / ours:.2f}" if best and ours else "")
         for limit in limits:
-            cells.append(f"{limit:.4f}")
+            cells.append(f"{limit:.4f}" if limit else "")
             for name in ("hybridcomm", "hybridcomm.empty"):
-                cells.append(f"{by_peer[name] / limit:.1f}" if name in by_peer else "")
+                cells.append(f"{by_peer[name] / limit:.1f}" if limit and name in by_peer else "")
         rows.append([f"{where[0]} ranks {where[1] >> 10} KiB", *cells])
     header = ["fp32 sum", *columns, "best peer / ours"]
     for limit in ("limit", "rewritten limit"):

@@ -117,7 +117,8 @@ def test_microbatches_do_not_change_the_gradient(microbatches: int) -> None:
 
 @pytest.mark.parametrize("microbatches", [2, 3])
 def test_control_a_mean_of_microbatches_means_is_noticed(microbatches: int) -> None:
-    assert min(excess(gradients(microbatches, kind=MeanOfMeans), gradients())) > 1
+    *full, _ = excess(gradients(microbatches, kind=MeanOfMeans), gradients())  # the last step has one user
+    assert min(full) > 1
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 11])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,7 @@ UNMOVED = OptimConfig(lr=1e-30, warmup_steps=0)
 """Weights stay as they are, so each step's gradient is that of the first weights."""
 
 
+@cache
 def gradients(
     microbatches: int = 1, rank: int = 0, world_size: int = 1, kind: type[Alone] = Alone
 ) -> list[torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,7 @@ UNMOVED = OptimConfig(lr=1e-30, warmup_steps=0)
 """Weights stay as they are, so each step's gradient is that of the first weights."""
 
 
+@cache
 def gradients(
     microbatches: int = 1, rank: int = 0, world_size: int = 1, kind: type[Alone] = Alone
 ) -> list[torch.Tensor]:
@@ -117,7 +119,8 @@ def test_microbatches_do_not_change_the_gradient(microbatches: int) -> None:
 
 @pytest.mark.parametrize("microbatches", [2, 3])
 def test_control_a_mean_of_microbatches_means_is_noticed(microbatches: int) -> None:
-    assert min(excess(gradients(microbatches, kind=MeanOfMeans), gradients())) > 1
+    *full, _ = excess(gradients(microbatches, kind=MeanOfMeans), gradients())  # the last step has one user
+    assert min(full) > 1
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 11])

@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
         results = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     sizes = [result["last_bucket_nbytes"] for result in results if result["comparison"] == "dp"]
-    floors = native.floor_ms(2, sizes) if sizes else {}
+    floors = {n: ms for n, (ms, _) in native.floor_ms(2, sizes).items()} if sizes else {}
     body = [
         row for result in results for row in rows(result, floors.get(result.get("last_bucket_nbytes", 0)))
     ]

@@ -20,7 +20,7 @@ from train.config import TrainConfig
 from train.errors import TrainError
 from train.replica import ModelSpec
 
-__all__ = ["DDPBackend"]
+__all__ = ["DDPBackend", "LastGradient"]
 
 
 class DDPBackend(WholeModel):
@@ -53,7 +53,7 @@ class DDPBackend(WholeModel):
         from torch.nn.parallel import DistributedDataParallel
 
         parameters = super().build(spec)
-        self._last = _LastGradient(parameters)
+        self._last = LastGradient(parameters)
         cap = self._config.wire.bucket_cap_mb
         self._ddp = DistributedDataParallel(
             self.model, gradient_as_bucket_view=True, **({} if cap is None else {"bucket_cap_mb": cap})
@@ -101,7 +101,7 @@ class DDPBackend(WholeModel):
         self._dist.destroy_process_group()
 
 
-class _LastGradient:
+class LastGradient:
     """Notes when the latest gradient of a backward pass was complete."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.parallel.case import LR, Case, Competitor
-from train.backend import LastGradient
+from train.backend_ddp import LastGradient
 from train.batch import Packed
 
 __all__ = ["DDP", "Alone"]

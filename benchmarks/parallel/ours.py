@@ -38,7 +38,7 @@ class Ours(Competitor):
         total = self.replica.step(self._batches, replicas / self._case.predictions, times)
         self.exposed += times.exposed
         self._optimizer.step()
-        return total / self._case.predictions / (self.replica.mesh.pp * self.replica.mesh.tp)
+        return total / self._case.predictions / self.replica.mesh.tp
 
 
 def _replica(
@@ -53,8 +53,9 @@ def _replica(
 
 
 def pipeline(case: Case, ctx: Context, schedule: str, cut: Cut) -> Ours:
-    """Two stages or more on two ranks."""
-    lowered = lower(make_schedule(schedule, 2, case.microbatches))
+    """Two stages or more on two ranks; ``schedule`` may end with ", split head"."""
+    name, _, head = schedule.partition(", ")
+    lowered = lower(make_schedule(name, 2, case.microbatches), head=bool(head))
     replica = _replica(case, lowered, parts_of(cut), mesh=Mesh.over(ctx.topology, pp=2), ctx=ctx)
     return Ours("hybridcomm", case, replica, case.batches(), choice=f"{schedule} {'+'.join(map(str, cut))}")
 

@@ -74,7 +74,7 @@ def _timed(call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Sta
 
 def promising(case: Case, schedule: str, units: tuple[StageCost, StageCost], *, count: int) -> list[Cut]:
     """The cuts of a schedule on two ranks that are to be run, best first by simulation."""
-    made = make_schedule(schedule, 2, case.microbatches)
+    made = make_schedule(schedule.partition(", ")[0], 2, case.microbatches)
     every = cuts(case.layers, made.stages)
     seconds = {cut: simulate(made, Costs(stages=_stages(cut, units))).step_time for cut in every}
     ranked = sorted(every, key=seconds.__getitem__)

@@ -54,7 +54,7 @@ def test_model_preset_names_a_shape() -> None:
         (["--epoch", "3"], "unknown option --epoch; did you mean --epochs?"),
         (["--optim.learning-rate", "1"], "unknown option --optim.learning-rate; did you mean --optim.lr?"),
         (["--lr=1"], "unknown option --lr; did you mean --optim.lr?"),
-        (["--zzzz"], "unknown option --zzzz; see --help"),
+        (["--qqqq"], "unknown option --qqqq; see --help"),
         (["--epochs", "x"], "--epochs: invalid literal"),
         (["--epochs", "0"], "--epochs: Input should be greater than or equal to 1"),
         (["--optim.lr", "-1"], "--optim.lr: Input should be greater than 0"),

@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.bench_schedules`` plays each schedule on 4 ranks, whose stages sleep: a rank's forward takes
 20 ms, I and W as much each, shared out over the rank's stages. Activations of 256 KiB go between ranks for real. Nobody
-computes, so more ranks than cores are no matter. The simulated bubble has free links: it is the limit.
+computes, so more ranks than cores are no matter. Operations are queued as on a device (`train.pipeline.emulated`). The
+simulated bubble has free links: it is the limit.
 """
 
 from __future__ import annotations

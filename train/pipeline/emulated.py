@@ -2,6 +2,9 @@
 
 So schedules can be studied with more ranks than cores: who sleeps needs none. What comes of it is *emulated*, and is
 to be called so wherever it is printed.
+
+Computation is queued, as on a device: it begins when what was before it has ended and its input has come, though this
+thread may still be posting messages then. Posting delays messages, as it does there, and no computation.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from train.pipeline.runtime import ListRuntime, Step
 
 __all__ = ["Edges", "EmulatedRuntime", "EmulatedStep"]
 
-_WAKE_UP_S = 300e-6  # a sleeper may be woken so much too late: the rest is spent awake
+_WAKE_UP_S = 100e-6  # a sleeper may be woken so much too late: the rest is spent awake
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +71,12 @@ class EmulatedRuntime(ListRuntime[int]):
         self.buckets = Buckets(schedule, rank, {}) if buckets is None else buckets
         self._combined: dict[int, Combined] = {}
         self._rooms = [torch.zeros(max(1, cost.nbytes // 4)) for cost in costs.stages]
+        self._free = 0.0  # when all computation so far has ended
 
     def step(self, times: StepTimes | None = None) -> EmulatedStep:
         """Plays the list once."""
         work = sum(self._costs.seconds(entry, self.rank) for entry in self.list if entry.op in COMPUTE)
-        begin = time.perf_counter()
+        begin = self._free = time.perf_counter()
         microbatches = range(self.schedule.microbatches)
         times = StepTimes() if times is None else times
         self.run(Step(batches=microbatches, times=times))
@@ -84,7 +88,7 @@ class EmulatedRuntime(ListRuntime[int]):
 
     def _forward(self, step: Step[int], entry: Instruction) -> None:
         step.arrived("F", (entry.stage, entry.microbatch))
-        self._compute(entry)
+        self._compute(step, entry)
         step.outputs[entry.stage, entry.microbatch] = self._rooms[entry.stage]
 
     def _input_gradient(self, step: Step[int], entry: Instruction) -> None:
@@ -94,14 +98,14 @@ class EmulatedRuntime(ListRuntime[int]):
             for work in (combined.work, *combined.works):
                 step.wait(work, f"HEAD_C{self.schedule.head}.{entry.microbatch}")
         step.gradients.pop((entry.stage, entry.microbatch), None)
-        self._compute(entry)
+        self._compute(step, entry)
         if entry.stage > 0:
             step.gradients[entry.stage - 1, entry.microbatch] = self._rooms[entry.stage - 1]
 
     _backward = _input_gradient
 
     def _weight_gradients(self, step: Step[int], entry: Instruction) -> None:
-        self._compute(entry)
+        self._compute(step, entry)
 
     def _broadcast(self, step: Step[int], entry: Instruction) -> None:
         hidden = torch.zeros(max(1, self._costs.heads[self.rank].hidden_nbytes // 4))
@@ -109,7 +113,7 @@ class EmulatedRuntime(ListRuntime[int]):
 
     def _score(self, step: Step[int], entry: Instruction) -> None:
         step.arrived("X", (0, entry.microbatch))
-        self._compute(entry)
+        self._compute(step, entry)
 
     def _combine(self, step: Step[int], entry: Instruction) -> None:
         heads = self._costs.heads
@@ -123,7 +127,7 @@ class EmulatedRuntime(ListRuntime[int]):
 
     def _shard_gradients(self, step: Step[int], entry: Instruction) -> None:
         step.wait(self._combined[entry.microbatch].work, f"HEAD_C{entry.stage}.{entry.microbatch}")
-        self._compute(entry)
+        self._compute(step, entry)
 
     @property
     def _exchange(self) -> HeadExchange:
@@ -136,9 +140,10 @@ class EmulatedRuntime(ListRuntime[int]):
 
     # -- time that passes ------------------------------------------------------------------------------------
 
-    def _compute(self, entry: Instruction) -> None:
+    def _compute(self, step: Step[int], entry: Instruction) -> None:
         """The time of ``entry``, between the collectives of its layers; gradients become complete as it passes."""
         seconds = self._costs.seconds(entry, self.rank)
+        self._free = max(self._free, step.held)
         if entry.op in ("W", "B", "HEAD_T") and self.buckets.is_final(entry):
             self._complete(entry.stage, seconds)
             self.buckets.shared_ready(entry.stage)
@@ -147,10 +152,11 @@ class EmulatedRuntime(ListRuntime[int]):
             seconds = 0.0  # of a B: its layers' collectives are still to come
         edges = [] if self._edges is None else self._edges(entry)
         for edge in edges:
-            _pass(seconds / len(edges))
+            self._pass(seconds / len(edges))
             edge()
+            self._free = time.perf_counter()  # a layer waits for its collectives
         if not edges:
-            _pass(seconds)
+            self._pass(seconds)
 
     def _complete(self, stage: int, seconds: float) -> None:
         """Parameters get their gradients last one first, each after its part of the time."""
@@ -159,16 +165,15 @@ class EmulatedRuntime(ListRuntime[int]):
         parameters = [] if reducer is None else list(reducer.parameters)[::-1]
         whole = sum(parameter.numel() for parameter in parameters)
         for parameter in parameters:
-            _pass(seconds * parameter.numel() / whole)
+            self._pass(seconds * parameter.numel() / whole)
             reducer.ready(parameter)  # type: ignore[union-attr]
         if not parameters:
-            _pass(seconds)
+            self._pass(seconds)
 
-
-def _pass(seconds: float) -> None:
-    until = time.perf_counter() + seconds
-    left = seconds - _WAKE_UP_S
-    if left > 0:
-        time.sleep(left)
-    while time.perf_counter() < until:
-        pass
+    def _pass(self, seconds: float) -> None:
+        self._free += seconds
+        left = self._free - time.perf_counter() - _WAKE_UP_S
+        if left > 0:
+            time.sleep(left)
+        while time.perf_counter() < self._free:
+            pass

@@ -51,12 +51,16 @@ class Step(Generic[Batch]):
     recorder: Recorder | None = None
     ready: float = 0.0
     """When the latest wait was over."""
+    held: float = 0.0
+    """When the latest wait was over of those that were not at once."""
 
     def wait(self, work: Work, what: str) -> None:
         """``what`` is waited for, as the text of the instruction that brings it."""
-        begin = time.perf_counter()
+        begin, came_late = time.perf_counter(), not work.is_completed()
         work.wait()
         self.ready = time.perf_counter()
+        if came_late:
+            self.held = self.ready
         self.times.waiting += self.ready - begin
         if self.recorder is not None:
             self.recorder.add("waits", what, begin, self.ready)

@@ -101,7 +101,8 @@ def losses(
         ]
         optimizer.zero_grad()
         divisor = mesh.dp * job.predictions(share) if bug else job.predictions(users)
-        total = torch.tensor([replica.step(batches, mesh.dp / divisor)], dtype=torch.float64)
+        loss = replica.loss_of_all(replica.step(batches, mesh.dp / divisor))
+        total = torch.tensor([loss], dtype=torch.float64)
         if mesh.dp > 1:
             mesh.group("dp", ctx).allreduce(total)
         out.append(float(total) / job.predictions(users))

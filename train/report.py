@@ -183,5 +183,5 @@ def _wire(values: dict[str, Any]) -> tuple[str, str]:
     if wire is None:
         return "not counted", ""
     if not wire:
-        return "nothing (one node)", ""
+        return "no gradients", ""
     return f"{wire / 1e6:.4f} MB/step", f"dense {dense / 1e6:.4f} MB/step ({values['wire_ratio']:.1f}x)"

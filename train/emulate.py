@@ -87,7 +87,7 @@ class Emulation:
             begin = time.perf_counter()
             self.replica.recorder.begin()
             work = self.runtime.step().work
-            self.replica.complete(0.0, StepTimes())
+            self.replica.complete(StepTimes())
             slowest = np.array([time.perf_counter() - begin])
             self.ctx.allreduce(slowest, op="max")
             times.append(float(slowest[0]))

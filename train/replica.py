@@ -184,10 +184,12 @@ class Replica:
         """
         times = StepTimes() if times is None else times
         self.recorder.begin()
-        return self.complete(self.runtime.step(batches, scale, times), times)
+        loss = self.runtime.step(batches, scale, times)
+        self.complete(times)
+        return loss
 
-    def complete(self, loss: float, times: StepTimes) -> float:
-        """Sums what has parts of its gradient on several ranks; the loss of the last stage's rank, on all."""
+    def complete(self, times: StepTimes) -> None:
+        """Sums what has parts of its gradient on several ranks."""
         begin, shared = time.perf_counter(), 0.0 if self._layers is None else self._layers.seconds
         if self._tie is not None:
             self._sum_copies(self._tie)
@@ -198,7 +200,6 @@ class Replica:
         times.tensor += shared
         times.exposed += end - begin - shared
         self.recorder.add("waits", "copies", begin, end)
-        return loss
 
     def loss_of_all(self, loss: float) -> float:
         """What steps have returned, summed: the last stage's sum, on all ranks of the replica."""
@@ -272,10 +273,6 @@ class Replica:
     def parameters(self) -> list[nn.Parameter]:
         """This rank's, each once, in the order of stages."""
         return list(self.module.parameters())
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """This rank's shares under the names that the whole model has; one table where it is shared."""
-        return {name: value for named in self._named_modules() for name, value in named.state_dict().items()}
 
     def shares(self) -> set[str]:
         """Names of the parameters of which each tp rank has a share of its own."""

@@ -113,16 +113,25 @@ def _open_run(run_dir: Path, config: TrainConfig) -> TextIO:
     return file
 
 
+_TIMES = {
+    "forward": "forward",
+    "backward": "backward",
+    "waiting": "waiting for stages",
+    "tensor": "waiting for shares of layers",
+    "exposed": "exposed communication",
+    "optimizer": "optimizer",
+    "other": "other",
+}
+"""The parts of a step's time (`StepTimes`), and how people are told of them."""
+
+
 def summary(
     outcome: Outcome, popularity: Metrics, best_ndcg: float | None, wire: int | None, dense: int | None
 ) -> dict[str, Any]:
     """The final figures by name; ``wire`` and ``dense`` are bytes between nodes per step, over all ranks."""
     times, test = outcome.times, outcome.test
     assert test is not None  # noqa: S101 (run() has ended)
-    shares = {
-        name: getattr(times, name)
-        for name in ("forward", "backward", "waiting", "tensor", "exposed", "optimizer", "other")
-    }
+    shares = {name: getattr(times, name) for name in _TIMES}
     return {
         "loss": outcome.loss,
         "hr": test.hr,
@@ -158,13 +167,7 @@ def final_table(values: dict[str, Any]) -> Table:
         f"{1e3 * values['step_seconds']:.1f} ms/step",
     )
     table.add_row("between nodes", *_wire(values))
-    names = ("forward", "backward", "waiting", "tensor", "exposed", "optimizer", "other")
-    labels = {
-        "waiting": "waiting for stages",
-        "tensor": "waiting for shares of layers",
-        "exposed": "exposed communication",
-    }
-    shares = ", ".join(f"{labels.get(name, name)} {100 * values[f'{name}_share']:.0f} %" for name in names)
+    shares = ", ".join(f"{label} {100 * values[f'{name}_share']:.0f} %" for name, label in _TIMES.items())
     table.add_row("step time", shares, f"{values['steps']} steps, {values['skipped_steps']} skipped")
     return table
 

@@ -88,7 +88,7 @@ def train(config: TrainConfig) -> int:
         )  # fmt: skip
         reporter.line(_describe(config, data, sum(p.numel() for p in parameters)))
         if config.emulate is not None:
-            _emulate(config, spec, trainer, backend, reporter)
+            _emulate(config, spec, trainer, backend, reporter, run_dir)
             backend.close()
             return 0
         outcome = trainer.run()
@@ -132,7 +132,12 @@ def _tell_steps(
 
 
 def _emulate(
-    config: TrainConfig, spec: ModelSpec, trainer: Trainer, backend: Backend, reporter: Reporter
+    config: TrainConfig,
+    spec: ModelSpec,
+    trainer: Trainer,
+    backend: Backend,
+    reporter: Reporter,
+    run_dir: Path,
 ) -> None:
     """Plays the first step with computation that is time, and tells what came of it."""
     from train.backend_hybrid import HybridBackend
@@ -145,7 +150,7 @@ def _emulate(
     mesh = f"tp {config.tp} x pp {config.pp} x dp {backend.replicas}"
     what = f"{mesh}, {backend.schedule.name}, compress {config.compress}"
     reporter.event("emulated", what=what, **figures)
-    _tell_steps(config, backend, reporter, config.run_dir or Path("."), kind="emulated: ")
+    _tell_steps(config, backend, reporter, run_dir, kind="emulated: ")
     reporter.console.print(emulated_table(figures, what))
 
 

@@ -42,17 +42,7 @@ using Half = std::tuple<bool, int, uint64_t, uint32_t, uint8_t, uint64_t, uintpt
 std::vector<Message> messages_of(const std::vector<Half>& halves) {
   std::vector<Message> messages;
   for (const auto& [send, peer, group, tag, dtype, numel, address] : halves) {
-    Message message;
-    message.send = send;
-    message.peer = peer;
-    message.tag.digest = group;
-    message.tag.tensor = tag;
-    message.tag.numel = numel;
-    message.tag.collective = kMessageCollective;
-    message.tag.dtype = dtype;
-    message.data = reinterpret_cast<std::byte*>(address);
-    message.nbytes = numel * itemsize(static_cast<Dtype>(dtype));
-    messages.push_back(std::move(message));
+    messages.push_back(message_of(send, peer, group, tag, dtype, numel, address));
   }
   return messages;
 }

@@ -93,17 +93,8 @@ class PreparedCalls {
     if (!look_at(array, plain)) return nullptr;
     const auto found = dtypes_.find(plain.dtype.ptr());
     if (found == dtypes_.end() || (!send && !note_written(array, Py_TYPE(array.ptr())))) return nullptr;
-    Message message;
-    message.send = send;
-    message.peer = peer;
-    message.tag.digest = group;
-    message.tag.tensor = tag;
-    message.tag.numel = plain.numel;
-    message.tag.collective = kMessageCollective;
-    message.tag.dtype = found->second.second;
-    message.data = reinterpret_cast<std::byte*>(plain.address);
-    message.nbytes = plain.numel * itemsize(static_cast<Dtype>(found->second.second));
-    std::vector<Message> messages(1, std::move(message));
+    const uint8_t dtype = found->second.second;
+    std::vector<Message> messages{message_of(send, peer, group, tag, dtype, plain.numel, plain.address)};
     const py::gil_scoped_release no_gil;
     return engine_->post(std::move(messages));
   }

@@ -1,7 +1,7 @@
 // Point-to-point messages: matched by (peer, group, tag), beside whatever collective runs.
 //
-// 1. A caller's thread only puts its sends and receives into an inbox; the thread that runs the executor takes them
-//    from there, and it alone works on them.
+// 1. A caller's thread puts its sends and receives into an inbox; whoever has the executor's turn takes them from
+//    there, and it alone works on them. That is the caller, where nobody else does.
 // 2. A short message goes out at once, up to a window of them per receiver, who keeps what nobody has asked for yet.
 //    A long one, or one beyond the window, is announced and waits at its sender: that is the backpressure.
 // 3. A receive takes the oldest message of its peer, group and tag; messages of other tags may be overtaken. In a
@@ -21,6 +21,7 @@
 #include "mesh.h"
 #include "message_socket.h"
 #include "node.h"
+#include "reduce.h"
 
 namespace hybridcomm {
 
@@ -41,6 +42,22 @@ struct Message {
   bool wanted = false;      // its receiver has said go
 };
 
+// A whole tensor to or from `peer`; `group` and `tag` are what both ends go by.
+inline Message message_of(bool send, int peer, uint64_t group, uint32_t tag, uint8_t dtype, uint64_t numel,
+                          uintptr_t address) {
+  Message message;
+  message.send = send;
+  message.peer = peer;
+  message.tag.digest = group;
+  message.tag.tensor = tag;
+  message.tag.numel = numel;
+  message.tag.collective = kMessageCollective;
+  message.tag.dtype = dtype;
+  message.data = reinterpret_cast<std::byte*>(address);
+  message.nbytes = numel * itemsize(static_cast<Dtype>(dtype));
+  return message;
+}
+
 class Messages final : private FrameSink {
  public:
   using Finished = std::function<void(const std::shared_ptr<void>& owner)>;
@@ -54,7 +71,7 @@ class Messages final : private FrameSink {
   // Owners of all that is not complete; nothing is worked on any more.
   std::vector<std::shared_ptr<void>> abandon();
 
-  // From the thread that runs the executor:
+  // From the thread that has the executor's turn:
   bool progress();
   // Rings are emptied even when this rank waits for no message: what lies there may fill slots that others need.
   bool drain();

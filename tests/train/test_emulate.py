@@ -89,7 +89,7 @@ def test_as_many_bytes_go_between_nodes_as_in_training(mesh: str) -> None:
     def body(emulation: Emulation, replica: ThreadReplica, ctx: Context) -> list[int]:
         def emulated() -> None:
             emulation.runtime.step()
-            replica.complete(0.0, StepTimes())
+            replica.complete(StepTimes())
 
         sent = []
         for play in (lambda: replica.step(alike()), emulated):

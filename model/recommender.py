@@ -26,7 +26,7 @@ from model.parts import Part
 from model.ranking import target_ranks
 from model.sharding import draw_whole
 from model.tensor_parallel import ALONE, COPY, GATHER, TensorParallel, through
-from model.vocab import ItemTable, embed, item_loss
+from model.vocab import ItemTable, Negatives, embed, item_loss, sampled_item_loss
 
 __all__ = ["Recommender", "draw_seed", "draw_unit"]
 
@@ -108,14 +108,17 @@ class Recommender(nn.Module):
         picks: Tensor,
         targets: Tensor | None = None,
         x: Tensor | None = None,
+        *,
+        negatives: Negatives | None = None,
     ) -> Tensor:
         """Runs the part: from items, or ``x``, what the part before it gave; to the loss, scores, or what comes next.
 
         ``items``, ``segments``, ``positions`` are int64 [B, T]; tokens attend to earlier tokens of their own segment.
         Between parts go vectors [B, T, D]; under sequence parallelism this rank's tokens of them, [n, D]. ``picks`` is
         int64 [N], indices into the B * T tokens. The last part returns with ``targets`` [N] the sum over the picked
-        tokens of the cross-entropy over all items, in nats, equal on all ranks; without them the scores of the
-        items that this rank's table has, [N, rows]. With a split head it returns the picked tokens' states, [N, D].
+        tokens of the cross-entropy over all items, in nats, equal on all ranks (``negatives``: over these alone, as
+        `sampled_item_loss` has it); without them the scores of the items that this rank's table has, [N, rows]. With a
+        split head it returns the picked tokens' states, [N, D].
 
         A sum and not a mean: the caller divides once by the global number of predictions, so that the gradient of a
         ragged batch over any number of ranks is that of one process (a mean of means is not).
@@ -129,6 +132,8 @@ class Recommender(nn.Module):
         table, rows = self._scoring(rows)
         if targets is None:
             return hidden @ rows.T
+        if negatives is not None:
+            return sampled_item_loss(hidden, rows, targets, table.items, negatives=negatives)
         return item_loss(hidden, rows, targets, table.items, owner=table)
 
     def target_ranks(

@@ -141,7 +141,7 @@ class WholeModel(Backend):
 
     def forward(self, batch: Packed) -> Tensor:
         """The sum of losses."""
-        return self.model(*batch.inputs, batch.targets)
+        return self.model(*batch.inputs, batch.targets, negatives=batch.negatives)
 
     def accumulating(self, *, sync: bool) -> contextlib.AbstractContextManager[None]:
         """Put around forward and backward of a microbatch; with ``sync`` it is the step's last."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.vocab import Negatives
 from train.data import Dataset, Split
 
 __all__ = ["Packed", "epoch_order", "pack", "rank_share", "step_users", "train_batch"]
@@ -25,7 +26,8 @@ _WIDTH = 64
 class Packed:
     """Token tensors of packed sequences, all int64: three of [rows, width], and the N picked tokens.
 
-    ``picks`` [N] are flat indices of the tokens to score and ``targets`` [N] the items that follow them.
+    ``picks`` [N] are flat indices of the tokens to score and ``targets`` [N] the items that follow them. ``negatives``:
+    what the loss compares targets with; None: all items.
     """
 
     items: Tensor
@@ -33,6 +35,7 @@ class Packed:
     positions: Tensor
     picks: Tensor
     targets: Tensor
+    negatives: Negatives | None = None
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -79,6 +79,9 @@ class TrainConfig(BaseModel):
     )
     chunks: int | None = Field(None, ge=1, description="Stages per rank, of an interleaved schedule.")
     split_head: bool = Field(False, description="Split the items that are scored over all pipeline ranks.")
+    negatives: int = Field(
+        0, ge=0, description="Train against so many items, drawn anew in each step (sampled softmax); 0: all."
+    )
     microbatches: int | None = Field(
         None, ge=1, description="Per optimizer step and replica (default: 1, with a pipeline 2 per rank)."
     )
@@ -161,6 +164,8 @@ class TrainConfig(BaseModel):
             raise ValueError("--chunks acts on --schedule interleaved only")
         if self.split_head and self.pp == 1:
             raise ValueError("--split-head shares out the items over pipeline ranks: pass --pp too")
+        if self.split_head and self.negatives:
+            raise ValueError("--negatives leaves few items to score: leave out --split-head")
         if self.profile and self.comm == "ddp":
             raise ValueError("--profile draws what --comm hybridcomm runs; DDP has no list of instructions")
         if self.emulate is not None and self.comm == "ddp":

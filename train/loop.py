@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import nn
 
+from model.vocab import draw_negatives
 from train.backend import Backend
 from train.batch import Packed, epoch_order, rank_share, step_users, train_batch
 from train.config import TrainConfig
@@ -91,10 +93,14 @@ class Trainer:
     def _batches(self, users: np.ndarray) -> list[Packed]:
         config, backend = self._config, self._backend
         share = rank_share(users, backend.replica, backend.replicas)
-        return [
-            train_batch(self._data, self._split, rank_share(share, part, config.pieces), config.model.max_len)
-            for part in range(config.pieces)
-        ]
+        parts = (rank_share(share, part, config.pieces) for part in range(config.pieces))
+        batches = [train_batch(self._data, self._split, part, config.model.max_len) for part in parts]
+        if not config.negatives:
+            return batches
+        # By step alone: the same on all ranks, and so is the loss, whatever the mesh.
+        seed = int(np.random.SeedSequence((config.seed, self.outcome.steps)).generate_state(1)[0])
+        negatives = draw_negatives(self._data.num_items, config.negatives, seed=seed)
+        return [replace(batch, negatives=negatives) for batch in batches]
 
     def _step(self, users: np.ndarray) -> None:
         """One optimizer step on this replica's share of ``users``."""

@@ -38,13 +38,14 @@ from train.pipeline.instructions import PipelineSchedule
 from train.pipeline.passes import add_reduce
 from train.pipeline.stages import PipelineRuntime
 from train.pipeline.trace import Recorder, TimedGroup
+from train.table_copies import sum_copies, sum_shards
 
 __all__ = ["ModelSpec", "Replica"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """The whole model: what every rank knows of it, whatever its part is."""
+    """The whole model: what every rank knows of it, whatever its part is. ``negatives``: items of the loss; 0: all."""
 
     config: ModelConfig
     num_items: int
@@ -52,9 +53,7 @@ class ModelSpec:
     seed: int = 0
     dtype: torch.dtype = torch.float32
     computing: Computing = PLAIN
-
-
-_TIE_TAG = 3  # beside the pipeline's F, I and the head's parts
+    negatives: int = 0
 
 
 class Replica:
@@ -164,7 +163,7 @@ class Replica:
         if not spec.config.tied or self.schedule.stages == 1 or self.place.pp not in (first, last):
             return None
         if self.head is not None:
-            return None  # all ranks have copies: `_sum_shards`
+            return None  # all ranks have copies: `sum_shards`
         if first == last:
             self.stages[self.schedule.last].table = self.stages[0].table
             return None
@@ -191,10 +190,13 @@ class Replica:
     def complete(self, times: StepTimes) -> None:
         """Sums what has parts of its gradient on several ranks."""
         begin, shared = time.perf_counter(), 0.0 if self._layers is None else self._layers.seconds
+        table = None if self.stages.get(0) is None else self.stages[0].table
         if self._tie is not None:
-            self._sum_copies(self._tie)
+            sum_copies(self.stages[self.schedule.last].table if table is None else table, self._tie)
         if self.head is not None and self.head.tied and self._pipeline is not None:
-            self._sum_shards(self.head.table, self._pipeline)
+            rows = balanced(self.tp.sizes(self.head.items.count)[self.tp.rank], self.mesh.pp)
+            first = self.schedule.placement[0]
+            sum_shards(self.head.table, table, self._pipeline, first=first, rows=rows)
         sum_partial_gradients(self.module, self.tp)
         end, shared = time.perf_counter(), 0.0 if self._layers is None else self._layers.seconds - shared
         times.tensor += shared
@@ -277,47 +279,3 @@ class Replica:
     def shares(self) -> set[str]:
         """Names of the parameters of which each tp rank has a share of its own."""
         return {name for named in self._named_modules() for name in shardings(named)}
-
-    def _sum_copies(self, pair: Group) -> None:
-        here = 0 if self.place.pp == self.schedule.placement[0] else self.schedule.last
-        table = self.stages[here].table
-        for parameter in table.parameters() if table is not None else ():
-            pair.allreduce(gradient_of(parameter))
-
-    def _sum_shards(self, own: ItemTable, pipeline: Group) -> None:
-        """Of a tied table: rows that are scored on this rank are embedded on the first stage's, in a copy of their own.
-
-        Both ranks send their gradient of these rows and add the other's: the same two numbers, so the same bits.
-        """
-        first, me = self.schedule.placement[0], self.place.pp
-        table = self.stages[0].table if me == first else None
-        sizes = balanced(self.tp.sizes(own.items.count)[self.tp.rank], pipeline.world_size)
-        grads = [gradient_of(own.embedding)]
-        if table is not None:
-            grads = list(gradient_of(table.embedding).split(list(sizes)))
-            mine = grads[me].clone()
-            grads[me] += gradient_of(own.embedding)
-            gradient_of(own.embedding).add_(mine)
-        peers = [first] if table is None else [rank for rank in range(pipeline.world_size) if rank != me]
-        works, rooms = [], []
-        for peer in peers:
-            grad = grads[0] if table is None else grads[peer]
-            rooms.append((grad, torch.empty_like(grad)))
-            works += [pipeline.isend(grad, peer, _TIE_TAG), pipeline.irecv(rooms[-1][1], peer, _TIE_TAG)]
-        for work in works:
-            work.wait()
-        for grad, room in rooms:
-            grad.add_(room)
-        if own.features is not None:
-            copies = [own.text_projection.weight] + ([] if table is None else [table.text_projection.weight])
-            total = torch.stack([gradient_of(copy) for copy in copies]).sum(0)
-            pipeline.allreduce(total)
-            for copy in copies:
-                gradient_of(copy).copy_(total)
-
-
-def gradient_of(parameter: nn.Parameter) -> Tensor:
-    """``.grad``, made of zeros where there is none."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad

@@ -78,7 +78,7 @@ def train(config: TrainConfig) -> int:
         features = _features(config, data, backend)
         spec = ModelSpec(
             config=config.model, num_items=data.num_items, features=features, seed=config.seed,
-            computing=config.computing,
+            computing=config.computing, negatives=config.negatives,
         )  # fmt: skip
         parameters = backend.build(spec)
         optimizer = build_optimizer(backend.updated(), config.optim)
@@ -211,6 +211,8 @@ def _check_mesh(config: TrainConfig) -> None:
 
 def _load(config: TrainConfig, ranks: int) -> tuple[Dataset, Split]:
     data = generate(config.synthetic) if config.data is None else load_directory(config.data)
+    if config.negatives > data.num_items:
+        raise ConfigError(f"--negatives {config.negatives}: there are {data.num_items} items to draw from")
     split = split_leave_one_out(data)
     if ranks > len(split.users):
         raise ConfigError(
@@ -248,6 +250,7 @@ def _describe(config: TrainConfig, data: Dataset, parameters: int) -> str:
         f"{data.name}: {data.num_users} users, {data.num_items} items ({text}), {len(data.items)} "
         f"interactions; {parameters / 1e6:.2f} M parameters {_where(config)}; {config.batch_size} users per step"
         f"{config.computing.describe()}"
+        + (f"; loss against {config.negatives} drawn items" if config.negatives else "")
     )
 
 

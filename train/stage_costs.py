@@ -24,7 +24,7 @@ def relative_costs(spec: ModelSpec) -> tuple[float, float]:
     text = 0.0
     if spec.features is not None and config.text:
         text = spec.num_items * spec.features.shape[1] * config.dim / _TOKENS
-    head = _AGAIN * config.dim * spec.num_items + (text if config.tied else 0.0)
+    head = _AGAIN * config.dim * (spec.negatives or spec.num_items) + (text if config.tied else 0.0)
     return text / layer, head / layer
 
 

@@ -80,11 +80,11 @@ UNMOVED = OptimConfig(lr=1e-30, warmup_steps=0)
 
 @cache
 def gradients(
-    microbatches: int = 1, rank: int = 0, world_size: int = 1, kind: type[Alone] = Alone
+    microbatches: int = 1, rank: int = 0, world_size: int = 1, kind: type[Alone] = Alone, negatives: int = 0
 ) -> list[torch.Tensor]:
     """Of each step of an epoch, the last of which has fewer users."""
     comm = kind(rank, world_size)
-    run = trainer(comm, microbatches=microbatches, optim=UNMOVED)
+    run = trainer(comm, microbatches=microbatches, optim=UNMOVED, negatives=negatives)
     assert len(run._users) % 8
     with contextlib.suppress(
         EvaluationError
@@ -94,8 +94,11 @@ def gradients(
     return comm.gradients
 
 
-def mean_over(world_size: int, kind: type[Alone] = Alone) -> list[torch.Tensor]:
-    ranks = [gradients(rank=rank, world_size=world_size, kind=kind) for rank in range(world_size)]
+def mean_over(world_size: int, kind: type[Alone] = Alone, negatives: int = 0) -> list[torch.Tensor]:
+    ranks = [
+        gradients(rank=rank, world_size=world_size, kind=kind, negatives=negatives)
+        for rank in range(world_size)
+    ]
     return [torch.stack(step).mean(0) for step in zip(*ranks, strict=True)]
 
 
@@ -131,6 +134,28 @@ def test_the_mean_over_ranks_is_the_gradient_of_one_process(world_size: int) -> 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_control_a_mean_of_ranks_means_is_noticed(world_size: int) -> None:
     assert min(excess(mean_over(world_size, MeanOfMeans), gradients())) > 1
+
+
+def test_drawn_items_do_not_depend_on_who_computes() -> None:
+    """But on the step, so microbatches and replicas score against the same; all items are the full softmax."""
+    few = gradients(negatives=9)
+    assert max(excess(gradients(3, negatives=9), few)) <= 1
+    assert max(excess(mean_over(3, negatives=9), few)) <= 1
+    assert max(excess(gradients(negatives=DATA.num_items), gradients())) <= 1
+    assert min(excess(few, gradients())) > 1
+
+
+def test_each_step_draws_anew() -> None:
+    run = trainer(Alone(), negatives=9)
+    users = next(run._epoch_steps(0))
+    first, again = (run._batches(users)[0].negatives for _ in range(2))
+    run.outcome.steps += 1
+    later = run._batches(users)[0].negatives
+    assert first is not None
+    assert again is not None
+    assert later is not None
+    assert torch.equal(first.items, again.items)
+    assert not torch.equal(first.items, later.items)
 
 
 @pytest.mark.filterwarnings("error")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ from model.recommender import Recommender
 from model.scores import Columns
 from model.sharding import shardings
 from model.tensor_parallel import TensorParallel
+from model.vocab import draw_negatives
 from tests.engine_ranks import engine_contexts
 from tests.numerics import gamma
 from tests.ranks import run_ranks
@@ -105,6 +106,7 @@ def train(
     sequence: bool = False,
     head: bool = False,
     lr: float = 0.1,
+    negatives: int = 0,
 ) -> Outcome:
     """SGD over a few steps: losses per prediction, and this rank's shares of the last gradients and weights."""
     node = ctx.connect_node() if tp > 1 else None
@@ -123,6 +125,9 @@ def train(
     for step in range(steps):
         optimizer.zero_grad()
         batches = microbatches(step, replica.place.dp, mesh.dp, count)
+        if negatives:
+            drawn = draw_negatives(ITEMS, negatives, seed=step)
+            batches = [replace(batch, negatives=drawn) for batch in batches]
         own = replica.step(batches, mesh.dp / predictions(step))
         total = torch.tensor([replica.loss_of_all(own)], dtype=torch.float64)
         if mesh.dp > 1:
@@ -225,6 +230,18 @@ def test_replicas_across_nodes_and_split_tokens(schedule: str, alone: Outcome) -
     same_training(outcomes, spec(), mesh, alone)
 
 
+@pytest.mark.parametrize(("schedule", "pp", "tp", "sequence"), [("zbv", 2, 2, True), ("1f1b", 1, 4, False)])
+def test_drawn_items_give_the_same_on_any_mesh(schedule: str, pp: int, tp: int, sequence: bool) -> None:
+    with engine_contexts(Topology.virtual(1, 1)) as contexts:
+        want = run_ranks(lambda ctx: train(ctx, spec(), "1f1b", count=8, negatives=11), contexts)[0]
+    with engine_contexts(Topology.virtual(2, 4)) as contexts:
+        outcomes = run_ranks(
+            lambda ctx: train(ctx, spec(), schedule, pp=pp, tp=tp, sequence=sequence, negatives=11), contexts
+        )
+        mesh = Mesh.over(contexts[0].topology, pp=pp, tp=tp)
+    same_training(outcomes, spec(), mesh, want)
+
+
 SPLIT_HEADS = [
     ("1f1b", 2, 1, 1, {}),
     ("1f1b+1", 4, 1, 2, {}),
@@ -313,7 +330,7 @@ def _scored_twice(hidden: Tensor, table: Tensor, columns: Columns, mean: Tensor)
 
 HEAD_BUGS = {
     "a head shard scored twice": (head_module, "fold", _scored_twice),
-    "shards and embedding are not summed": (Replica, "_sum_shards", lambda *_: None),
+    "shards and embedding are not summed": (replica_module, "sum_shards", lambda *_, **__: None),
     "targets are taken off by nobody": (
         HeadShard, "states_gradient",
         lambda self, parts, every, targets, scale: REAL_GRADIENT(
@@ -372,7 +389,7 @@ def norm_with_copies(replica: Replica) -> Tensor:
 
 
 BUGS = {
-    "the copies of the table are not summed": (Replica, "_sum_copies", lambda *_: None),
+    "the copies of the table are not summed": (replica_module, "sum_copies", lambda *_: None),
     "text gradients are not summed over tp": (replica_module, "sum_partial_gradients", lambda *_: None),
     "the norm is that of this rank's part": (Replica, "gradient_norm", part_norm),
     "the table's copies count twice in the norm": (Replica, "gradient_norm", norm_with_copies),

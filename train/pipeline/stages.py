@@ -120,7 +120,8 @@ class PipelineRuntime(ListRuntime[Packed]):
                 x = step.outputs[stage - 1, microbatch].detach()
             step.inputs[place] = x = x.requires_grad_()
         scores = stage == self.schedule.last and self.head is None
-        step.outputs[place] = out = self.stages[stage](*batch.inputs, batch.targets if scores else None, x)
+        targets = batch.targets if scores else None
+        step.outputs[place] = out = self.stages[stage](*batch.inputs, targets, x, negatives=batch.negatives)
         if scores:
             step.add_loss(out.detach())
 

@@ -37,7 +37,7 @@ class Computing:
         return f"; blocks {', '.join(active)}" if active else ""
 
     def prepare(self, block: nn.Module) -> None:
-        """Once, when a block is made; linear layers and collectives are breaks in its graphs."""
+        """Once, when a block is made. Collectives, and linear layers that may put gradients off, break its graphs."""
         if self.compile is not None:
             block.compile(backend=self.compile)
 

@@ -38,7 +38,8 @@ class Linear(nn.Linear, Deferring):
     """y = x W^T without bias, whole on each rank; [..., in] -> [..., out].
 
     ``summed``: the ranks of ``tp`` see different inputs, and its gradient is the sum of theirs. Under
-    ``torch.autocast`` the product is in autocast's dtype, as ``nn.Linear``'s. Differentiable once.
+    ``torch.autocast`` the product is in autocast's dtype, as ``nn.Linear``'s. Differentiable once. A layer of one
+    rank that never defers is ``nn.Linear`` (`model.weight_gradients.never_defer`).
     """
 
     def __init__(
@@ -52,9 +53,14 @@ class Linear(nn.Linear, Deferring):
         self.tp, self.sharding, self.partial = tp, sharding, set[str]()
         self.entry, self.exit = (entry, exit_) if tp.size > 1 else (KEEP, KEEP)
 
-    @torch.compiler.disable  # a queue may collect in backward, which is not known when a graph is traced
     def forward(self, x: Tensor, tokens: int = 0) -> Tensor:
         """``tokens`` is their number on all ranks, where the layer gathers or splits them: x is [tokens, in] then."""
+        if self.tp.size == 1 and not self.defers:
+            return F.linear(x, self.weight)
+        return self._product(x, tokens)
+
+    @torch.compiler.disable  # a queue may collect in backward, which is not known when a graph is traced
+    def _product(self, x: Tensor, tokens: int) -> Tensor:
         device = x.device.type
         if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
             x = x.to(torch.get_autocast_dtype(device))

@@ -1,9 +1,10 @@
-"""Scores of hidden states against a table, tile by tile: the table of all scores never exists.
+"""Scores of hidden states against a table, tile by tile: the table of all scores never exists, unless it is small.
 
     1 tile     hidden rows x table rows, into one buffer of bounded size; fp32 where inputs are shorter
     2 fold     each row's running maximum, and the sum of exponentials below it
     3 join     the ranks' maxima, sums and target scores, in one all-gather
-    4 again    backward computes each tile once more, makes it probabilities, and folds both products from it
+    4 again    backward computes each tile once more, or has kept it if there are few, makes it probabilities, and
+               folds both products from it
 
 Sources: running maximum and sum arXiv 1805.02867; recomputed tiles 2205.14135; split vocabularies 1909.08053.
 """
@@ -26,10 +27,15 @@ __all__ = ["TILE", "Columns", "Tile", "Tiles", "fold", "join", "log_sums", "tabl
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """Bounds of a tile. 1024 x 256 of fp32 is 1 MiB: it stays in a core's second-level cache."""
+    """Bounds of a tile. 1024 x 256 of fp32 is 1 MiB: it stays in a core's second-level cache. With fewer rows it has as
+    many more columns.
+
+    ``kept``: up to so many scores of a call (8 MiB of fp32) stay for backward, which saves one of four products.
+    """
 
     rows: int = 1024
     columns: int = 256
+    kept: int = 1 << 21
 
 
 TILE = Tile()
@@ -56,12 +62,16 @@ class Columns:
 
 
 class Tiles:
-    """Tiles of hidden [N, D] @ table[:columns].T, in one buffer: each is gone when the next comes."""
+    """Tiles of hidden [N, D] @ table[:columns].T, in one buffer, or each in memory of its own (``apart``)."""
 
-    def __init__(self, hidden: Tensor, table: Tensor, columns: int, tile: Tile) -> None:
+    def __init__(
+        self, hidden: Tensor, table: Tensor, columns: int, tile: Tile, *, apart: bool = False
+    ) -> None:
         self.dtype = hidden.dtype if hidden.dtype is torch.float64 else torch.float32
         self.hidden, self.table, self.columns, self.tile = hidden, table, columns, tile
-        self._buffer = hidden.new_empty(tile.rows * tile.columns, dtype=self.dtype)
+        numel = tile.rows * tile.columns
+        self._width = numel // max(1, min(tile.rows, len(hidden)))
+        self._buffer = None if apart else hidden.new_empty(numel, dtype=self.dtype)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of rows, and their hidden states."""
@@ -69,13 +79,37 @@ class Tiles:
             rows = slice(begin, min(begin + self.tile.rows, len(self.hidden)))
             yield rows, self.hidden[rows].to(self.dtype)
 
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of columns, and their table rows."""
+        for begin in range(0, self.columns, self._width):
+            columns = slice(begin, min(begin + self._width, self.columns))
+            yield columns, self.table[columns].to(self.dtype)
+
     def of(self, block: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Blocks of columns, their table rows, and the scores of ``block`` against them."""
-        for begin in range(0, self.columns, self.tile.columns):
-            columns = slice(begin, min(begin + self.tile.columns, self.columns))
-            part = self.table[columns].to(self.dtype)
-            out = self._buffer[: len(block) * len(part)].view(len(block), len(part))
-            yield columns, part, torch.mm(block, part.T, out=out)
+        for columns, part in self.parts():
+            yield columns, part, self.scores(block, part)
+
+    def scores(self, block: Tensor, part: Tensor) -> Tensor:
+        """A tile; in the one buffer it is gone when the next comes."""
+        shape = (len(block), len(part))
+        out = None if self._buffer is None else self._buffer[: shape[0] * shape[1]].view(shape)
+        return torch.mm(block, part.T, out=out)
+
+
+class Kept:
+    """The tiles of a forward pass in their order: (rows, exponentials below the maximum of the time, that maximum)."""
+
+    def __init__(self) -> None:
+        self.tiles: list[tuple[slice, Tensor, Tensor]] = []
+        self._scaled = False
+
+    def chances(self, log_sum: Tensor) -> list[Tensor]:
+        """Probabilities, made of them in place when they are first asked for."""
+        for rows, tile, peak in () if self._scaled else self.tiles:
+            tile.mul_((peak - log_sum[rows]).exp_()[:, None])
+        self._scaled = True
+        return [tile for _, tile, _ in self.tiles]
 
 
 @torch.compiler.disable
@@ -93,16 +127,18 @@ class _LogSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, table: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
         with without_autocast(hidden):
-            log_sum, target = _joined(fold(hidden, table, columns), columns.tp)
+            few = len(hidden) * columns.count <= columns.tile.kept
+            kept = Kept() if few and any(ctx.needs_input_grad) else None
+            log_sum, target = _joined(fold(hidden, table, columns, kept=kept), columns.tp)
             ctx.save_for_backward(hidden, table, log_sum)
-            ctx.columns, ctx.leaf = columns, table if table.is_leaf else None
+            ctx.columns, ctx.leaf, ctx.kept = columns, table if table.is_leaf else None, kept
             return log_sum, target
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, by_sum: Tensor, by_target: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         columns: Columns = ctx.columns
-        again = partial(_gradients, *ctx.saved_tensors, columns, (by_sum, by_target))
+        again = partial(_gradients, *ctx.saved_tensors, columns, (by_sum, by_target), kept=ctx.kept)
         hidden_needed, table_needed, _ = ctx.needs_input_grad
         queue = None if columns.owner is None or ctx.leaf is None else columns.owner.queue
         with without_autocast(by_sum):
@@ -114,13 +150,16 @@ class _LogSums(torch.autograd.Function):
         return None if hidden_grad is None else hidden_grad.to(ctx.saved_tensors[0].dtype), table_grad, None
 
 
-def fold(hidden: Tensor, table: Tensor, columns: Columns, mean: Tensor | None = None) -> Tensor:
+def fold(
+    hidden: Tensor, table: Tensor, columns: Columns, mean: Tensor | None = None, *, kept: Kept | None = None
+) -> Tensor:
     """This rank's statistics of the states, [3, N]: largest score, sum of exponentials below it, target's score.
 
     ``mean`` [N, D], zeros of the tiles' dtype, gets the sum of table rows, each times the exponential of its score
-    below the largest: the hidden state's gradient by the log of this rank's sum alone, but for its scale.
+    below the largest: the hidden state's gradient by the log of this rank's sum alone, but for its scale. ``kept`` gets
+    the tiles.
     """
-    tiles = Tiles(hidden, table, columns.count, columns.tile)
+    tiles = Tiles(hidden, table, columns.count, columns.tile, apart=kept is not None)
     stats = hidden.new_zeros(3, len(hidden), dtype=tiles.dtype)
     stats[0] = torch.finfo(tiles.dtype).min
     for rows, block in tiles.blocks():
@@ -133,6 +172,8 @@ def fold(hidden: Tensor, table: Tensor, columns: Columns, mean: Tensor | None = 
             if mean is not None:
                 mean[rows].mul_((peak - higher).exp_()[:, None]).addmm_(scores, table_rows)
             peak.copy_(higher)
+            if kept is not None:
+                kept.tiles.append((rows, scores, higher))
     own, places = columns.own, columns.places
     stats[2, own] = (hidden[own].to(tiles.dtype) * table[places].to(tiles.dtype)).sum(1)
     return stats
@@ -155,18 +196,24 @@ def _gradients(
     *,
     of_hidden: bool,
     of_table: bool,
+    kept: Kept | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """This rank's part of the hidden states' gradient, and its table's, of a loss whose derivatives by the logs of sums
-    and by the target scores are ``by``."""
+    and by the target scores are ``by``; ``kept`` are the tiles that `fold` has made of the same arguments."""
+    again = None if kept is None else iter(kept.chances(log_sum))
     tiles = Tiles(hidden, table, columns.count, columns.tile)
     hidden_grad = torch.zeros_like(hidden, dtype=tiles.dtype) if of_hidden else None
     table_grad = torch.zeros_like(table, dtype=tiles.dtype) if of_table else None
     for rows, block in tiles.blocks() if of_hidden or of_table else ():
         weight = by[0][rows, None]
         weighted = block * weight
-        for part, table_rows, scores in tiles.of(block):
-            _adjust(scores, columns, rows, part)
-            chances = scores.sub_(log_sum[rows, None]).exp_()
+        for part, table_rows in tiles.parts():
+            if again is not None:
+                chances = next(again)
+            else:
+                scores = tiles.scores(block, table_rows)
+                _adjust(scores, columns, rows, part)
+                chances = scores.sub_(log_sum[rows, None]).exp_()
             if hidden_grad is not None:
                 hidden_grad[rows].addmm_(chances, table_rows)
             if table_grad is not None:

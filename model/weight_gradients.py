@@ -16,13 +16,25 @@ from torch import Tensor, nn
 from hybridcomm.errors import UnsupportedError
 from model.tensor_parallel import without_autocast
 
-__all__ = ["Deferring", "WeightGradients"]
+__all__ = ["Deferring", "WeightGradients", "never_defer"]
 
 
 class Deferring(nn.Module):
-    """A layer that asks ``queue`` in backward, if there is one, to take its weight's gradient."""
+    """A layer that asks ``queue`` in backward, if there is one, to take its weight's gradient.
+
+    ``defers``: it may be asked to. Without that, layers that nobody shares are torch's own products, which are quicker
+    to call.
+    """
 
     queue: WeightGradients | None = None
+    defers: bool = True
+
+
+def never_defer(module: nn.Module) -> None:
+    """Says of all layers of ``module`` that no queue will collect: backward is one piece. Before the first forward."""
+    for layer in module.modules():
+        if isinstance(layer, Deferring):
+            layer.defers = False
 
 
 class WeightGradients:
@@ -51,6 +63,10 @@ class WeightGradients:
         layers = [layer for layer in module.modules() if isinstance(layer, Deferring)]
         if any(layer.queue is not None for layer in layers):
             raise UnsupportedError("another queue collects these weight gradients: leave its block first")
+        if not all(layer.defers for layer in layers):
+            raise UnsupportedError(
+                "these layers were told that they never defer: nothing of them can be put off"
+            )
         for layer in layers:
             layer.queue = self
         try:

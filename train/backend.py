@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from model.recommender import Recommender
+from model.weight_gradients import never_defer
 from train.batch import Packed
 from train.outcome import StepTimes
 from train.profile import RankTrace
@@ -137,6 +138,7 @@ class WholeModel(Backend):
         self.model = Recommender(spec.config, spec.num_items, spec.features, computing=spec.computing).to(
             spec.dtype
         )
+        never_defer(self.model)
         return list(self.model.parameters())
 
     def forward(self, batch: Packed) -> Tensor:

@@ -28,6 +28,7 @@ from model.recommender import Recommender
 from model.sharding import balanced, shardings
 from model.tensor_parallel import TensorParallel, sum_partial_gradients
 from model.vocab import Items, ItemTable
+from model.weight_gradients import never_defer
 from train.batch import Packed
 from train.errors import ConfigError
 from train.mesh import Coordinates, Mesh
@@ -127,10 +128,13 @@ class Replica:
 
     def _make(self, spec: ModelSpec, part: Part) -> Recommender:
         torch.manual_seed(spec.seed)
-        return Recommender(
+        module = Recommender(
             spec.config, spec.num_items, spec.features,
             part=part, tp=self.tp, split_head=self.schedule.split_head, computing=spec.computing,
         ).to(spec.dtype)  # fmt: skip
+        if not self.schedule.splits_backward:
+            never_defer(module)
+        return module
 
     def _make_head(self, spec: ModelSpec, ctx: Grouping) -> HeadShard:
         """Items over pp x tp: each tp rank's range, as of the first stage's table, is shared out over the pipeline."""

@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from model.linear import ColumnLinear, Linear, RowLinear
 from model.sharding import join_states
 from model.tensor_parallel import ALONE, TensorParallel
-from model.weight_gradients import WeightGradients
+from model.weight_gradients import WeightGradients, never_defer
 from tests.engine_ranks import engine_contexts
 from tests.model.parallel import CONFIG, FEW_HEADS, Decoder, batch, bound, build, built
 from tests.numerics import gamma
@@ -300,6 +300,27 @@ def compare(plain: Decoder, compiled: Decoder) -> None:
     queue.run()
     for found, exact in zip(grads(compiled), grads(plain), strict=True):
         torch.testing.assert_close(found, exact, rtol=0.0, atol=bound(exact, "float64"))
+
+
+def test_layers_that_never_defer_are_torchs_own() -> None:
+    """The same bits from a plain product, a block that compiles in one graph, and no queue that would stay empty."""
+    module, plain = stack(), stack()
+    never_defer(plain)
+    for each in (module, plain):
+        each(inputs(0)).square().sum().backward()
+    assert same(grads(plain), grads(module))
+    assert "MmBackward" in type(plain[:1](inputs(0).flatten(0, 1)).grad_fn).__name__
+    with (
+        pytest.raises(UnsupportedError, match="nothing of them can be put off"),
+        WeightGradients().collect(plain),
+    ):
+        pass
+    decoder = build(ALONE)
+    want = decoder.loss(batch()).detach()
+    never_defer(decoder)
+    for block in decoder.blocks:
+        block.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(decoder.loss(batch()), want, rtol=bound(want, "float64"), atol=0.0)
 
 
 class Recorded:

@@ -21,12 +21,14 @@ from hybridcomm.context import Context
 from hybridcomm.errors import UnsupportedError
 from model.scores import TILE, Columns, Tile, log_sums
 from model.tensor_parallel import ALONE, TensorParallel
-from model.vocab import Items, item_loss
+from model.vocab import Items, ItemTable, item_loss
+from model.weight_gradients import WeightGradients
 from tests.model.parallel import over
 from tests.numerics import SMALLEST_NORMAL, UNIT_ROUNDOFF, gamma
 
 N, D = 23, 12
-RAGGED = Tile(rows=5, columns=7)
+RAGGED = Tile(rows=5, columns=7, kept=0)
+KEEPING = Tile(rows=5, columns=7)
 
 
 def draw(items: int, scale: float, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,15 +109,16 @@ def over_ranks(
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("scale", [0.1, 5.0, 80.0])
+@pytest.mark.parametrize("tile", [RAGGED, KEEPING], ids=["computed again", "kept"])
 @pytest.mark.parametrize(("size", "items"), [(1, 41), (2, 41), (4, 41), (4, 3), (3, 64)])
 def test_loss_and_gradients_against_fp64(
-    contexts: list[Context], size: int, items: int, scale: float, dtype: str
+    contexts: list[Context], size: int, items: int, tile: Tile, scale: float, dtype: str
 ) -> None:
     """bf16 is computed in fp32: all that its gradients lose is their own last rounding."""
     data = draw(items, scale, getattr(torch, dtype))
     working = "float32" if dtype == "bfloat16" else dtype
     oracle = Oracle(*data, working, factor=0.25)
-    found = over_ranks(contexts, size, data, factor=0.25)
+    found = over_ranks(contexts, size, data, factor=0.25, tile=tile)
     assert oracle.excess(found, output=dtype) <= 1
 
 
@@ -124,11 +127,12 @@ def test_loss_and_gradients_against_fp64(
     columns=st.integers(1, 50),
     items=st.integers(1, 45),
     predictions=st.integers(1, N),
+    kept=st.sampled_from([0, 10**6]),
 )
-def test_any_tile_gives_the_same(rows: int, columns: int, items: int, predictions: int) -> None:
+def test_any_tile_gives_the_same(rows: int, columns: int, items: int, predictions: int, kept: int) -> None:
     hidden, table, targets = draw(items, 5.0, torch.float64)
     hidden, targets = hidden[:predictions], targets[:predictions]
-    tile = Tile(rows=rows, columns=columns)
+    tile = Tile(rows=rows, columns=columns, kept=kept)
     found = computed(lambda h, t: item_loss(h, t, targets, Items(count=items), tile=tile), hidden, table)
     assert Oracle(hidden, table, targets, "float64").excess(found) <= 1
 
@@ -209,7 +213,7 @@ class Largest(TorchDispatchMode):
 
 def test_memory_is_a_tile_and_the_gradients(contexts: list[Context]) -> None:
     """Nothing of N x V, nor of a rank's N x V / 2, is made in forward or backward, and the plain loss makes it."""
-    rows, items, tile = 300, 1000, Tile(rows=32, columns=64)
+    rows, items, tile = 300, 1000, Tile(rows=32, columns=64, kept=300 * 500 - 1)
     hidden, table = torch.randn(rows, 4), torch.randn(items, 4)
     targets = torch.randint(0, items, (rows,))
 
@@ -228,6 +232,44 @@ def test_memory_is_a_tile_and_the_gradients(contexts: list[Context]) -> None:
     assert plain.numel >= rows * items
 
 
+@pytest.mark.parametrize(("kept", "products"), [(N * 41 - 1, 4), (N * 41, 3)])
+def test_few_scores_are_kept_for_backward(kept: int, products: int) -> None:
+    """One tile: its scores, once more or not, and both gradients. Without a gradient nothing is kept."""
+    hidden, table, targets = draw(41, 1.0)
+    tile = Tile(kept=kept)
+    with Products() as seen:
+        computed(lambda h, t: item_loss(h, t, targets, Items(count=41), tile=tile), hidden, table)
+    assert seen.count == products
+
+
+def test_a_backward_in_two_parts_uses_what_was_kept_twice() -> None:
+    """I and then W, as a zero-bubble schedule has them: the bits of a backward in one."""
+    hidden, table, targets = draw(41, 5.0)
+    module = ItemTable(41, D)
+    want = computed(lambda h, t: item_loss(h, t, targets, Items(count=41)), hidden, table)
+    with torch.no_grad():
+        module.embedding.copy_(table)
+    states, queue = hidden.clone().requires_grad_(), WeightGradients()
+    with queue.collect(module):
+        item_loss(states, module(), targets, module.items, owner=module).backward()
+    assert module.embedding.grad is None
+    queue.run()
+    assert torch.equal(states.grad, want["hidden"])
+    assert torch.equal(module.embedding.grad, want["table"])
+
+
+class Products(TorchDispatchMode):
+    """How many matrix products there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.__name__ in ("mm.default", "mm.out", "addmm_.default")
+        return func(*args, **(kwargs or {}))
+
+
 MUTANTS = {
     "the sum is not rescaled when the maximum rises": ("total.mul_((peak - higher).exp_())", "total"),
     "the maximum is forgotten": ("peak.copy_(higher)", "pass"),
@@ -236,10 +278,19 @@ MUTANTS = {
     "the target is not taken off": ("hidden_grad.index_add_(0, own", "hidden_grad.clone().index_add_(0, own"),
     "nor from the table": ("table_grad.index_add_(0, places", "table_grad.clone().index_add_(0, places"),
     "the last tile is left out": (
-        "range(0, self.columns, self.tile.columns)",
+        "range(0, self.columns, self._width)",
         "range(0, self.columns - 7, 7)",
     ),
+    "kept tiles go by the last maximum": (
+        "kept.tiles.append((rows, scores, higher))",
+        "kept.tiles.append((rows, scores, peak))",
+    ),
+    "kept tiles are probabilities of their tile": (
+        "tile.mul_((peak - log_sum[rows]).exp_()[:, None])",
+        "tile.div_(tile.sum(1)[:, None])",
+    ),
 }
+KEPT_MUTANTS = [name for name in MUTANTS if name.startswith("kept")]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
@@ -256,7 +307,8 @@ def test_control_bugs_planted_in_the_source_are_noticed(mutant: str) -> None:
     hidden, table, targets = draw(41, 5.0, torch.float64)
 
     def loss(sums: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Tensor, Tensor], Tensor]:
-        columns = Columns(tp=ALONE, count=41, own=torch.arange(N), places=targets, tile=RAGGED)
+        tile = KEEPING if mutant in KEPT_MUTANTS else RAGGED
+        columns = Columns(tp=ALONE, count=41, own=torch.arange(N), places=targets, tile=tile)
         return lambda h, t: 0.25 * torch.sub(*sums(h, t, columns)).sum()
 
     oracle = Oracle(hidden, table, targets, "float64", factor=0.25)

@@ -129,6 +129,11 @@ class PipelineSchedule:
         return self.stages - 1
 
     @property
+    def splits_backward(self) -> bool:
+        """Whether weight gradients are put off: I and W instead of B."""
+        return any(entry.op == "W" for entries in self.lists for entry in entries)
+
+    @property
     def head(self) -> int:
         """The number that the split head has as a stage."""
         return self.stages

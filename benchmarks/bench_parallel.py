@@ -2,11 +2,10 @@
 
 Two processes on two cores, one thread each, train one model (8 layers of width 256 by default, untied, no dropout) and
 really compute. A step is forward, backward and SGD. Before anything is timed, everyone's losses of the first two steps
-must be those of one process in fp64, to a computed tolerance. Peers may choose: every schedule they have, every split
-of the layers for schedules with one stage per rank and the best few by simulation for those with two, their own
-cross-entropy or our loss; so do ours. The two best of each go into the rounds: all competitors stay loaded and warm
-in the same two processes, and each has one step in turn in every round (A B C A B C ...). Figures are medians of the
-slower rank's times.
+must be those of one process in fp64, to a computed tolerance. Peers may choose: every schedule they have, of each the
+best few splits of the layers by simulation with measured costs, their own cross-entropy or our loss; so do ours. The
+two best of each go into the rounds: all competitors stay loaded and warm in the same two processes, and each has one
+step in turn in every round (A B C A B C ...). Figures are medians of the slower rank's times.
 
 *limit*: for PP and TP half of what one core takes for the whole model while the other does the same; for DP the step
 without averaging, and of exposed communication the time in which the memory moves the last bucket. A peer that is not
@@ -120,7 +119,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
-        "--cuts", type=int, default=3, help="splits run of schedules with two stages per rank"
+        "--cuts", type=int, default=3, help="splits run of each schedule (default %(default)s)"
     )
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     arguments = parser.parse_args(argv)

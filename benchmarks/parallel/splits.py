@@ -1,7 +1,6 @@
 """How a model may be cut into stages, and which of these cuts are worth running.
 
-Every cut of a schedule with one stage per rank is run. Schedules with two stages per rank have many more; all of them
-are simulated with the measured costs of a layer and of the head, and the best few are run.
+All cuts of a schedule are simulated with the measured costs of a layer and of the head, and the best few are run.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ def promising(case: Case, schedule: str, units: tuple[StageCost, StageCost], *, 
     every = cuts(case.layers, made.stages)
     seconds = {cut: simulate(made, Costs(stages=_stages(cut, units))).step_time for cut in every}
     ranked = sorted(every, key=seconds.__getitem__)
-    return ranked if made.stages == 2 else ranked[:count]
+    return ranked[:count]
 
 
 def _stages(cut: Cut, units: tuple[StageCost, StageCost]) -> tuple[StageCost, ...]:

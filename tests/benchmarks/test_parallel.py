@@ -107,9 +107,7 @@ def test_every_cut_is_there_once_and_is_the_whole_model(layers: int, stages: int
 def test_the_best_cut_by_simulation_balances_layers_and_head() -> None:
     layer, head = (StageCost(forward=t, input_grad=t, weight_grad=t) for t in (1.0, 4.0))
     case = Case(items=60, layers=8)
-    ranked = promising(case, "1f1b", (layer, head), count=1)
-    assert ranked[0] == (6, 2)
-    assert len(ranked) == 9
+    assert promising(case, "1f1b", (layer, head), count=1) == [(6, 2)]
     assert len(promising(case, "zbv", (layer, head), count=3)) == 3
     assert len(cuts(8, make_schedule("zbv", 2, 8).stages)) > 3
 

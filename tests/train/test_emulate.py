@@ -18,7 +18,7 @@ from hybridcomm.topology import Link, Topology
 from model.parts import split
 from tests.engine_ranks import engine_contexts
 from tests.ranks import run_ranks
-from tests.train.test_replica import ITEMS, ThreadReplica, spec
+from tests.train.replicas import ITEMS, ThreadReplica, spec
 from train.batch import Packed, pack
 from train.emulate import Emulation, emulated_table
 from train.mesh import Mesh

@@ -17,7 +17,7 @@ from hybridcomm.topology import Topology
 from model.parts import split
 from tests.engine_ranks import engine_contexts
 from tests.ranks import run_ranks
-from tests.train.test_replica import ThreadReplica, microbatches, spec
+from tests.train.replicas import ThreadReplica, microbatches, spec
 from train.breakdown import COLUMNS, breakdown, breakdown_table
 from train.mesh import Mesh
 from train.pipeline import Instruction, PipelineSchedule, lower, make_schedule

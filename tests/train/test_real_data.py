@@ -18,7 +18,7 @@ from model.config import ModelConfig
 from model.parts import split
 from tests.engine_ranks import engine_contexts
 from tests.ranks import run_ranks
-from tests.train.test_replica import ThreadReplica
+from tests.train.replicas import ThreadReplica
 from train.batch import epoch_order, rank_share, step_users, train_batch
 from train.config import OptimConfig
 from train.data import Dataset, Split, load_directory, split_leave_one_out

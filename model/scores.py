@@ -30,12 +30,13 @@ class Tile:
     """Bounds of a tile. 1024 x 256 of fp32 is 1 MiB: it stays in a core's second-level cache. With fewer rows it has as
     many more columns.
 
-    ``kept``: up to so many scores of a call (8 MiB of fp32) stay for backward, which saves one of four products.
+    ``kept``: up to so many scores of a call (32 MiB of fp32) stay for backward; for all of them it saves one of four
+    products.
     """
 
     rows: int = 1024
     columns: int = 256
-    kept: int = 1 << 21
+    kept: int = 1 << 23
 
 
 TILE = Tile()
@@ -62,16 +63,16 @@ class Columns:
 
 
 class Tiles:
-    """Tiles of hidden [N, D] @ table[:columns].T, in one buffer, or each in memory of its own (``apart``)."""
+    """Tiles of hidden [N, D] @ table[:columns].T, in one buffer: each is gone when the next comes, unless kept."""
 
     def __init__(
-        self, hidden: Tensor, table: Tensor, columns: int, tile: Tile, *, apart: bool = False
+        self, hidden: Tensor, table: Tensor, columns: int, tile: Tile, *, kept: Kept | None = None
     ) -> None:
         self.dtype = hidden.dtype if hidden.dtype is torch.float64 else torch.float32
         self.hidden, self.table, self.columns, self.tile = hidden, table, columns, tile
         numel = tile.rows * tile.columns
         self._width = numel // max(1, min(tile.rows, len(hidden)))
-        self._buffer = None if apart else hidden.new_empty(numel, dtype=self.dtype)
+        self._buffer, self._kept = hidden.new_empty(numel, dtype=self.dtype), kept
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of rows, and their hidden states."""
@@ -91,18 +92,30 @@ class Tiles:
             yield columns, part, self.scores(block, part)
 
     def scores(self, block: Tensor, part: Tensor) -> Tensor:
-        """A tile; in the one buffer it is gone when the next comes."""
-        shape = (len(block), len(part))
-        out = None if self._buffer is None else self._buffer[: shape[0] * shape[1]].view(shape)
-        return torch.mm(block, part.T, out=out)
+        """A tile."""
+        numel = len(block) * len(part)
+        if self._kept is not None and self._kept.takes(numel):
+            return block @ part.T
+        return torch.mm(block, part.T, out=self._buffer[:numel].view(len(block), len(part)))
 
 
 class Kept:
-    """The tiles of a forward pass in their order: (rows, exponentials below the maximum of the time, that maximum)."""
+    """The first tiles of a forward pass: (rows, exponentials below the maximum of the time, that maximum)."""
 
-    def __init__(self) -> None:
+    def __init__(self, numel: int) -> None:
         self.tiles: list[tuple[slice, Tensor, Tensor]] = []
+        self._room = numel
         self._scaled = False
+
+    def takes(self, numel: int) -> bool:
+        """Whether the next tile, of so many scores, is to be kept; once one is not, none is."""
+        self._room -= numel
+        return self._room >= 0
+
+    def add(self, rows: slice, scores: Tensor, peak: Tensor) -> None:
+        """A tile that was computed in memory of its own."""
+        if self._room >= 0:
+            self.tiles.append((rows, scores, peak))
 
     def chances(self, log_sum: Tensor) -> list[Tensor]:
         """Probabilities, made of them in place when they are first asked for."""
@@ -127,8 +140,7 @@ class _LogSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, table: Tensor, columns: Columns) -> tuple[Tensor, Tensor]:
         with without_autocast(hidden):
-            few = len(hidden) * columns.count <= columns.tile.kept
-            kept = Kept() if few and any(ctx.needs_input_grad) else None
+            kept = Kept(columns.tile.kept) if any(ctx.needs_input_grad) else None
             log_sum, target = _joined(fold(hidden, table, columns, kept=kept), columns.tp)
             ctx.save_for_backward(hidden, table, log_sum)
             ctx.columns, ctx.leaf, ctx.kept = columns, table if table.is_leaf else None, kept
@@ -156,10 +168,10 @@ def fold(
     """This rank's statistics of the states, [3, N]: largest score, sum of exponentials below it, target's score.
 
     ``mean`` [N, D], zeros of the tiles' dtype, gets the sum of table rows, each times the exponential of its score
-    below the largest: the hidden state's gradient by the log of this rank's sum alone, but for its scale. ``kept`` gets
-    the tiles.
+    below the largest: the hidden state's gradient by the log of this rank's sum alone, but for its scale. ``kept``
+    takes the tiles that it has room for.
     """
-    tiles = Tiles(hidden, table, columns.count, columns.tile, apart=kept is not None)
+    tiles = Tiles(hidden, table, columns.count, columns.tile, kept=kept)
     stats = hidden.new_zeros(3, len(hidden), dtype=tiles.dtype)
     stats[0] = torch.finfo(tiles.dtype).min
     for rows, block in tiles.blocks():
@@ -173,7 +185,7 @@ def fold(
                 mean[rows].mul_((peak - higher).exp_()[:, None]).addmm_(scores, table_rows)
             peak.copy_(higher)
             if kept is not None:
-                kept.tiles.append((rows, scores, higher))
+                kept.add(rows, scores, higher)
     own, places = columns.own, columns.places
     stats[2, own] = (hidden[own].to(tiles.dtype) * table[places].to(tiles.dtype)).sum(1)
     return stats
@@ -200,7 +212,7 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """This rank's part of the hidden states' gradient, and its table's, of a loss whose derivatives by the logs of sums
     and by the target scores are ``by``; ``kept`` are the tiles that `fold` has made of the same arguments."""
-    again = None if kept is None else iter(kept.chances(log_sum))
+    again = iter(() if kept is None else kept.chances(log_sum))
     tiles = Tiles(hidden, table, columns.count, columns.tile)
     hidden_grad = torch.zeros_like(hidden, dtype=tiles.dtype) if of_hidden else None
     table_grad = torch.zeros_like(table, dtype=tiles.dtype) if of_table else None
@@ -208,12 +220,11 @@ def _gradients(
         weight = by[0][rows, None]
         weighted = block * weight
         for part, table_rows in tiles.parts():
-            if again is not None:
-                chances = next(again)
-            else:
-                scores = tiles.scores(block, table_rows)
-                _adjust(scores, columns, rows, part)
-                chances = scores.sub_(log_sum[rows, None]).exp_()
+            chances = next(again, None)
+            if chances is None:
+                chances = tiles.scores(block, table_rows)
+                _adjust(chances, columns, rows, part)
+                chances.sub_(log_sum[rows, None]).exp_()
             if hidden_grad is not None:
                 hidden_grad[rows].addmm_(chances, table_rows)
             if table_grad is not None:

@@ -82,13 +82,18 @@ def sanitizers(*tests: str) -> tuple[bool, str]:
     return pytest(*(f"tests/hybridcomm/{test}" for test in tests), env={"HYBRIDCOMM_SANITIZERS": "1"})
 
 
-def fuzz_step(what: str, targets: str, *, planted: str = "none") -> Step:
+def fuzz_step(what: str, *targets: str, planted: str = "none") -> Step:
     def fuzz(options: argparse.Namespace, details: Path) -> tuple[bool, str]:
-        command = [sys.executable, "-m", "tests.fuzz", "--runs", str(options.fuzz_runs), "--only", targets]
+        command = [sys.executable, "-m", "tests.fuzz", "--runs", str(options.fuzz_runs), "--only", *targets]
         command += ["--planted", planted, "--jobs", str(len(os.sched_getaffinity(0)))]
         return run([*command, "--markdown", str(details)])
 
     return Step(what=what, run=fuzz, about=(*NATIVE, "tests/fuzz.py", "tests/fuzz_mutants.py"))
+
+
+def decoders(*codecs: str) -> list[str]:
+    """Their targets, as `tests.fuzz` calls them."""
+    return [f"decode {codec}" for codec in codecs]
 
 
 def soak() -> tuple[bool, str]:
@@ -132,7 +137,10 @@ STEPS: dict[str, Step] = {
         run=lambda *_: sanitizers("test_engine_source_mutants.py"),
         about=(*NATIVE, "tests/hybridcomm/test_engine_source_mutants.py"),
     ),
-    "decoders": fuzz_step("libFuzzer with ASan and UBSan on every decoder", "decoders"),
+    "casts": fuzz_step("libFuzzer with ASan and UBSan on decoders: casts", *decoders("fp16", "bf16", "fp8")),
+    "quantisers": fuzz_step("likewise: integers and signs", *decoders("int8", "int4", "sign1")),
+    "blocks": fuzz_step("likewise: selections by block", *decoders("topk", "gtop1")),
+    "shards": fuzz_step("likewise: over a whole shard", *decoders("gtopk", "randk", "powersgd")),
     "framings": fuzz_step("likewise on all that is read from the network", "framings"),
     "planted": fuzz_step(
         "bugs planted in decoders and framings, which fuzzing must find", "none", planted="all"

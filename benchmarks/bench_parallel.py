@@ -4,7 +4,7 @@ Two processes on two cores, one thread each, train one model (8 layers of width 
 really compute. A step is forward, backward and SGD. Before anything is timed, everyone's losses of the first two steps
 must be those of one process in fp64, to a computed tolerance. Peers may choose: every schedule they have, of each the
 best few splits of the layers by simulation with measured costs, their own cross-entropy or our loss; so do ours. The
-two best of each go into the rounds: all competitors stay loaded and warm in the same two processes, and each has one
+three best of each go into the rounds: all competitors stay loaded and warm in the same two processes, and each has one
 step in turn in every round (A B C A B C ...). Figures are medians of the slower rank's times.
 
 *limit*: for PP and TP half of what one core takes for the whole model while the other does the same; for DP the step

@@ -29,6 +29,13 @@ __all__ = ["STEPS", "main"]
 SEEDS = 5
 SOAK_OPERATIONS = 10_000
 FUZZ_RUNS = 10_000_000
+DECODERS = {
+    "casts": ("fp16", "bf16", "fp8"),
+    "quantisers": ("int8", "int4", "sign1"),
+    "blocks": ("topk", "gtop1"),
+    "shards": ("gtopk", "randk", "powersgd"),
+}
+"""Steps that fuzz decoders, a quarter of an hour each, and the codecs of each."""
 EVERYTHING = (".", ":(exclude)docs/verify-report.md")
 
 
@@ -91,11 +98,6 @@ def fuzz_step(what: str, *targets: str, planted: str = "none") -> Step:
     return Step(what=what, run=fuzz, about=(*NATIVE, "tests/fuzz.py", "tests/fuzz_mutants.py"))
 
 
-def decoders(*codecs: str) -> list[str]:
-    """Their targets, as `tests.fuzz` calls them."""
-    return [f"decode {codec}" for codec in codecs]
-
-
 def soak() -> tuple[bool, str]:
     return run([sys.executable, "-m", "tests.soak", "--operations", str(SOAK_OPERATIONS)])
 
@@ -137,10 +139,13 @@ STEPS: dict[str, Step] = {
         run=lambda *_: sanitizers("test_engine_source_mutants.py"),
         about=(*NATIVE, "tests/hybridcomm/test_engine_source_mutants.py"),
     ),
-    "casts": fuzz_step("libFuzzer with ASan and UBSan on decoders: casts", *decoders("fp16", "bf16", "fp8")),
-    "quantisers": fuzz_step("likewise: integers and signs", *decoders("int8", "int4", "sign1")),
-    "blocks": fuzz_step("likewise: selections by block", *decoders("topk", "gtop1")),
-    "shards": fuzz_step("likewise: over a whole shard", *decoders("gtopk", "randk", "powersgd")),
+    **{
+        name: fuzz_step(
+            f"libFuzzer with ASan and UBSan on the decoders of {', '.join(codecs)}",
+            *(f"decode {codec}" for codec in codecs),
+        )
+        for name, codecs in DECODERS.items()
+    },
     "framings": fuzz_step("likewise on all that is read from the network", "framings"),
     "planted": fuzz_step(
         "bugs planted in decoders and framings, which fuzzing must find", "none", planted="all"

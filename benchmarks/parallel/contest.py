@@ -19,8 +19,10 @@ __all__ = ["Contest"]
 
 _CHECKED = 2
 """Steps whose losses are compared: the second one's shows whether gradients were right."""
-_FINALISTS = 2
-"""Of each peer, into the rounds: one timed step is too few to tell two good splits apart."""
+_FINALISTS = 3
+"""Of each peer, into the rounds: a few timed steps are too few to tell good splits apart."""
+_TRIED = 3
+"""Steps that choose the finalists, behind those that are checked."""
 
 Maker = Callable[[], Competitor]
 
@@ -56,7 +58,7 @@ class Contest:
         kept: list[tuple[float, int, Competitor]] = []
         for number, make in enumerate(makers):
             competitor = make()
-            seconds = min(self.check(competitor), _timed(competitor)[0])
+            seconds = min(self.check(competitor), *(_timed(competitor)[0] for _ in range(_TRIED)))
             kept = sorted([*kept, (seconds, number, competitor)])[:_FINALISTS]
             del competitor
             gc.collect()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hybridcomm.kernels.payload import Codec
 from tests import verify, verify_report
 from tests.verify import Step
 from tests.verify_report import Outcome, Staleness, staleness
@@ -52,8 +53,8 @@ def test_steps_may_add_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
         details.write_text(f"| runs | {options.fuzz_runs} |\n")
         return True, "all clean\n"
 
-    monkeypatch.setitem(verify.STEPS, "decoders", Step(what="x", run=run))
-    outcome = verify.perform("decoders", argparse.Namespace(fuzz_runs=7))
+    monkeypatch.setitem(verify.STEPS, "framings", Step(what="x", run=run))
+    outcome = verify.perform("framings", argparse.Namespace(fuzz_runs=7))
     assert (outcome.passed, outcome.summary, outcome.details) == (True, "all clean", "| runs | 7 |")
 
 
@@ -64,6 +65,11 @@ def test_every_step_is_described() -> None:
     assert about["date"].endswith("UTC")
 
 
+def test_every_codec_is_fuzzed_in_one_step() -> None:
+    codecs = [codec for step in verify.DECODERS.values() for codec in step]
+    assert sorted(codecs) == sorted(c.name.lower() for c in Codec if c not in (Codec.NONE, Codec.CUSTOM))
+
+
 HEAD = "a" * 40
 ABOUT = {name: step.about for name, step in verify.STEPS.items()}
 
@@ -71,7 +77,7 @@ ABOUT = {name: step.about for name, step in verify.STEPS.items()}
 def test_steps_stay_in_a_report_while_what_they_are_about_does(monkeypatch: pytest.MonkeyPatch) -> None:
     outcomes = [
         Outcome(
-            name="decoders",
+            name="framings",
             commit=HEAD,
             passed=True,
             seconds=60,
@@ -156,7 +162,7 @@ def test_what_the_report_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     assert stale is not None
     assert "not in this history" in str(stale)
     assert "uncommitted changes" in str(stale)
-    assert "decoders" in stale.missing
+    assert "framings" in stale.missing
     assert "lint" not in stale.missing
     with pytest.raises(ValueError, match="names no commit"):
         staleness("# nothing\n", verify.STEPS)

@@ -189,4 +189,4 @@ class Recommender(nn.Module):
         hidden = self.final_norm(x)
         if self.tp.sequence:
             hidden = through(hidden, GATHER, self.tp, tokens=tokens)
-        return hidden.reshape(-1, self.config.dim)[picks]
+        return hidden.reshape(-1, self.config.dim).index_select(0, picks)

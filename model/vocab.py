@@ -53,12 +53,15 @@ class Items:
 
     def here(self, items: Tensor) -> tuple[Tensor, Tensor]:
         """Which of ``items`` [N] this rank has: their places among them, and their rows in its table."""
+        self.check_range(items)
+        places = ((items >= self.begin) & (items < self.end)).nonzero()[:, 0]
+        return places, items[places] - self.begin
+
+    def check_range(self, items: Tensor) -> None:
         if items.numel() and (int(items.min()) < 0 or int(items.max()) >= self.count):
             raise UnsupportedError(
                 f"items must be in 0..{self.count - 1}: {int(items.min())}..{int(items.max())}"
             )
-        places = ((items >= self.begin) & (items < self.end)).nonzero()[:, 0]
-        return places, items[places] - self.begin
 
     def check(self, table: Tensor) -> None:
         if len(table) != self.end - self.begin:
@@ -112,6 +115,9 @@ def embed(item_ids: Tensor, table: Tensor, items: Items) -> Tensor:
     Under sequence parallelism this rank's part of the flattened tokens, [n, D].
     """
     items.check(table)
+    if items.tp.size == 1:
+        items.check_range(item_ids)
+        return F.embedding(item_ids, table)
     places, rows = items.here(item_ids.reshape(-1))
     vectors = table.new_zeros(item_ids.numel(), table.shape[1]).index_copy(
         0, places, F.embedding(rows, table)

@@ -1,8 +1,8 @@
 """Every schedule of up to 16 ranks and 64 microbatches is correct, none left out.
 
 All kinds, with two and three stages per rank where that may be chosen; any number of microbatches, so turns are uneven.
-Each is lowered with uneven buckets three times: with channels that hold as few messages as the kind needs; with a split
-head that even stages order; and with one that uneven stages order. That covers it
+Each is lowered with uneven buckets: with channels that hold as few messages as the kind needs; with a split head that
+even stages order; and, up to two turns of 16 microbatches, with one that uneven stages order. That covers it
 
 - as written: a lowered list computes what the written one does, in its order, and then its run is one of that, since a
   message makes nobody wait for less. Whatever counts computation alone, like peak activations, is alike;
@@ -32,6 +32,8 @@ from train.pipeline import (
 from train.pipeline.lines import OP, Numbers
 
 RANKS, MICROBATCHES, CHUNKS = 16, 64, (2, 3)
+UNEVEN = 32
+"""Microbatches up to which uneven stages order a split head, too."""
 SHARE = 4800
 """Microbatches on ranks, about, that one test checks."""
 
@@ -101,7 +103,8 @@ def check_sizes(ranks: int, numbers: Iterable[int], lowering: Lower = lower) -> 
         for schedule in written(ranks, microbatches):
             check_lowered(schedule, lowering, head=False)
             check_lowered(schedule, lowering, head=True)
-            check_lowered(schedule, lowering, head=True, costs=uneven(schedule))
+            if microbatches <= UNEVEN:
+                check_lowered(schedule, lowering, head=True, costs=uneven(schedule))
             count += 1
     return count
 

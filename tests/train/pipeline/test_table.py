@@ -1,4 +1,4 @@
-"""Lists as arrays: every instruction is where the list has it, what has no place is set apart, insertions keep order."""
+"""Lists as arrays: instructions are where the list has them, what has no place is set apart, insertions keep order."""
 
 from __future__ import annotations
 

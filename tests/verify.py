@@ -124,11 +124,6 @@ STEPS: dict[str, Step] = {
     "tests": Step(what="the whole suite", run=lambda *_: pytest()),
     "properties": Step(what=f"property tests under {SEEDS} more seeds", run=lambda *_: properties()),
     "training": Step(what="the default training run", run=lambda *_: training()),
-    "schedules": Step(
-        what="every pipeline schedule of up to 16 ranks and 64 microbatches",
-        run=lambda *_: run([sys.executable, "-m", "tests.schedules"]),
-        about=("train/pipeline", "tests/schedules.py"),
-    ),
     "engine": Step(
         what="engine and kernels as C++ programs under ASan, UBSan and TSan, the Python module under ASan and UBSan",
         run=lambda *_: sanitizers("test_sanitizers.py"),

@@ -4,17 +4,21 @@
 2. Channels: a channel (source, target, kind) is received in the order in which it is sent; all ranks have one order
    of the head's collectives; each stage's gradients are accumulated in the order of microbatches.
 3. Execution: nothing is used before it is there, and no ranks wait for each other (`train.pipeline.execute`).
+
+All entries are looked at at once, in arrays (`train.pipeline.table`); texts and grids are made of what is wrong only.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 
+import numpy as np
+
+from train.errors import ScheduleError
 from train.pipeline.execute import broken, execution_order
-from train.pipeline.instructions import COMPUTE, OPS, RECEIVE, SEND, Instruction, PipelineSchedule
+from train.pipeline.instructions import COMPUTE, OPS, Instruction, PipelineSchedule
+from train.pipeline.lines import OP, Numbers
+from train.pipeline.table import numbering
 
 __all__ = ["Report", "check"]
 
@@ -37,104 +41,91 @@ def check(schedule: PipelineSchedule, *, slots: int | None = None) -> Report:
     """Raises `ScheduleError`, whose message has the grid with the step marked, unless the schedule is correct.
 
     ``slots``: messages that a channel holds before its receiver asks for them, then sends wait; None: sends
-    never wait. Linear in the number of instructions.
+    never wait. Linear in the number of instructions, but for sorting messages that several stages send on one channel.
     """
-    for rank in range(schedule.ranks):
-        _complete(schedule, rank)
-        _accumulates_in_order(schedule, rank)
+    if not _is_complete(schedule):
+        raise _incomplete(schedule)
+    _accumulates_in_order(schedule)
     _channels(schedule)
     if schedule.split_head:
         _one_order_of_collectives(schedule)
     execution_order(schedule, slots=slots)
+    lines = schedule.table.lines
     return Report(
-        peak_activations=_peaks(schedule, _activations(schedule)),
-        peak_receives=_peaks(schedule, _messages(schedule)),
-        peak_hidden=_peaks(schedule, {("HEAD_X", schedule.head): 1, ("HEAD_T", schedule.head): -1}),
+        peak_activations=_peaks(schedule, lines.activations),
+        peak_receives=_peaks(schedule, lines.receives),
+        peak_hidden=_peaks(schedule, lines.hidden),
     )
 
 
-# -- memory ------------------------------------------------------------------------------------------------
-
-
-def _peaks(schedule: PipelineSchedule, change: Mapping[tuple[str, int], int]) -> tuple[int, ...]:
-    """By rank: the most that ``change``, by op and stage, sums up to along its list."""
-    return tuple(
-        max(accumulate((change.get(entry[:2], 0) for entry in entries), initial=0))
-        for entries in schedule.lists
-    )
-
-
-def _activations(schedule: PipelineSchedule) -> dict[tuple[str, int], int]:
-    return {(op, stage): 1 if op == "F" else -1 for stage in range(schedule.stages) for op in ("F", "W", "B")}
-
-
-def _messages(schedule: PipelineSchedule) -> dict[tuple[str, int], int]:
-    """Asked for by a receive, used up by F, I or B of a stage whose neighbour is on another rank."""
-    change: dict[tuple[str, int], int] = {}
-    for stage in range(schedule.stages) if schedule.communicates else ():
-        for step, receive, users in ((-1, "RECV_F", ("F",)), (1, "RECV_I", ("I", "B"))):
-            if schedule.peer(stage, step) >= 0:
-                change |= {(receive, stage): 1, **{(op, stage): -1 for op in users}}
-    return change
+def _peaks(schedule: PipelineSchedule, change: Numbers) -> tuple[int, ...]:
+    """By rank: the most that ``change``, by line, sums up to along its list; behind a complete list it is 0 again."""
+    table = schedule.table
+    return tuple(np.maximum.reduceat(change[table.line].cumsum(), table.begin[:-1]).clip(0).tolist())
 
 
 # -- completeness ------------------------------------------------------------------------------------------
 
 
+def _is_complete(schedule: PipelineSchedule) -> bool:
+    """Nothing is missing, and there are no more entries than must be: so nothing is there twice."""
+    table = schedule.table
+    parts = table.size - len(table.others) + np.count_nonzero(table.op == OP["B"])
+    needed = table.place[table.lines.wanted]
+    found = [(rank, schedule.lists[rank][place]) for rank, place in map(table.event, table.others.tolist())]
+    reduces = [(rank, entry) for rank in range(schedule.ranks) for entry in _reduces(schedule, rank)]
+    return parts == needed.size and bool((needed < table.size).all()) and sorted(found) == sorted(reduces)
+
+
+def _reduces(schedule: PipelineSchedule, rank: int) -> list[Instruction]:
+    """Every REDUCE that the list of ``rank`` must hold."""
+    counts = schedule.buckets or (0,) * (schedule.head + 1)
+    stages = (*schedule.stages_of(rank), *([schedule.head] if schedule.split_head else []))
+    return [
+        Instruction("REDUCE", stage, bucket=bucket) for stage in stages for bucket in range(counts[stage])
+    ]
+
+
 def _wanted(schedule: PipelineSchedule, rank: int) -> set[Instruction]:
     """What the list of ``rank`` must hold, with each B written as I and W."""
-    out = set()
-    stages = schedule.stages_of(rank)
-    for stage in stages:
-        before, behind = schedule.peer(stage, -1), schedule.peer(stage, 1)
-        for microbatch in range(schedule.microbatches):
-            out |= {Instruction(op, stage, microbatch) for op in ("F", "I", "W")}
-            if schedule.communicates and before >= 0:
-                out.add(Instruction("RECV_F", stage, microbatch, before))
-                out.add(Instruction("SEND_I", stage, microbatch, before))
-            if schedule.communicates and behind >= 0:
-                out.add(Instruction("SEND_F", stage, microbatch, behind))
-                out.add(Instruction("RECV_I", stage, microbatch, behind))
-    if schedule.split_head:
-        stages = (*stages, schedule.head)
-        for microbatch in range(schedule.microbatches):
-            out |= {
-                Instruction(op, schedule.head, microbatch) for op in ("HEAD_X", "HEAD_S", "HEAD_C", "HEAD_T")
-            }
-    if schedule.buckets:
-        out |= {
-            Instruction("REDUCE", stage, bucket=bucket)
-            for stage in stages
-            for bucket in range(schedule.buckets[stage])
-        }
+    lines, every = schedule.table.lines, numbering(schedule.placement, schedule.microbatches).instructions
+    out = set(_reduces(schedule, rank))
+    for op, unit in np.argwhere(lines.wanted).tolist():
+        if lines.holder[unit] == rank:
+            out |= set(every[op, min(unit, schedule.head), : schedule.microbatches].tolist())
     return out
 
 
-def _complete(schedule: PipelineSchedule, rank: int) -> None:
-    wanted = _wanted(schedule, rank)
-    seen: set[Instruction] = set()
-    for place, entry in enumerate(schedule.lists[rank]):
-        for part in _parts(entry):
-            if part in seen:
-                raise broken(schedule, f"rank {rank} does {part} twice ({entry})", {rank: place})
-            if part not in wanted:
-                what = OPS.get(entry.op, "no such op")
-                raise broken(
-                    schedule, f"{entry} ({what}) has no place in the list of rank {rank}", {rank: place}
-                )
-            seen.add(part)
-    if seen != wanted:
-        missing = min(wanted - seen)
-        forward = missing.op.endswith("F")  # then its F lacks it, else a backward does
-        kin = [
-            place
-            for place, entry in enumerate(schedule.lists[rank])
-            if entry.op in COMPUTE
-            and (entry.stage, entry.microbatch, entry.op == "F")
-            == (missing.stage, missing.microbatch, forward)
-        ]
-        what = f"rank {rank} lacks {missing} ({len(wanted - seen)} instructions are missing)"
-        raise broken(schedule, what, {rank: kin[0] if kin else len(schedule.lists[rank])})
+def _incomplete(schedule: PipelineSchedule) -> ScheduleError:
+    for rank, entries in enumerate(schedule.lists):
+        wanted = _wanted(schedule, rank)
+        seen: set[Instruction] = set()
+        for place, entry in enumerate(entries):
+            for part in _parts(entry):
+                if part in seen:
+                    return broken(schedule, f"rank {rank} does {part} twice ({entry})", {rank: place})
+                if part not in wanted:
+                    what = OPS.get(entry.op, "no such op")
+                    return broken(
+                        schedule, f"{entry} ({what}) has no place in the list of rank {rank}", {rank: place}
+                    )
+                seen.add(part)
+        if seen != wanted:
+            return _lacks(schedule, rank, wanted - seen)
+    raise AssertionError("a list that is not complete has all of its instructions, each once")
+
+
+def _lacks(schedule: PipelineSchedule, rank: int, lacking: set[Instruction]) -> ScheduleError:
+    missing = min(lacking)
+    forward = missing.op.endswith("F")  # then its F lacks it, else a backward does
+    kin = [
+        place
+        for place, entry in enumerate(schedule.lists[rank])
+        if entry.op in COMPUTE
+        and (entry.stage, entry.microbatch, entry.op == "F") == (missing.stage, missing.microbatch, forward)
+    ]
+    what = f"rank {rank} lacks {missing} ({len(lacking)} instructions are missing)"
+    return broken(schedule, what, {rank: kin[0] if kin else len(schedule.lists[rank])})
 
 
 def _parts(entry: Instruction) -> tuple[Instruction, ...]:
@@ -144,41 +135,41 @@ def _parts(entry: Instruction) -> tuple[Instruction, ...]:
 # -- order -------------------------------------------------------------------------------------------------
 
 
-def _accumulates_in_order(schedule: PipelineSchedule, rank: int) -> None:
+def _accumulates_in_order(schedule: PipelineSchedule) -> None:
     """Sums of gradients are formed in one order, so they are the same bits as those of one process."""
-    following: Counter[int] = Counter()
-    for place, entry in enumerate(schedule.lists[rank]):
-        if entry.op in ("W", "B", "HEAD_T"):
-            if entry.microbatch != following[entry.stage]:
-                what = f"{entry} comes where microbatch {following[entry.stage]} is next: gradients add up in order"
-                raise broken(schedule, what, {rank: place})
-            following[entry.stage] += 1
+    places = schedule.table.accumulates
+    if (np.diff(places, axis=1) > 0).all():
+        return
+    order = places.argsort(axis=1)
+    wrong = np.argwhere(order != np.arange(schedule.microbatches)).tolist()
+    index, following = min((int(places[unit, order[unit, number]]), number) for unit, number in wrong)
+    rank, place = schedule.table.event(index)
+    entry = schedule.lists[rank][place]
+    what = f"{entry} comes where microbatch {following} is next: gradients add up in order"
+    raise broken(schedule, what, {rank: place})
 
 
 def _channels(schedule: PipelineSchedule) -> None:
-    sent, received = defaultdict(list), defaultdict(list)
-    for rank, entries in enumerate(schedule.lists):
-        for place, entry in enumerate(entries):
-            if entry.op in SEND:
-                sent[entry.op[-1], rank, entry.peer].append((place, entry))
-            elif entry.op in RECEIVE:
-                received[entry.op[-1], entry.peer, rank].append((place, entry))
-    for channel, sends in sent.items():
-        kind, source, target = channel
-        step = 1 if kind == "F" else -1
-        for (put, send), (got, receive) in zip(sends, received[channel], strict=True):
-            if (send.stage + step, send.microbatch) != (receive.stage, receive.microbatch):
-                what = f"rank {source} sends {send} where rank {target} receives {receive}"
-                raise broken(schedule, what, {source: put, target: got})
+    table, (channel, sends, receives, _) = schedule.table, schedule.table.messages
+    if (np.diff(channel * table.size + receives) > 0).all():
+        return
+    order = np.lexsort((receives, channel))
+    wrong = np.flatnonzero(receives[order] != receives).tolist()
+    first = min(wrong, key=lambda number: int(sends[number]))
+    (source, put), (target, got) = table.event(int(sends[first])), table.event(int(receives[order[first]]))
+    send, receive = schedule.lists[source][put], schedule.lists[target][got]
+    what = f"rank {source} sends {send} where rank {target} receives {receive}"
+    raise broken(schedule, what, {source: put, target: got})
 
 
 def _one_order_of_collectives(schedule: PipelineSchedule) -> None:
-    orders = [
-        [(place, entry) for place, entry in enumerate(entries) if entry.op in ("HEAD_X", "HEAD_C")]
-        for entries in schedule.lists
-    ]
-    for rank, order in enumerate(orders):
-        for (first, wanted), (place, entry) in zip(orders[0], order, strict=True):
-            if wanted != entry:
-                what = f"rank {rank} comes to {entry} where rank 0 comes to {wanted}"
-                raise broken(schedule, what, {0: first, rank: place})
+    table = schedule.table
+    places = np.flatnonzero((table.op == OP["HEAD_X"]) | (table.op == OP["HEAD_C"]))
+    calls = table.op[places] * schedule.microbatches + table.microbatch[places]
+    places, calls = places.reshape(schedule.ranks, -1), calls.reshape(schedule.ranks, -1)
+    if (calls == calls[0]).all():
+        return
+    rank, number = np.argwhere(calls != calls[0])[0].tolist()
+    marks = dict(table.event(int(places[other, number])) for other in (0, rank))
+    wanted, entry = (schedule.lists[other][marks[other]] for other in (0, rank))
+    raise broken(schedule, f"rank {rank} comes to {entry} where rank 0 comes to {wanted}", marks)

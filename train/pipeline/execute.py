@@ -3,25 +3,29 @@
 1. Every rank goes through its list. Nothing but computation waits: it waits for values of other ranks.
 2. With ``slots`` a send waits too, until the receiver has asked for the message so many places before it.
 3. The order found is a valid sequential execution; if there is none, some ranks wait for each other.
+
+What waits for what is known by lines (`train.pipeline.lines`). On its own rank it must stand further up, which needs no
+playing; ranks are played from one wait for another rank to the next.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
+from operator import itemgetter
+
+import numpy as np
 
 from train.errors import ScheduleError
 from train.pipeline.grid import list_grid
-from train.pipeline.instructions import RECEIVE, SEND, Instruction, PipelineSchedule
+from train.pipeline.instructions import PipelineSchedule
+from train.pipeline.lines import Numbers
+from train.pipeline.table import Table
 
-__all__ = ["Event", "broken", "execution_order"]
+__all__ = ["Stretch", "broken", "execution_order"]
 
-Event = tuple[int, int]
-"""(rank, place in its list)."""
-
-_Key = tuple[str, int, int, int]
-"""What can be waited for: (op, stage, microbatch, rank), where B counts as I and as W."""
+Stretch = tuple[int, int, int]
+"""(rank, begin, end): the entries of its list from place begin to before end."""
 
 
 def broken(schedule: PipelineSchedule, what: str, marks: dict[int, int]) -> ScheduleError:
@@ -29,159 +33,116 @@ def broken(schedule: PipelineSchedule, what: str, marks: dict[int, int]) -> Sche
     return ScheduleError(f"schedule {schedule.name}: {what}\n{list_grid(schedule, marks)}")
 
 
-def execution_order(schedule: PipelineSchedule, *, slots: int | None = None) -> list[Event]:
+def execution_order(schedule: PipelineSchedule, *, slots: int | None = None) -> list[Stretch]:
     """All instructions in an order in which they can happen; the same for equal schedules.
 
     ``slots``: messages that a channel holds before its receiver asks for them; None: any number. Raises
     `ScheduleError` for what is used before it is there, and for a deadlock, with the steps marked.
     """
-    return _Run(schedule=schedule, slots=slots).play()
+    if slots is not None and slots < 1:
+        raise ScheduleError(f"slots={slots}: a channel must hold one message at least")
+    _stands_behind_its_needs(schedule.table)
+    return _Run(schedule.table, _waits(schedule.table, slots)).play()
 
 
-@dataclass(kw_only=True)
+def _stands_behind_its_needs(table: Table) -> None:
+    """Of what a rank itself is to do before: it does not wait for that, so the order of its list is what counts."""
+    schedule, (after, before) = table.schedule, table.lines.local
+    early = table.by_line[before] > table.by_line[after]  # B has I and W in one place
+    if early.any():
+        row, microbatch = min(
+            np.argwhere(early).tolist(), key=lambda at: int(table.by_line[after[at[0]], at[1]])
+        )
+        rank, place = table.event(int(table.by_line[after[row], microbatch]))
+        need = table.lines.name(int(before[row]), microbatch)
+        raise broken(schedule, f"{schedule.lists[rank][place]} stands before its {need}", {rank: place})
+    complete = table.accumulates.max(axis=1).tolist()
+    for index, unit in table.reduces:
+        if complete[unit] > index:
+            rank, place = table.event(index)
+            microbatch = int(np.argmax(table.accumulates[unit] > index))
+            op = "W" if unit < schedule.stages else "HEAD_T"
+            need = f"{op}{min(unit, schedule.head)}.{microbatch} on rank {rank}"
+            raise broken(schedule, f"{schedule.lists[rank][place]} stands before its {need}", {rank: place})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Waits:
+    """Waits for other ranks, in the order of the lists: entry ``at`` for the entry ``need`` of rank ``peer``.
+
+    ``name``: line * microbatches + microbatch of what is waited for, which may be missing.
+    """
+
+    at: Numbers
+    need: Numbers
+    peer: Numbers
+    name: Numbers
+
+
+def _waits(table: Table, slots: int | None) -> _Waits:
+    lines, count = table.lines, table.schedule.microbatches
+    names = np.arange(len(lines.rank) * count).reshape(-1, count)
+    after, before = lines.across
+    groups = [(table.by_line[after], table.by_line[before], lines.rank[before, None], names[before])]
+    if slots is not None:  # a send waits for the receive that is so many messages before it on its channel
+        channel, send, receive, number = table.messages
+        full = np.flatnonzero(channel[slots:] == channel[:-slots])
+        name = names[lines.channels[2]].ravel()[number[full]]
+        groups.append((send[full + slots], receive[full], lines.rank[name // count], name))
+    columns = zip(*(np.broadcast_arrays(*group) for group in groups), strict=True)
+    at, need, peer, name = (np.concatenate([part.ravel() for part in column]) for column in columns)
+    order = at.argsort(kind="stable")
+    return _Waits(at=at[order], need=need[order], peer=peer[order], name=name[order])
+
+
 class _Run:
-    schedule: PipelineSchedule
-    slots: int | None
-    done: set[_Key] = field(default_factory=set)
-    waiting: dict[_Key, list[int]] = field(default_factory=lambda: defaultdict(list))
-    order: list[Event] = field(default_factory=list)
+    """Ranks run in turn, as far as they come: ``here[rank]`` is the entry that it has come to."""
 
-    def play(self) -> list[Event]:
-        schedule = self.schedule
-        self.places = [0] * schedule.ranks
-        self.needs: dict[str, Callable[[int, Instruction], list[_Key]]] = {
-            "F": self._forward,
-            "I": self._backward,
-            "B": self._backward,
-            "W": self._weights,
-            "REDUCE": self._reduce,
-            "HEAD_X": self._broadcast,
-            "HEAD_S": self._score,
-            "HEAD_C": self._combine,
-            "HEAD_T": self._shard_weights,
-        }
-        self.before = self._held_back() if self.slots is not None else {}
-        runnable = list(range(schedule.ranks))[::-1]
+    def __init__(self, table: Table, waits: _Waits) -> None:
+        self.table = table
+        begin = table.begin.tolist()
+        self.begin, self.end, self.here = begin[:-1], begin[1:], begin[:-1]
+        columns = [column.tolist() for column in (waits.at, waits.need, waits.peer, waits.name)]
+        edges = waits.at.searchsorted(table.begin).tolist()  # what is missing waits behind the last
+        self.waits = [
+            zip(*(column[here:end] for column in columns), strict=True) for here, end in pairwise(edges)
+        ]
+        self.sleepers: list[list[tuple[int, int]]] = [[] for _ in self.here]
+        """By rank: (entry of its list that is waited for, rank that waits)."""
+        self.missed = [-1] * len(self.here)
+        """By rank: what it waits for, or waited for last."""
+
+    def play(self) -> list[Stretch]:
+        here, order = self.here, []
+        runnable = list(range(len(here)))[::-1]
         while runnable:
-            self._advance(runnable.pop(), runnable)
-        stuck = {
-            rank: self.places[rank]
-            for rank, entries in enumerate(schedule.lists)
-            if self.places[rank] < len(entries)
-        }
+            rank = runnable.pop()
+            end = self.end[rank]
+            for at, need, peer, name in self.waits[rank]:
+                if here[peer] <= need:
+                    self.sleepers[peer].append((need, rank))
+                    self.missed[rank], end = name, at
+                    break
+            order.append((rank, here[rank] - self.begin[rank], end - self.begin[rank]))
+            here[rank] = end
+            sleepers = self.sleepers[rank]
+            if sleepers:  # those whose entry it has done go on, in the order in which it did them
+                awake = sorted((sleeper for sleeper in sleepers if sleeper[0] < end), key=_entry)
+                self.sleepers[rank] = [sleeper for sleeper in sleepers if sleeper[0] >= end]
+                runnable += [other for _, other in awake]
+        self._all_came_to_their_end()
+        return order
+
+    def _all_came_to_their_end(self) -> None:
+        schedule, table = self.table.schedule, self.table
+        stuck = [table.event(here) for here, end in zip(self.here, self.end, strict=True) if here < end]
         if stuck:
-            rank, place = next(iter(stuck.items()))
-            key = next(key for key, ranks in self.waiting.items() if rank in ranks)
-            what = (
-                f"deadlock: rank {rank} stands at {schedule.lists[rank][place]}, which waits for {_name(key)}"
+            rank, place = stuck[0]
+            need = table.lines.name(*divmod(self.missed[rank], schedule.microbatches))
+            what = f"deadlock: rank {rank} stands at {schedule.lists[rank][place]}, which waits for {need}"
+            raise broken(
+                schedule, f"{what}; ranks {[rank for rank, _ in stuck]} do not come to their end", dict(stuck)
             )
-            raise broken(schedule, f"{what}; ranks {sorted(stuck)} do not come to their end", stuck)
-        return self.order
-
-    def _advance(self, rank: int, runnable: list[int]) -> None:
-        """Runs ``rank`` until it waits; ranks that waited for what it did become runnable."""
-        entries = self.schedule.lists[rank]
-        while self.places[rank] < len(entries):
-            place = self.places[rank]
-            entry = entries[place]
-            missing = self._missing(rank, entry)
-            if missing is not None:
-                self.waiting[missing].append(rank)
-                return
-            self.order.append((rank, place))
-            self.places[rank] += 1
-            for op in ("I", "W") if entry.op == "B" else (entry.op,):
-                which = entry.bucket if op == "REDUCE" else entry.microbatch
-                key = (op, entry.stage, which, rank)
-                self.done.add(key)
-                runnable += self.waiting.pop(key, [])
-
-    def _missing(self, rank: int, entry: Instruction) -> _Key | None:
-        """What another rank has yet to do before ``entry``; what this rank itself has not done is an error."""
-        if entry.op in RECEIVE:
-            return None
-        if entry.op in SEND:
-            needs = [("F" if entry.op == "SEND_F" else "I", entry.stage, entry.microbatch, rank)]
-            needs += self.before.get((entry.op, entry.stage, entry.microbatch, rank), [])
-        else:
-            needs = self.needs[entry.op](rank, entry)
-        for key in needs:
-            if key in self.done:
-                continue
-            if key[3] == rank:
-                raise broken(
-                    self.schedule, f"{entry} stands before its {_name(key)}", {rank: self.places[rank]}
-                )
-            return key
-        return None
-
-    # -- what each op needs: (op, stage, microbatch, rank) -------------------------------------------------
-
-    def _value(self, op: str, rank: int, entry: Instruction, step: int) -> list[_Key]:
-        """The output of the neighbouring stage, or the gradient that it makes."""
-        other, microbatch = entry.stage + step, entry.microbatch
-        peer = self.schedule.peer(entry.stage, step)
-        if peer < 0:
-            return [(op, other, microbatch, rank)]
-        if not self.schedule.communicates:
-            return [(op, other, microbatch, peer)]
-        return [(f"RECV_{op}", entry.stage, microbatch, rank), (f"SEND_{op}", other, microbatch, peer)]
-
-    def _forward(self, rank: int, entry: Instruction) -> list[_Key]:
-        return self._value("F", rank, entry, -1) if entry.stage > 0 else []
-
-    def _backward(self, rank: int, entry: Instruction) -> list[_Key]:
-        needs: list[_Key] = [("F", entry.stage, entry.microbatch, rank)]
-        if entry.stage < self.schedule.last:
-            return needs + self._value("I", rank, entry, 1)
-        return needs + (self._combined(rank, entry.microbatch) if self.schedule.split_head else [])
-
-    def _weights(self, rank: int, entry: Instruction) -> list[_Key]:
-        return [("I", entry.stage, entry.microbatch, rank)]
-
-    def _reduce(self, rank: int, entry: Instruction) -> list[_Key]:
-        op = "HEAD_T" if entry.stage == self.schedule.head else "W"
-        return [(op, entry.stage, microbatch, rank) for microbatch in range(self.schedule.microbatches)]
-
-    def _broadcast(self, rank: int, entry: Instruction) -> list[_Key]:
-        last = self.schedule.last
-        root = self.schedule.placement[last]
-        return [("F", last, entry.microbatch, rank)] if rank == root else []
-
-    def _score(self, rank: int, entry: Instruction) -> list[_Key]:
-        root = self.schedule.placement[self.schedule.last]
-        return [("HEAD_X", entry.stage, entry.microbatch, holder) for holder in (rank, root)]
-
-    def _combine(self, rank: int, entry: Instruction) -> list[_Key]:
-        return [("HEAD_S", entry.stage, entry.microbatch, rank)]
-
-    def _shard_weights(self, rank: int, entry: Instruction) -> list[_Key]:
-        return self._combined(rank, entry.microbatch)
-
-    def _combined(self, rank: int, microbatch: int) -> list[_Key]:
-        head = self.schedule.head
-        others = (holder for holder in range(self.schedule.ranks) if holder != rank)
-        return [("HEAD_C", head, microbatch, holder) for holder in (rank, *others)]
-
-    def _held_back(self) -> dict[_Key, list[_Key]]:
-        """For each send: the receive, ``slots`` messages before it on its channel, that makes room for it."""
-        assert self.slots is not None  # noqa: S101 (the caller has looked)
-        if self.slots < 1:
-            raise ScheduleError(f"slots={self.slots}: a channel must hold one message at least")
-        channels: dict[tuple[str, int, int], list[Instruction]] = defaultdict(list)
-        for rank, entries in enumerate(self.schedule.lists):
-            for entry in entries:
-                if entry.op in SEND:
-                    channels[entry.op, rank, entry.peer].append(entry)
-        out: dict[_Key, list[_Key]] = {}
-        for (op, rank, peer), sends in channels.items():
-            step, receive = (1, "RECV_F") if op == "SEND_F" else (-1, "RECV_I")
-            for first, send in zip(sends, sends[self.slots :], strict=False):
-                room: _Key = (receive, first.stage + step, first.microbatch, peer)
-                out[op, send.stage, send.microbatch, rank] = [room]
-        return out
 
 
-def _name(key: _Key) -> str:
-    op, stage, which, rank = key
-    return f"{op}{'/' if op == 'REDUCE' else ''}{stage}.{which} on rank {rank}"
+_entry = itemgetter(0)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from train.errors import ConfigError
-from train.pipeline.instructions import Instruction, PipelineSchedule
+from train.pipeline.instructions import Instruction, PipelineSchedule, instruction
 
 __all__ = ["SCHEDULES", "Generator", "make_schedule"]
 
@@ -66,7 +66,7 @@ def make_schedule(name: str, ranks: int, microbatches: int, *, chunks: int | Non
         microbatches=microbatches,
         placement=kind.placement(ranks, per_rank),
         lists=tuple(
-            tuple(entry for entry in entries if entry.microbatch < microbatches) for entries in lists
+            tuple([entry for entry in entries if entry.microbatch < microbatches]) for entries in lists
         ),
     )
 
@@ -74,9 +74,9 @@ def make_schedule(name: str, ranks: int, microbatches: int, *, chunks: int | Non
 def gpipe(rank: int, ranks: int, microbatches: int, chunks: int) -> Instructions:
     """All forwards, then all backwards (arXiv 1811.06965); everything is alive in between."""
     for microbatch in range(microbatches):
-        yield Instruction("F", rank, microbatch)
+        yield instruction("F", rank, microbatch)
     for microbatch in range(microbatches):
-        yield Instruction("B", rank, microbatch)
+        yield instruction("B", rank, microbatch)
 
 
 def one_f_one_b(rank: int, ranks: int, microbatches: int, chunks: int, ahead: int = 0) -> Instructions:
@@ -86,11 +86,11 @@ def one_f_one_b(rank: int, ranks: int, microbatches: int, chunks: int, ahead: in
     """
     warmup = min(ranks - rank - 1 + ahead, microbatches)
     for microbatch in range(warmup):
-        yield Instruction("F", rank, microbatch)
+        yield instruction("F", rank, microbatch)
     for microbatch in range(microbatches):
         if microbatch + warmup < microbatches:
-            yield Instruction("F", rank, microbatch + warmup)
-        yield Instruction("B", rank, microbatch)
+            yield instruction("F", rank, microbatch + warmup)
+        yield instruction("B", rank, microbatch)
 
 
 def interleaved(rank: int, ranks: int, microbatches: int, chunks: int, ahead: int = 0) -> Instructions:
@@ -109,10 +109,10 @@ def interleaved(rank: int, ranks: int, microbatches: int, chunks: int, ahead: in
     for number in range(len(forward) + warmup):
         if number < len(forward):
             chunk, microbatch = forward[number]
-            yield Instruction("F", chunk * ranks + rank, microbatch)
+            yield instruction("F", chunk * ranks + rank, microbatch)
         if number >= warmup:
             chunk, microbatch = backward[number - warmup]
-            yield Instruction("B", chunk * ranks + rank, microbatch)
+            yield instruction("B", chunk * ranks + rank, microbatch)
 
 
 def interleaved_peak(rank: int, ranks: int, microbatches: int, chunks: int, ahead: int = 0) -> int:
@@ -134,16 +134,16 @@ def zb_h1(rank: int, ranks: int, microbatches: int, chunks: int) -> Instructions
     """
     warmup, weights = min(ranks - rank - 1, microbatches), 0
     for microbatch in range(warmup):
-        yield Instruction("F", rank, microbatch)
+        yield instruction("F", rank, microbatch)
     for microbatch in range(microbatches):
         if microbatch + warmup < microbatches:
-            yield Instruction("F", rank, microbatch + warmup)
-        yield Instruction("I", rank, microbatch)
+            yield instruction("F", rank, microbatch + warmup)
+        yield instruction("I", rank, microbatch)
         if microbatch >= rank or microbatch + warmup >= microbatches:
-            yield Instruction("W", rank, weights)
+            yield instruction("W", rank, weights)
             weights += 1
     for microbatch in range(weights, microbatches):
-        yield Instruction("W", rank, microbatch)
+        yield instruction("W", rank, microbatch)
 
 
 class _Fold:
@@ -158,7 +158,7 @@ class _Fold:
         microbatch = self.next["I" if op == "B" else op, chunk]
         for part in "IW" if op == "B" else op:
             self.next[part, chunk] += 1
-        return Instruction(op, self.stage[chunk], microbatch)
+        return instruction(op, self.stage[chunk], microbatch)
 
 
 def zbv(rank: int, ranks: int, microbatches: int, chunks: int) -> Instructions:

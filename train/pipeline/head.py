@@ -15,13 +15,16 @@ its hidden states, the last stage's backward and HEAD_T for what HEAD_C brings.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from dataclasses import replace
+
+import numpy as np
 
 from train.errors import ScheduleError
 from train.pipeline.costs import Costs
-from train.pipeline.instructions import HEAD, Instruction, PipelineSchedule
+from train.pipeline.instructions import HEAD, PipelineSchedule
+from train.pipeline.lines import OP, Numbers
 from train.pipeline.simulator import simulate
+from train.pipeline.table import numbering
 
 __all__ = ["split_head"]
 
@@ -43,48 +46,41 @@ def split_head(schedule: PipelineSchedule, costs: Costs | None = None) -> Pipeli
         raise ScheduleError(
             "split_head goes by the times of a simulation: each of F, I, W and B must take some"
         )
-    timeline = simulate(schedule, costs)
+    timeline, table = simulate(schedule, costs), schedule.table
     root = schedule.placement[schedule.last]
-    hidden = {
-        entry.microbatch: finish
-        for entry, finish in zip(schedule.lists[root], timeline.finish[root], strict=True)
-        if (entry.op, entry.stage) == ("F", schedule.last)
-    }
-    if list(hidden) != list(range(schedule.microbatches)):
+    last = table.place[OP["F"], schedule.last]
+    if last[-1] == table.size or (np.diff(last) <= 0).any():
         raise ScheduleError(f"schedule {schedule.name}: the last stage must do all microbatches, in order")
-    shards = (
-        _shard([bisect_left(starts, time) for time in hidden.values()], schedule.head, rank == root)
-        for rank, starts in enumerate(timeline.start)
+    hidden = np.array(timeline.finish[root])[last - table.begin[root]]
+    turns = np.array([np.searchsorted(starts, hidden) for starts in timeline.start])
+    place, among = _shards(turns, root)
+    microbatch, rank = np.arange(schedule.microbatches), np.arange(schedule.ranks)
+    begin, end = (edge[:, None, None] for edge in (table.begin[:-1], table.begin[1:]))
+    key = ((rank[:, None, None] * (table.size + 2) + place) * _LAST + among) * schedule.microbatches
+    order = (key + microbatch[:, None]).ravel().argsort(kind="stable")
+    steps = numbering(schedule.placement, schedule.microbatches).instructions
+    new = steps[[OP[op] for op in HEAD], schedule.head, : schedule.microbatches].T
+    lists = table.insert(
+        np.minimum(begin + place, end).ravel()[order],
+        rank.repeat(new.size)[order],
+        np.tile(new.ravel(), schedule.ranks)[order],
     )
-    lists = (
-        sorted([*(((place, _LAST, 0, 0), entry) for place, entry in enumerate(entries)), *shard])
-        for entries, shard in zip(schedule.lists, shards, strict=True)
-    )
-    return replace(
-        schedule, split_head=True, lists=tuple(tuple(entry for _, entry in keyed) for keyed in lists)
-    )
+    return replace(schedule, split_head=True, lists=lists)
 
 
-_Key = tuple[int, int, int, int]
-"""Where an instruction stands: before which place of the old list; among those there; microbatch; step."""
 _TELL, _WEIGHTS, _SCORE, _ASK, _LAST = range(5)
 
 
-def _shard(turns: list[int], head: int, root: bool) -> list[tuple[_Key, Instruction]]:
-    """The instructions of a rank's shard; ``turns[microbatch]``: the place that its HEAD_S stands before."""
-    out: list[tuple[_Key, Instruction]] = []
-    for microbatch, turn in enumerate(turns):
-        # Asking early must not overtake the HEAD_C before: that would be another order than the root's.
-        early = turn > (turns[microbatch - 1] if microbatch else 0)
-        if root:
-            ask = (turn, _TELL, microbatch, 0)
-        else:
-            ask = (turn - 1, _ASK, microbatch, 0) if early else (turn, _SCORE, microbatch, 0)
-        keys = (
-            ask,
-            (turn, _SCORE, microbatch, 1),
-            (turn, _SCORE, microbatch, 2),
-            (turn + 1, _WEIGHTS, microbatch, 0),
-        )
-        out += [(key, Instruction(op, head, microbatch)) for key, op in zip(keys, HEAD, strict=True)]
-    return out
+def _shards(turns: Numbers, root: int) -> tuple[Numbers, Numbers]:
+    """Where the shards' instructions stand, by rank, microbatch and step: before which place of the old list, and
+    where among those there; then by microbatch and step. ``turns[rank, microbatch]``: the place of HEAD_S.
+    """
+    place = turns[..., None] + (0, 0, 0, 1)
+    among = np.full_like(place, (_SCORE, _SCORE, _SCORE, _WEIGHTS))
+    # Asking early must not overtake the HEAD_C before: that would be another order than the root's.
+    early = np.diff(turns, axis=1, prepend=0) > 0
+    early[root] = False
+    place[early, 0] -= 1
+    among[early, 0] = _ASK
+    among[root, :, 0] = _TELL
+    return place, among

@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, NamedTuple
 
 from train.errors import ScheduleError
+
+if TYPE_CHECKING:
+    from train.pipeline.table import Table
 
 __all__ = [
     "BACKWARD",
@@ -24,6 +27,8 @@ __all__ = [
     "SEND",
     "Instruction",
     "PipelineSchedule",
+    "instruction",
+    "peer",
 ]
 
 OPS = {
@@ -82,6 +87,12 @@ class Instruction(NamedTuple):
         if made is None or str(made) != text:
             raise ScheduleError(f"not an instruction: {text!r}")
         return made
+
+
+@lru_cache(maxsize=1 << 16)
+def instruction(op: str, stage: int, microbatch: int, peer: int = -1) -> Instruction:
+    """An `Instruction` that lists share: equal ones are one object, made once."""
+    return Instruction(op, stage, microbatch, peer)
 
 
 _INSTRUCTION = re.compile(r"([A-Z_]+)(\d+)(?:\.(\d+))?(?:[<>](\d+))?(?:/(\d+))?")
@@ -147,10 +158,14 @@ class PipelineSchedule:
 
         The same: at the turn of a V, or with one rank, values stay where they are.
         """
-        other = stage + step
-        if not 0 <= other < self.stages or self.placement[other] == self.placement[stage]:
-            return -1
-        return self.placement[other]
+        return peer(self.placement, stage, step)
+
+    @cached_property
+    def table(self) -> Table:
+        """The lists as arrays."""
+        from train.pipeline.table import Table  # which is made of what stands here
+
+        return Table(self)
 
     @cached_property
     def text(self) -> str:
@@ -204,6 +219,14 @@ _HEADER = re.compile(
     r"placement=(?P<placement>\d+(,\d+)*) communicates=(?P<communicates>yes|no) "
     r"split_head=(?P<split_head>yes|no) buckets=(?P<buckets>-|\d+(,\d+)*)"
 )
+
+
+def peer(placement: tuple[int, ...], stage: int, step: int) -> int:
+    """`PipelineSchedule.peer`, of a placement."""
+    other = stage + step
+    if not 0 <= other < len(placement) or placement[other] == placement[stage]:
+        return -1
+    return placement[other]
 
 
 def _yes(fact: bool) -> str:

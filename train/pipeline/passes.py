@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+
+import numpy as np
 
 from train.errors import ScheduleError
 from train.pipeline.costs import Costs
 from train.pipeline.head import split_head
 from train.pipeline.instructions import COMPUTE, SEND, Instruction, PipelineSchedule
+from train.pipeline.lines import LINE_OPS, OP, Numbers, lines_of
+from train.pipeline.table import Table, numbering
 
 __all__ = ["add_communication", "add_reduce", "lower"]
 
@@ -43,67 +46,37 @@ def add_communication(schedule: PipelineSchedule, *, ahead: int = 1) -> Pipeline
         raise ScheduleError(f"schedule {schedule.name} communicates already")
     if ahead < 0:
         raise ScheduleError(f"ahead={ahead}: a receive cannot be asked for after its use")
-    sends: dict[tuple[str, int, int], list[Instruction]] = defaultdict(list)
-    lists: list[list[tuple[float, Instruction]]] = []
-    for rank, entries in enumerate(schedule.lists):
-        out: list[tuple[float, Instruction]] = []
-        for place, entry in enumerate(entries):
-            out.append((place, entry))
-            send = _send_after(schedule, entry)
-            if send is not None:
-                out.append((place + 0.25, send))
-                sends[send.op, rank, send.peer].append(send)
-        lists.append(out)
-    for (op, source, target), messages in sends.items():
-        lists[target] += _receives(schedule, op, source, target, messages, ahead)
-    return replace(schedule, communicates=True, lists=_ordered(lists))
+    table, count = schedule.table, schedule.microbatches
+    lines = lines_of(replace(schedule, communicates=True))
+    channel, send, receive = lines.channels
+    value = (
+        np.where(send < lines.number(("SEND_I", 0)), OP["F"], OP["I"]) * lines.units
+    )  # first line of what travels
+    made, used = (table.by_line[value + lines.unit[line]] for line in (send, receive))
+    missing = np.argwhere(np.maximum(made, used) == table.size)
+    if missing.size:
+        row, microbatch = missing[0].tolist()
+        line = value[row] + lines.unit[(send if made[row, microbatch] == table.size else receive)[row]]
+        raise ScheduleError(f"rank lacks {lines.name(int(line), microbatch)}: check the lists first")
+    asked = _places_before(table, used, ahead)
+    order = (channel[:, None] * (table.size + 1) + made).ravel().argsort(kind="stable")
+    floor = channel.repeat(count) * (table.size + 1)  # keeps channels apart in the running minimum
+    asked = np.minimum.accumulate((asked.ravel() + floor)[order][::-1])[::-1] - floor[order]
+    texts = numbering(schedule.placement, count).instructions[..., :count]
+    new = [texts[line // lines.units, lines.unit[line]].ravel()[order] for line in (send, receive)]
+    ranks = [lines.rank[line].repeat(count)[order] for line in (send, receive)]
+    at = np.concatenate((made.ravel()[order] + 1, asked))  # sends first: others wait for them
+    lists = table.insert(at, np.concatenate(ranks), np.concatenate(new))
+    return replace(schedule, communicates=True, lists=lists)
 
 
-def _send_after(schedule: PipelineSchedule, entry: Instruction) -> Instruction | None:
-    step = {"F": 1, "I": -1, "B": -1}.get(entry.op)
-    peer = schedule.peer(entry.stage, step) if step else -1
-    return (
-        Instruction("SEND_F" if step == 1 else "SEND_I", entry.stage, entry.microbatch, peer)
-        if peer >= 0
-        else None
-    )
-
-
-def _receives(
-    schedule: PipelineSchedule,
-    op: str,
-    source: int,
-    target: int,
-    messages: Sequence[Instruction],
-    ahead: int,
-) -> list[tuple[float, Instruction]]:
-    """The receives of a channel with their places in the list of ``target``."""
-    step, users = (1, ("F",)) if op == "SEND_F" else (-1, ("I", "B"))
-    entries = schedule.lists[target]
-    compute = [place for place, entry in enumerate(entries) if entry.op in COMPUTE]
-    earlier = {place: compute[max(0, number - ahead)] for number, place in enumerate(compute)}
-    used = {
-        (entry.stage, entry.microbatch): earlier[place]
-        for place, entry in enumerate(entries)
-        if entry.op in users
-    }
-    out: list[tuple[float, Instruction]] = []
-    place = float(len(entries))
-    for send in reversed(messages):
-        stage = send.stage + step
-        if (stage, send.microbatch) not in used:
-            raise ScheduleError(
-                f"rank {target} lacks {users[0]}{stage}.{send.microbatch}: check the lists first"
-            )
-        place = min(place, used[stage, send.microbatch] - 0.5)
-        out.append((place, Instruction(op.replace("SEND", "RECV"), stage, send.microbatch, source)))
-    return out[::-1]
-
-
-def _ordered(
-    lists: Iterable[list[tuple[float, Instruction]]],
-) -> tuple[tuple[Instruction, ...], ...]:
-    return tuple(tuple(entry for _, entry in sorted(entries, key=lambda pair: pair[0])) for entries in lists)
+def _places_before(table: Table, used: Numbers, ahead: int) -> Numbers:
+    """The entries that stand ``ahead`` computations before these on their rank, or the rank's first computation."""
+    computes = np.array([op in COMPUTE for op in (*LINE_OPS, "")])[table.op]
+    places = np.flatnonzero(computes)
+    number = computes.cumsum() - computes
+    first = number[table.begin[:-1]]
+    return places[np.maximum(number[used] - ahead, first[table.rank[used]])]
 
 
 def add_reduce(schedule: PipelineSchedule, buckets: int | Sequence[int]) -> PipelineSchedule:
@@ -122,20 +95,27 @@ def add_reduce(schedule: PipelineSchedule, buckets: int | Sequence[int]) -> Pipe
             f"buckets {counts}: give {stages} counts >= 0, one per stage (and the split head)"
         )
     lists = []
-    for entries in schedule.lists:
-        final = {
-            entry.stage: place for place, entry in enumerate(entries) if entry.op in ("W", "B", "HEAD_T")
-        }
-        after = {_behind_sends(entries, place): stage for stage, place in final.items()}
-        out: list[Instruction] = []
-        for place, entry in enumerate(entries):
-            out.append(entry)
-            stage = after.get(place, -1)
-            out += [
-                Instruction("REDUCE", stage, bucket=bucket) for bucket in range(counts[stage] * (stage >= 0))
+    for rank, entries in enumerate(schedule.lists):
+        out = list(entries)
+        for stage, place in _final(entries, len(schedule.stages_of(rank)) + schedule.split_head).items():
+            behind = _behind_sends(entries, place) + 1
+            out[behind:behind] = [
+                Instruction("REDUCE", stage, bucket=bucket) for bucket in range(counts[stage])
             ]
         lists.append(tuple(out))
     return replace(schedule, buckets=counts, lists=tuple(lists))
+
+
+def _final(entries: Sequence[Instruction], stages: int) -> dict[int, int]:
+    """By stage, where its gradients become complete; the last place of the list first."""
+    final: dict[int, int] = {}
+    for place in range(len(entries) - 1, -1, -1):
+        entry = entries[place]
+        if entry.op in ("W", "B", "HEAD_T"):
+            final.setdefault(entry.stage, place)
+            if len(final) == stages:
+                break
+    return final
 
 
 def _behind_sends(entries: Sequence[Instruction], place: int) -> int:

@@ -11,6 +11,9 @@ The head's broadcast and sums go straight from and to the last stage's rank, whi
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
 
 from hybridcomm.simulate import Tasks
 from hybridcomm.topology import Topology
@@ -18,6 +21,7 @@ from train.errors import ScheduleError
 from train.pipeline.costs import Costs
 from train.pipeline.execute import execution_order
 from train.pipeline.instructions import COMPUTE, RECEIVE, SEND, Instruction, PipelineSchedule
+from train.pipeline.lines import OP
 from train.pipeline.timeline import Timeline
 
 __all__ = ["simulate"]
@@ -44,7 +48,42 @@ def simulate(
         )
     if links is not None and links.world_size != schedule.ranks:
         raise ScheduleError(f"links of {links.world_size} ranks for a pipeline of {schedule.ranks}")
+    if not (schedule.communicates or schedule.split_head or schedule.table.others.size):
+        return _computation(schedule, costs)
     return _Model(schedule=schedule, costs=costs, links=links, rendezvous=rendezvous).play()
+
+
+def _computation(schedule: PipelineSchedule, costs: Costs) -> Timeline:
+    """Of computation alone, without the core: it begins when its rank is free and what it takes has been made."""
+    table, place = schedule.table, schedule.table.place
+    order = execution_order(schedule)
+    source = np.full(
+        table.size + 1, table.size
+    )  # whose value an entry takes; at the end what takes and makes none
+    source[place[OP["F"], 1:]] = place[OP["F"], :-1]
+    source[place[OP["I"], :-1]] = place[OP["I"], 1:]
+    seconds = np.array([[stage.seconds(op) for stage in costs.stages] for op in ("F", "I", "W", "B")])
+    took = seconds.ravel()[table.line] * (np.array(costs.sizes)[table.microbatch] if costs.sizes else 1.0)
+    start, finish = [0.0] * table.size, [0.0] * (table.size + 1)
+    free, begin = [0.0] * schedule.ranks, table.begin.tolist()
+    sources, durations = source.tolist(), took.tolist()
+    for rank, here, end in order:
+        now = free[rank]
+        for index in range(begin[rank] + here, begin[rank] + end):
+            there = finish[sources[index]]
+            start[index] = now = max(now, there)
+            finish[index] = now = now + durations[index]
+        free[rank] = now
+    source = source[:-1]
+    made = np.where(np.append(table.rank, -1)[source] == table.rank, 0.0, np.array(finish)[source]).tolist()
+    rows = [slice(here, end) for here, end in pairwise(begin)]
+    return Timeline(
+        schedule=schedule,
+        **{
+            name: tuple(tuple(times[row]) for row in rows)
+            for name, times in (("start", start), ("finish", finish), ("made", made))
+        },
+    )
 
 
 @dataclass(kw_only=True)
@@ -67,7 +106,10 @@ class _Model:
         begin: dict[tuple[int, int], int] = {}
         end: dict[tuple[int, int], tuple[str, int, int, int] | int] = {}
         made: dict[tuple[int, int], list[int]] = {}
-        for rank, place in execution_order(schedule):
+        events = (
+            (rank, place) for rank, here, end in execution_order(schedule) for place in range(here, end)
+        )
+        for rank, place in events:
             entry = schedule.lists[rank][place]
             event = (rank, place)
             if entry.op in COMPUTE:

@@ -17,7 +17,7 @@ from train.pipeline import (
     make_schedule,
 )
 
-__all__ = ["costs_for", "moved", "papers", "schedules", "with_list"]
+__all__ = ["before", "costs_for", "moved", "papers", "schedules", "swapped", "twice", "with_list", "without"]
 
 
 def with_list(schedule: PipelineSchedule, rank: int, entries: list[Instruction]) -> PipelineSchedule:
@@ -33,6 +33,29 @@ def moved(schedule: PipelineSchedule, rank: int, entry: Instruction, by: int) ->
     place = entries.index(entry)
     entries.insert(place + by, entries.pop(place))
     return with_list(schedule, rank, entries)
+
+
+def without(schedule: PipelineSchedule, rank: int, text: str) -> PipelineSchedule:
+    return with_list(schedule, rank, [entry for entry in schedule.lists[rank] if str(entry) != text])
+
+
+def swapped(schedule: PipelineSchedule, rank: int, first: str, second: str) -> PipelineSchedule:
+    other = {first: Instruction.parse(second), second: Instruction.parse(first)}
+    return with_list(schedule, rank, [other.get(str(entry), entry) for entry in schedule.lists[rank]])
+
+
+def twice(schedule: PipelineSchedule, rank: int, text: str) -> PipelineSchedule:
+    again = Instruction.parse(text)
+    return with_list(
+        schedule, rank, [e for entry in schedule.lists[rank] for e in [entry] * (1 + (entry == again))]
+    )
+
+
+def before(schedule: PipelineSchedule, rank: int, text: str, other: str) -> PipelineSchedule:
+    """Moves ``text`` to right before ``other``."""
+    names = list(map(str, schedule.lists[rank]))
+    here, there = names.index(text), names.index(other)
+    return moved(schedule, rank, Instruction.parse(text), there - here - (there > here))
 
 
 @st.composite

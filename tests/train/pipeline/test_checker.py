@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.train.pipeline.builders import moved, schedules, with_list
+from tests.train.pipeline.builders import before, moved, schedules, swapped, twice, with_list, without
 from tests.train.pipeline.executor import runs_right
 from train.errors import ScheduleError
 from train.pipeline import Instruction, PipelineSchedule, check, lower, make_schedule
@@ -24,29 +24,6 @@ def accepted(schedule: PipelineSchedule) -> bool:
     except ScheduleError:
         return False
     return True
-
-
-def without(schedule: PipelineSchedule, rank: int, text: str) -> PipelineSchedule:
-    return with_list(schedule, rank, [entry for entry in schedule.lists[rank] if str(entry) != text])
-
-
-def swapped(schedule: PipelineSchedule, rank: int, first: str, second: str) -> PipelineSchedule:
-    other = {first: Instruction.parse(second), second: Instruction.parse(first)}
-    return with_list(schedule, rank, [other.get(str(entry), entry) for entry in schedule.lists[rank]])
-
-
-def twice(schedule: PipelineSchedule, rank: int, text: str) -> PipelineSchedule:
-    again = Instruction.parse(text)
-    return with_list(
-        schedule, rank, [e for entry in schedule.lists[rank] for e in [entry] * (1 + (entry == again))]
-    )
-
-
-def before(schedule: PipelineSchedule, rank: int, text: str, other: str) -> PipelineSchedule:
-    """Moves ``text`` to right before ``other``."""
-    names = list(map(str, schedule.lists[rank]))
-    here, there = names.index(text), names.index(other)
-    return moved(schedule, rank, Instruction.parse(text), there - here - (there > here))
 
 
 MUTANTS: dict[str, tuple[Callable[[], PipelineSchedule], str]] = {

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.schedules import check_sizes
 from tests.train.pipeline.builders import papers
 from train.errors import ConfigError
 from train.pipeline import (
@@ -30,20 +29,6 @@ def bubble(schedule: PipelineSchedule) -> Fraction:
     timeline = simulate(schedule)
     idle = sum(map(Fraction, timeline.idle))
     return idle / (Fraction(timeline.step_time) * schedule.ranks)
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_schedules_are_correct_for_small_sizes(name: str) -> None:
-    """Every size up to 6 ranks and two turns of microbatches; also lowered, with a split head."""
-    assert check_sizes(name, [(p, m) for p in range(1, 7) for m in range(1, 2 * p + 3)])
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_schedules_are_correct_for_large_sizes(name: str) -> None:
-    """Around multiples of the ranks; every size is for ``python -m tests.schedules``."""
-    sizes = [(p, m) for p in (7, 12, 16) for m in (1, p + 1, 2 * p - 1, 64)]
-    assert check_sizes(name, sizes, heads=False, chunks=[2])
-    assert check_sizes(name, [(16, 37)], chunks=[3])
 
 
 @given(SIZES)

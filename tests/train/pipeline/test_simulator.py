@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridcomm.topology import Link, Topology
-from tests.train.pipeline.builders import costs_for, schedules
+from tests.train.pipeline.builders import costs_for, papers, schedules
 from train.errors import ScheduleError
 from train.pipeline import (
     Costs,
@@ -22,6 +22,7 @@ from train.pipeline import (
     make_schedule,
     simulate,
 )
+from train.pipeline.instructions import COMPUTE
 
 FREE = Link(alpha=0.0, beta=0.0)
 
@@ -60,6 +61,23 @@ def test_no_step_is_shorter_than_its_bounds(schedule: PipelineSchedule, data: st
 
 
 _QUIET = ("SEND_F", "SEND_I", "RECV_F", "RECV_I", "REDUCE", "HEAD_X", "HEAD_C")
+
+
+@given(papers(), st.data())
+def test_computation_alone_takes_the_times_of_the_core(
+    schedule: PipelineSchedule, data: st.DataObject
+) -> None:
+    """Lists without messages are played in a loop, those with them as events: messages that take no time cost none."""
+    costs = data.draw(costs_for(schedule))
+    alone, events = simulate(schedule, costs), simulate(lower(schedule), costs)
+    for rank, entries in enumerate(events.schedule.lists):
+        for mine, its in (
+            (alone.start, events.start),
+            (alone.finish, events.finish),
+            (alone.made, events.made),
+        ):
+            computed = [time for entry, time in zip(entries, its[rank], strict=True) if entry.op in COMPUTE]
+            assert mine[rank] == tuple(computed)
 
 
 @given(schedules(), st.data())

@@ -49,15 +49,15 @@ def add_communication(schedule: PipelineSchedule, *, ahead: int = 1) -> Pipeline
     table, count = schedule.table, schedule.microbatches
     lines = lines_of(replace(schedule, communicates=True))
     channel, send, receive = lines.channels
-    value = (
-        np.where(send < lines.number(("SEND_I", 0)), OP["F"], OP["I"]) * lines.units
-    )  # first line of what travels
+    forward = send < lines.number(("SEND_I", 0))
+    value = np.where(forward, OP["F"], OP["I"]) * lines.units  # of what is sent, the line of unit 0
     made, used = (table.by_line[value + lines.unit[line]] for line in (send, receive))
     missing = np.argwhere(np.maximum(made, used) == table.size)
     if missing.size:
         row, microbatch = missing[0].tolist()
         line = value[row] + lines.unit[(send if made[row, microbatch] == table.size else receive)[row]]
-        raise ScheduleError(f"rank lacks {lines.name(int(line), microbatch)}: check the lists first")
+        what = f"{LINE_OPS[line // lines.units]}{lines.unit[line]}.{microbatch}"
+        raise ScheduleError(f"rank {lines.rank[line]} lacks {what}: check the lists first")
     asked = _places_before(table, used, ahead)
     order = (channel[:, None] * (table.size + 1) + made).ravel().argsort(kind="stable")
     floor = channel.repeat(count) * (table.size + 1)  # keeps channels apart in the running minimum

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.train.pipeline.builders import costs_for, papers
+from tests.train.pipeline.builders import costs_for, papers, with_list
 from train.errors import ScheduleError
 from train.pipeline import (
     Costs,
@@ -146,6 +146,8 @@ def test_passes_refuse_what_they_cannot_lower() -> None:
     for buckets in ([1], [1, -1], -1):
         with pytest.raises(ScheduleError, match="give 2 counts >= 0"):
             add_reduce(schedule, buckets)
+    with pytest.raises(ScheduleError, match=r"rank 1 lacks I1.0: check the lists first"):
+        add_communication(with_list(schedule, 1, []))
     with pytest.raises(ScheduleError, match="ahead=-1"):
         add_communication(schedule, ahead=-1)
     reverse = PipelineSchedule.parse(

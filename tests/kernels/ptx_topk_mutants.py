@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -27,20 +28,39 @@ def entry_of(spec: TopKSpec, role: str, arch: int) -> Entry:
 ENDS = tuple(half + i for half in (4, 516) for i in (1, 2, 3, 4))
 
 
-def _encodes(spec: TopKSpec, device: Device, role: str) -> bool:
-    """Cases in the order of what they notice: ties and a tail, both loops, scales, the flag, every end."""
-    chosen = [("nan", spec.block + end) for end in ENDS]
-    if role == "encode":
+def _encode_cases(spec: TopKSpec, role: str) -> list[Case]:
+    """In the order of what they notice: ties and a tail, both loops, scales, neighbours that are kept, every end."""
+    flagged = [("nan", numel, 5) for numel in (9, *(spec.block + end for end in ENDS))]
+    if role == "withdraw":
+        chosen = flagged
+    else:
         sizes = {
             "tied": spec.block + 9,
             "heavy": 2 * spec.block,
-            "normal": spec.block,
-            "denormal": spec.block,
+            "nan": spec.block,
+            "drifting scale": spec.block,
         }
-        chosen = [*sizes.items(), ("nan", spec.block), *(("normal", spec.block + end) for end in ENDS)]
+        chosen = [(kind, numel, 5) for kind, numel in sizes.items()]
+        chosen += [(kind, spec.block, 5) for kind in ("normal", "denormal", "same magnitude", "huge")]
+        chosen += [("half steps", spec.block, seed) for seed in range(4)]
+        chosen += [("normal", spec.block + end, 5) for end in ENDS]
+    return [Case(spec=spec, kind=kind, numel=numel, seed=seed) for kind, numel, seed in chosen]
+
+
+@functools.cache
+def _steps(case: Case, arch: int) -> int:
+    """Instructions that the kernels as compiled execute."""
+    device = Device(arch=arch)
+    cases.run(case, device.encode)
+    return sum(launch.instructions for launch in device.launches)
+
+
+def _encodes(spec: TopKSpec, device: Device, role: str) -> bool:
+    """The oracle's bytes, in no more instructions than unchanged: a search that misses its early end is found so."""
     return not any(
-        cases.differs(Case(spec=spec, kind=kind, numel=numel, seed=5), device.encode)
-        for kind, numel in chosen
+        cases.differs(case, device.encode)
+        or sum(launch.instructions for launch in device.launches) > _steps(case, device.arch)
+        for case in _encode_cases(spec, role)
     )
 
 

@@ -1,4 +1,4 @@
-"""ld, st, atom, red and cp.async: addresses, widths and what they count."""
+"""ld and st: addresses, widths, and what they count."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from tests.ptx import types
 from tests.ptx.errors import AccessError, Reason
@@ -17,10 +16,10 @@ from tests.ptx.operands import Address, Operand, Register, Sink, Symbol, Vector
 from tests.ptx.parse import Instruction
 from tests.ptx.types import Array, Bools
 
-__all__ = ["Traffic", "bind", "place", "shared_offsets", "space_of"]
+__all__ = ["Traffic", "addresses_of", "bind", "place", "shared_offsets", "space_of"]
 
-_SEMANTICS = {"relaxed", "acquire", "release", "acq_rel", "weak", "volatile"}
-_SCOPES = {"cta", "cluster", "gpu", "sys"}
+SEMANTICS = {"relaxed", "acquire", "release", "acq_rel", "weak", "volatile"}
+SCOPES = {"cta", "cluster", "gpu", "sys"}
 _CACHE = {
     "ca",
     "cg",
@@ -35,7 +34,7 @@ _CACHE = {
     "L1::evict_first",
 }
 _CACHE |= {"L1::evict_last", "L1::no_allocate", "L2::cache_hint", "L2::64B", "L2::128B", "L2::256B"}
-_SPACES = {"global": "global", "shared": "shared", "shared::cta": "shared", "param": "param"}
+SPACES = {"global": "global", "shared": "shared", "shared::cta": "shared", "param": "param"}
 SECTOR = 32
 
 
@@ -71,7 +70,7 @@ class Traffic:
 
 def space_of(instruction: Instruction) -> str | None:
     """The state space that is written in a memory instruction."""
-    found = [_SPACES[m] for m in instruction.modifiers if m in _SPACES]
+    found = [SPACES[m] for m in instruction.modifiers if m in SPACES]
     return found[0] if len(found) == 1 else None
 
 
@@ -123,7 +122,7 @@ def addresses_of(frame: Frame, instruction: Instruction, operand: Operand, space
     return lambda: values.astype(np.int64) + shift
 
 
-def _check(instruction: Instruction, allowed: set[str]) -> None:
+def check_modifiers(instruction: Instruction, allowed: set[str]) -> None:
     unknown = [m for m in instruction.modifiers if m not in allowed]
     if unknown:
         raise instruction.error(Reason.UNSUPPORTED, f".{unknown[0]} is not known here")
@@ -150,8 +149,8 @@ _VECTORS = {"v2": 2, "v4": 4, "v8": 8}
 
 def _shape(instruction: Instruction) -> _Shape:
     """Space, type and vector length of a load or store."""
-    allowed = _SEMANTICS | _SCOPES | _CACHE | set(_SPACES) | _DATA | set(_VECTORS)
-    _check(instruction, allowed)
+    allowed = SEMANTICS | SCOPES | _CACHE | set(SPACES) | _DATA | set(_VECTORS)
+    check_modifiers(instruction, allowed)
     kinds = [m for m in instruction.modifiers if m in _DATA]
     space = space_of(instruction)
     if len(kinds) != 1 or instruction.modifiers[-1] != kinds[0] or space is None:
@@ -167,7 +166,7 @@ def _items(instruction: Instruction, operand: Operand, shape: _Shape) -> tuple[O
     return items
 
 
-def _expect(instruction: Instruction, count: int) -> None:
+def expect_operands(instruction: Instruction, count: int) -> None:
     """Operand count; a cache policy may follow, and changes no result."""
     extra = "L2::cache_hint" in instruction.modifiers
     if len(instruction.operands) != count + extra:
@@ -201,7 +200,7 @@ def _bind_parameter(frame: Frame, instruction: Instruction, shape: _Shape) -> St
 
 def _bind_load(frame: Frame, instruction: Instruction, traffic: Traffic) -> Step:
     shape = _shape(instruction)
-    _expect(instruction, 2)
+    expect_operands(instruction, 2)
     if shape.space == "param":
         return _bind_parameter(frame, instruction, shape)
     items = _items(instruction, instruction.operands[0], shape)
@@ -233,7 +232,7 @@ def _bind_load(frame: Frame, instruction: Instruction, traffic: Traffic) -> Step
 
 def _bind_store(frame: Frame, instruction: Instruction, traffic: Traffic) -> Step:
     shape = _shape(instruction)
-    _expect(instruction, 2)
+    expect_operands(instruction, 2)
     if shape.space == "param":
         raise instruction.error(Reason.UNSUPPORTED, "parameters cannot be written")
     addresses = addresses_of(frame, instruction, instruction.operands[0], shape.space)
@@ -263,88 +262,13 @@ def _bind_store(frame: Frame, instruction: Instruction, traffic: Traffic) -> Ste
     return step
 
 
-_ATOMICS: dict[str, Any] = {
-    "add": np.add,
-    "min": np.minimum,
-    "max": np.maximum,
-    "and": np.bitwise_and,
-    "or": np.bitwise_or,
-    "xor": np.bitwise_xor,
-    "exch": lambda old, new: new,
-}
-_ATOMIC_TYPES = {f"{kind}{width}" for kind in "bus" for width in (32, 64)}
-
-
-def _atomic_kind(instruction: Instruction) -> tuple[str, str, str]:
-    """Space, operation and type."""
-    _check(instruction, _SEMANTICS | _SCOPES | set(_SPACES) | set(_ATOMICS) | {"cas"} | _ATOMIC_TYPES)
-    names = [m for m in instruction.modifiers if m in _ATOMICS or m == "cas"]
-    kinds = [m for m in instruction.modifiers if m in _ATOMIC_TYPES]
-    space = space_of(instruction) or "global"
-    if len(names) != 1 or len(kinds) != 1 or space == "param" or instruction.modifiers[-1] != kinds[0]:
-        raise instruction.error(Reason.UNSUPPORTED, "one operation and one integer type wanted")
-    return space, names[0], kinds[0]
-
-
-def _turns(at: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.int64]]:
-    """Lanes in groups in which no place comes twice; the order of lanes is kept at every place."""
-    order = np.argsort(at, kind="stable")
-    ordered = at[order]
-    first = np.concatenate([[True], ordered[1:] != ordered[:-1]])
-    starts = np.maximum.accumulate(np.where(first, np.arange(len(at)), 0))
-    turn = np.arange(len(at)) - starts
-    for number in range(int(turn.max(initial=-1)) + 1):
-        yield order[turn == number]
-
-
-def _bind_atomic(frame: Frame, instruction: Instruction, traffic: Traffic) -> Step:
-    space, name, kind = _atomic_kind(instruction)
-    returns = instruction.opcode == "atom"
-    _expect(instruction, 2 + returns + (name == "cas"))
-    target = None
-    if returns and not isinstance(instruction.operands[0], Sink):
-        target = frame.writer(instruction, instruction.operands[0], kind)
-    where_, *rest = instruction.operands[returns:]
-    addresses = addresses_of(frame, instruction, where_, space)
-    sources = [
-        np.broadcast_to(np.atleast_1d(frame.source(instruction, item, kind)), (frame.lanes,)) for item in rest
-    ]
-    width, everyone = types.bits(kind) // 8, np.arange(frame.lanes)
-
-    def step(mask: Bools | None) -> None:
-        lanes = everyone if mask is None else np.flatnonzero(mask)
-        where, stamps = addresses()[lanes], frame.stamps[lanes]
-        values = [source[lanes] for source in sources]
-        old = np.empty(len(lanes), types.dtype(kind))
-        try:
-            for region, some, offsets in place(frame, space, where, lanes, width):
-                words = region.atomic(offsets, width, stamps[some]).view(types.dtype(kind))
-                at, chosen = offsets // width, np.arange(len(lanes))[some]
-                for turn in _turns(at):
-                    now, mine = words[at[turn]], chosen[turn]
-                    old[mine] = now
-                    if name == "cas":
-                        words[at[turn]] = np.where(now == values[0][mine], values[1][mine], now)
-                    else:
-                        words[at[turn]] = _ATOMICS[name](now, values[0][mine])
-        except AccessError as fault:
-            raise frame.located(instruction, fault, lanes) from fault
-        traffic.add(where, frame.warp[lanes], width)
-        if target is not None:
-            target[lanes] = old
-
-    return step
-
-
 def bind(frame: Frame, instruction: Instruction, traffic: dict[str, Traffic]) -> Step | None:
-    """The step of a memory instruction, None when it is none; ``traffic``: counters by ``ld.global`` and so on."""
-    binders = {"ld": _bind_load, "st": _bind_store, "atom": _bind_atomic, "red": _bind_atomic}
-    binder = binders.get(instruction.opcode)
+    """The step of a load, store or fence, None when it is none; ``traffic``: counters by ``ld.global`` and so on."""
+    binder = {"ld": _bind_load, "st": _bind_store}.get(instruction.opcode)
     if binder is not None and "async" not in instruction.modifiers:
-        opcode = "atom" if instruction.opcode == "red" else instruction.opcode
-        key = f"{opcode}.{space_of(instruction) or 'global'}"
+        key = f"{instruction.opcode}.{space_of(instruction)}"
         return binder(frame, instruction, traffic.setdefault(key, Traffic()))
-    if instruction.mnemonic in ("membar.gl", "membar.cta", "membar.sys") or instruction.opcode == "fence":
-        _check(instruction, _SEMANTICS | _SCOPES | {"gl", "sc"})
+    if instruction.opcode in ("membar", "fence"):
+        check_modifiers(instruction, SEMANTICS | SCOPES | {"gl", "sc"})
         return lambda mask: None
     return None

@@ -8,41 +8,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from tests.ptx import access, compute, lanes
+from tests.ptx import access, atomics, compute, lanes
 from tests.ptx.access import Traffic
+from tests.ptx.assigned import Assigned
 from tests.ptx.errors import PtxError, Reason
-from tests.ptx.flow import Block, blocks_of, destinations, doubtful_reads, ending_of
+from tests.ptx.flow import Block, Program, ending_of
 from tests.ptx.frame import WARP, Frame, Step
 from tests.ptx.operands import Immediate
-from tests.ptx.parse import Entry, Instruction
+from tests.ptx.parse import Instruction
 from tests.ptx.types import Array, Bools
 
-__all__ = ["Program", "Scheduler", "compile_entry"]
+__all__ = ["Scheduler"]
 
 _WAITING = 1 << 20  # added to the block number of a lane that waits
 _EXITED = 1 << 21
-
-
-@dataclass(frozen=True, kw_only=True)
-class Program:
-    """An entry, cut and analysed once for all launches."""
-
-    entry: Entry
-    blocks: tuple[Block, ...]
-    doubtful: dict[int, tuple[str, ...]]
-
-
-def compile_entry(entry: Entry) -> Program:
-    """Raises PtxError for control flow that leads nowhere."""
-    if not entry.instructions:
-        raise PtxError(Reason.SYNTAX, f"{entry.name} has no instructions")
-    blocks = blocks_of(entry)
-    return Program(entry=entry, blocks=blocks, doubtful=dict(doubtful_reads(entry, blocks)))
 
 
 def _nothing(mask: Bools | None) -> None:
@@ -61,47 +44,12 @@ def _bind(frame: Frame, instruction: Instruction, traffic: dict[str, Traffic]) -
     for step in (
         lanes.bind(frame, instruction, traffic),
         access.bind(frame, instruction, traffic),
+        atomics.bind(frame, instruction, traffic),
         compute.bind(frame, instruction),
     ):
         if step is not None:
             return step
     raise instruction.error(Reason.UNSUPPORTED, f"{instruction.mnemonic} is not known")
-
-
-class _Assigned:
-    """Which lanes have written the registers that an analysis could not clear."""
-
-    def __init__(self, program: Program, frame: Frame) -> None:
-        names = {name for found in program.doubtful.values() for name in found}
-        self._frame, self._written = frame, {name: np.zeros(frame.lanes, np.bool_) for name in names}
-
-    def wrap(self, instruction: Instruction, step: Step, doubtful: tuple[str, ...]) -> Step:
-        """``step`` with a look at what it reads, and a note of what it writes."""
-        read = [(name, self._written[name]) for name in doubtful if name != instruction.guard]
-        noted = [self._written[name] for name in destinations(instruction) if name in self._written]
-        if not read and not noted:
-            return step
-
-        def checked(mask: Bools | None) -> None:
-            for name, written in read:
-                self._refuse(instruction, name, written, mask)
-            step(mask)
-            for written in noted:
-                written[...] = True if mask is None else written | mask
-
-        return checked
-
-    def guard(self, instruction: Instruction, mask: Bools | None) -> None:
-        """Refuse a guard that nobody wrote."""
-        if instruction.guard in self._written:
-            self._refuse(instruction, instruction.guard, self._written[instruction.guard], mask)
-
-    def _refuse(self, instruction: Instruction, name: str, written: Bools, mask: Bools | None) -> None:
-        missing = ~written if mask is None else mask & ~written
-        if missing.any():
-            raise self._frame.error(
-                instruction, Reason.UNINITIALISED, f"register {name}", int(missing.argmax())
-            )
 
 
 class Scheduler:
@@ -111,7 +59,7 @@ class Scheduler:
         self.program, self.frame, self.limit = program, frame, limit
         self.executed = [0] * len(program.blocks)  # lanes that ran each block, in all
         self.barriers = 0
-        self._assigned = _Assigned(program, frame)
+        self._assigned = Assigned(program, frame)
         self._traffic = traffic
         self._steps: list[list[Step] | None] = [None] * len(program.blocks)
         code = program.entry.instructions

@@ -48,8 +48,8 @@ class SmallFloat:
 
     def table(self) -> Array:
         """The fp16 value of every code."""
-        values = np.array([self.decode_one(code) for code in range(128)], np.float16)
-        values[self.top + 1 :] = np.nan
+        values = np.full(128, np.nan, np.float16)
+        values[: self.top + 1] = [self.decode_one(code) for code in range(self.top + 1)]
         if self.mantissa == 2:
             values[self.top + 1] = np.inf
         return canonical(np.concatenate([values, np.copysign(values, np.float16(-1))]))

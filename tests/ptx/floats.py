@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.ptx.integers import COMPARISONS, set_predicates
+from tests.ptx.comparisons import COMPARISONS, set_predicates
 from tests.ptx.operation import Operation
 from tests.ptx.types import Array, Bools
 

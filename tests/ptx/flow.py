@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from tests.ptx.errors import Reason
+from tests.ptx.errors import PtxError, Reason
 from tests.ptx.lanes import is_collective
 from tests.ptx.operands import Pair, Register, Symbol, Vector
 from tests.ptx.parse import Entry, Instruction, registers_in
@@ -191,3 +191,20 @@ def live_after(entry: Entry, blocks: tuple[Block, ...], index: int) -> set[str]:
     number = next(i for i, block in enumerate(blocks) if block.first <= index < block.last)
     ends = set().union(*(at_start[after] for after in successors(blocks, entry, number)))
     return _before(entry, index + 1, blocks[number].last, ends)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """An entry, cut and analysed once for all launches; ``doubtful``: reads that are looked at when they happen."""
+
+    entry: Entry
+    blocks: tuple[Block, ...]
+    doubtful: Mapping[int, tuple[str, ...]]
+
+
+def compile_entry(entry: Entry) -> Program:
+    """Raises PtxError for control flow that leads nowhere."""
+    if not entry.instructions:
+        raise PtxError(Reason.SYNTAX, f"{entry.name} has no instructions")
+    blocks = blocks_of(entry)
+    return Program(entry=entry, blocks=blocks, doubtful=doubtful_reads(entry, blocks))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.ptx.comparisons import COMPARISONS, set_predicates
 from tests.ptx.operation import Operation
 from tests.ptx.types import Array, Bools, bits, dtype
 
@@ -175,16 +176,6 @@ def _zero(_: Array, b: Array) -> Bools:
     return np.asarray(b == 0)
 
 
-COMPARISONS: dict[str, Any] = {
-    "eq": np.equal,
-    "ne": np.not_equal,
-    "lt": np.less,
-    "le": np.less_equal,
-    "gt": np.greater,
-    "ge": np.greater_equal,
-}
-
-
 def _arithmetic() -> Iterator[tuple[str, Operation]]:
     for t in _INTEGERS:
         two, same = (t, t), f"u{bits(t)}"
@@ -289,27 +280,6 @@ def _comparisons() -> Iterator[tuple[str, str, Any]]:
             ("hs", np.greater_equal),
         ):
             yield name, f"u{width}", ufunc
-
-
-def set_predicates(comparisons: Iterator[tuple[str, str, Any]]) -> Iterator[tuple[str, Operation]]:
-    """setp with and without a third predicate; the second destination has the comparison negated."""
-    for name, t, compare in comparisons:
-        yield (
-            f"setp.{name}.{t}",
-            Operation(
-                result="pred", sources=(t, t), function=compare, second=lambda a, b, f=compare: ~f(a, b)
-            ),
-        )
-        for word, combine in (("and", np.logical_and), ("or", np.logical_or), ("xor", np.logical_xor)):
-            yield (
-                f"setp.{name}.{word}.{t}",
-                Operation(
-                    result="pred",
-                    sources=(t, t, "pred"),
-                    function=lambda a, b, c, f=compare, g=combine: g(f(a, b), c),
-                    second=lambda a, b, c, f=compare, g=combine: g(~f(a, b), c),
-                ),
-            )
 
 
 def _choices() -> Iterator[tuple[str, Operation]]:

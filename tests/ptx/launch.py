@@ -10,8 +10,9 @@ import numpy as np
 
 from tests.ptx import types
 from tests.ptx.access import Traffic
-from tests.ptx.control import Scheduler, compile_entry
+from tests.ptx.control import Scheduler
 from tests.ptx.errors import PtxError, Reason
+from tests.ptx.flow import compile_entry
 from tests.ptx.frame import WARP, Frame, Geometry
 from tests.ptx.memory import Memory
 from tests.ptx.parse import Entry, Parameter, parse

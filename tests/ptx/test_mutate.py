@@ -1,4 +1,7 @@
-"""The mutation harness on a kernel that it can be held against by hand: the sum of a CTA's numbers."""
+"""The mutation harness on a kernel that it can be held against by hand: the sum of a CTA's numbers.
+
+What a thread would store differs from thread to thread, so that it matters who does.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,8 @@ BODY = """
     add.s32 %r6, %r4, %r5;
     setp.eq.u32 %p0, %t, 0;
     mad.wide.u32 %d1, %c, 4, %a1;
-    @%p0 st.global.u32 [%d1], %r6;
+    add.s32 %r7, %r6, %t;
+    @%p0 st.global.u32 [%d1], %r7;
 """
 SUM = parse(entry(BODY, parameters=2, module=".shared .align 8 .b8 smem[8];"))
 

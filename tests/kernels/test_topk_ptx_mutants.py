@@ -28,6 +28,7 @@ SEED = 1
 EQUIVALENT = (
     (r"and\.b64 .*, 4294967294 -> operand 2 plus one step", "the bit that is let through is set next"),
     (r"and\.b64 .*, -2 -> operand 2 plus one step", "offsets of records are even: the bit is zero"),
+    (r"and\.b32 .*, 24 -> operand 2 plus one step", "eight times a number: the bit is zero"),
     (r"mov\.b32 .*, 0 -> operand 1 plus one step", "what a masked load leaves is never stored"),
 )
 

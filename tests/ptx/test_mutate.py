@@ -1,4 +1,4 @@
-"""The mutation harness on a kernel that it can be held against by hand: the sum of a CTA's numbers.
+"""The mutation harness on a kernel that it can be held against by hand: the sum of a CTA's numbers, plus five.
 
 What a thread would store differs from thread to thread, so that it matters who does.
 """
@@ -26,7 +26,7 @@ BODY = """
     bar.sync 0;
     ld.shared.v2.u32 {%r4, %r5}, [%r0];
     add.s32 %r6, %r4, %r5;
-    setp.eq.u32 %p0, %t, 0;
+    setp.eq.u32 %p0, %t, 5;
     mad.wide.u32 %d1, %c, 4, %a1;
     add.s32 %r7, %r6, %t;
     @%p0 st.global.u32 [%d1], %r7;
@@ -39,7 +39,7 @@ def check(program: Entry) -> bool:
     memory = Memory()
     source, out = memory.place(values), memory.reserve(12)
     Kernel(program).launch(memory, [source, out], grid=3, block=64)
-    return memory.read(out, np.uint32).tolist() == values.sum(axis=1).tolist()
+    return memory.read(out, np.uint32).tolist() == (values.sum(axis=1) + 5).tolist()
 
 
 def test_the_kernel_is_right() -> None:

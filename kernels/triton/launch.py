@@ -4,8 +4,6 @@ Everything runs on the device's current stream and nothing waits for it. ``encod
 into a CUDA graph if they are given a ``Header`` made before, and two buffers for the residual.
 """
 
-# mypy: disable-error-code="no-any-unimported"
-
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -151,7 +149,7 @@ def restore(
     grid = (max(-(-max(numel, nwords) // withdraw.ELEMENTS), 1),)
     withdraw.withdraw_kernel[grid](
         payload if e_in is None else e_in, payload if e_out is None else e_out, payload,
-        nwords, numel, header.withdrawn, HAS_IN=e_in is not None, HAS_OUT=e_out is not None, num_warps=4, **LAUNCH,
+        nwords, numel, header.withdrawn, HAS_IN=e_in is not None, HAS_OUT=e_out is not None, num_warps=withdraw.WARPS, **LAUNCH,
     )  # fmt: skip
 
 

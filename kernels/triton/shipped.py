@@ -12,7 +12,7 @@ from hybridcomm.kernels.triton.launch import Family, elements
 __all__ = ["shipped"]
 
 SLACK = 1.02  # of memory traffic: headers, flags, the checksum
-REGISTERS = 255  # a warp is a block, and twice as many registers as elements in flight hide no less
+REGISTERS = 224  # a warp is a block: nine of them on an SM have 144 KiB of loads under way
 PAYLOADS = 2  # what budgets of kernels that read payloads are for
 HALVES = 16  # instructions per element more, at most, to widen and narrow types of 16 bits and exchange their lanes
 TAIL = 6  # and for masks

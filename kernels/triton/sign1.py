@@ -179,6 +179,8 @@ def reencode_kernel(  # noqa: PLR0917
     at = bits.tile(ELEMENTS, VECTOR)
     acc = bits.zeros(ELEMENTS)
     acc = _sum(acc, payloads, pid, count, stride, inside, codes, weight, ELEMENTS, GROUP, WHOLE)
+    if not WHOLE:  # what is no element has a group's scale, but must not have a part in its mean
+        acc = tl.where(bits.tile(ELEMENTS, 4) < inside, acc, 0.0)
     acc = bits.compensated(acc, e_in + start, decay, at, inside, HAS_IN, DECAYED, WHOLE)
     flags = bits.flagged(payloads, count, stride)
     _write(acc, flags, e_out + start, payload, pid, at, inside, codes, ELEMENTS, GROUP, HAS_OUT, WHOLE)

@@ -11,14 +11,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hybridcomm.kernels.device import Argument, Budget, DeviceKernel
 from hybridcomm.kernels.payload import HEADER_NBYTES
 from hybridcomm.kernels.triton import bits
 
-__all__ = ["ELEMENTS", "withdraw_kernel"]
+__all__ = ["ELEMENTS", "KERNELS", "WARPS", "withdraw_kernel"]
 
 ELEMENTS = 1 << 14
 """Elements per program."""
 
+WARPS = 4
 STEP = tl.constexpr(1024)
 BODY = tl.constexpr(HEADER_NBYTES // 4)
 
@@ -45,3 +47,25 @@ def withdraw_kernel(  # noqa: PLR0917
                 tl.store(e_out + start + j, rest, mask=inside)
         if first == 0:
             tl.store(payload.to(tl.pointer_type(tl.int64)) + bits.CHECKSUM, checksum)
+
+
+def _shipped(rest: str) -> DeviceKernel:
+    """Budgets are for payloads that are not flagged, of which a program reads four bytes."""
+    return DeviceKernel(
+        name=f"withdraw_{rest}",
+        source="triton/withdraw.py",
+        function="withdraw_kernel",
+        arguments=(
+            Argument(name="e_in", type=f"*{rest}"),
+            Argument(name="e_out", type=f"*{rest}"),
+            Argument(name="payload", type="*u8"),
+            *(Argument(name=name, type="i64", aligned=False) for name in ("nwords", "numel", "checksum")),
+        ),
+        constants=(("HAS_IN", 1), ("HAS_OUT", 1)),
+        num_warps=WARPS,
+        elements=ELEMENTS,
+        budget=Budget(nbytes=0.05, instructions=1, registers=64),
+    )
+
+
+KERNELS = tuple(_shipped(rest) for rest in ("fp32", "bf16"))

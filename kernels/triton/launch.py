@@ -149,7 +149,8 @@ def restore(
     grid = (max(-(-max(numel, nwords) // withdraw.ELEMENTS), 1),)
     withdraw.withdraw_kernel[grid](
         payload if e_in is None else e_in, payload if e_out is None else e_out, payload,
-        nwords, numel, header.withdrawn, HAS_IN=e_in is not None, HAS_OUT=e_out is not None, num_warps=withdraw.WARPS, **LAUNCH,
+        nwords, numel, header.withdrawn, HAS_IN=e_in is not None, HAS_OUT=e_out is not None,
+        num_warps=withdraw.WARPS, **LAUNCH,
     )  # fmt: skip
 
 

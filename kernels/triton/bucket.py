@@ -59,7 +59,6 @@ def _move(source, target, count, scale, CHUNK: tl.constexpr, WHOLE: tl.constexpr
     """``target = source * scale``, the product rounded to fp32 and then to the target's type."""
     j = tl.arange(0, CHUNK)
     if WHOLE:
-        source, target = tl.multiple_of(source, 16), tl.multiple_of(target, 16)
         x = tl.load(source + j).to(tl.float32) * scale
     else:
         x = tl.load(source + j, mask=j < count, other=0.0).to(tl.float32) * scale
@@ -75,10 +74,13 @@ def _move(source, target, count, scale, CHUNK: tl.constexpr, WHOLE: tl.constexpr
 
 @triton.jit
 def _either(  # noqa: PLR0917
-    address, place, count, scale, TYPE: tl.constexpr,  # noqa: N803
+    address, bucket, start, count, scale, TYPE: tl.constexpr,  # noqa: N803
     CHUNK: tl.constexpr, WHOLE: tl.constexpr, INTO: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
-    tensor = address.to(tl.pointer_type(TYPE))
+    # Both begin on 16 bytes where the chunk is WHOLE; the compiler takes the word of what computes a pointer.
+    aligned: tl.constexpr = 16 if WHOLE else 1
+    tensor = tl.multiple_of(address.to(tl.pointer_type(TYPE)), aligned)
+    place = tl.multiple_of(bucket + start, aligned)
     if INTO:
         _move(tensor, place, count, scale, CHUNK, WHOLE)
     else:
@@ -89,20 +91,24 @@ def _either(  # noqa: PLR0917
 def bucket_kernel(table, bucket, scale, CHUNK: tl.constexpr, INTO: tl.constexpr):  # noqa: N803
     """A chunk of one tensor INTO the bucket, or out of it."""
     row = table + tl.program_id(0) * ROW
-    address, count, kind = tl.load(row), tl.load(row + 2).to(tl.int32), tl.load(row + 3)
-    place = bucket + tl.load(row + 1)
+    address, start, count, kind = (
+        tl.load(row),
+        tl.load(row + 1),
+        tl.load(row + 2).to(tl.int32),
+        tl.load(row + 3),
+    )
     if kind == WHOLE_KINDS:
-        _either(address, place, count, scale, tl.float32, CHUNK, True, INTO)
+        _either(address, bucket, start, count, scale, tl.float32, CHUNK, True, INTO)
     elif kind == WHOLE_KINDS + 1:
-        _either(address, place, count, scale, tl.bfloat16, CHUNK, True, INTO)
+        _either(address, bucket, start, count, scale, tl.bfloat16, CHUNK, True, INTO)
     elif kind == WHOLE_KINDS + 2:
-        _either(address, place, count, scale, tl.float16, CHUNK, True, INTO)
+        _either(address, bucket, start, count, scale, tl.float16, CHUNK, True, INTO)
     elif kind == 0:
-        _either(address, place, count, scale, tl.float32, CHUNK, False, INTO)
+        _either(address, bucket, start, count, scale, tl.float32, CHUNK, False, INTO)
     elif kind == 1:
-        _either(address, place, count, scale, tl.bfloat16, CHUNK, False, INTO)
+        _either(address, bucket, start, count, scale, tl.bfloat16, CHUNK, False, INTO)
     else:
-        _either(address, place, count, scale, tl.float16, CHUNK, False, INTO)
+        _either(address, bucket, start, count, scale, tl.float16, CHUNK, False, INTO)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,5 +87,5 @@ KERNELS: tuple[DeviceKernel, ...] = (
     _decode("topk_decode", Budget(nbytes=SLACK * (4 + _PAYLOAD), instructions=6, registers=32)),
     _reencode(),
 )
-"""``encode`` by types of gradient and residual, ``withdraw``, ``decode_add`` into a shard, ``decode`` into one that need
-not be cleared first, ``reencode`` of a sum for the second stage of an exchange."""
+"""``encode`` by types of gradient and residual, ``withdraw``, ``decode_add`` into a shard, ``decode`` into one that
+need not be cleared first, ``reencode`` of a sum for the second stage of an exchange."""

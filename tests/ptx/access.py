@@ -1,0 +1,350 @@
+"""ld, st, atom, red and cp.async: addresses, widths and what they count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tests.ptx import types
+from tests.ptx.errors import AccessError, Reason
+from tests.ptx.frame import SHARED_BASE, Frame, Step, put
+from tests.ptx.memory import Offsets, Region
+from tests.ptx.operands import Address, Operand, Register, Sink, Symbol, Vector
+from tests.ptx.parse import Instruction
+from tests.ptx.types import Array, Bools
+
+__all__ = ["Traffic", "bind", "place", "shared_offsets", "space_of"]
+
+_SEMANTICS = {"relaxed", "acquire", "release", "acq_rel", "weak", "volatile"}
+_SCOPES = {"cta", "cluster", "gpu", "sys"}
+_CACHE = {
+    "ca",
+    "cg",
+    "cs",
+    "lu",
+    "cv",
+    "wb",
+    "wt",
+    "nc",
+    "L1::evict_normal",
+    "L1::evict_unchanged",
+    "L1::evict_first",
+}
+_CACHE |= {"L1::evict_last", "L1::no_allocate", "L2::cache_hint", "L2::64B", "L2::128B", "L2::256B"}
+_SPACES = {"global": "global", "shared": "shared", "shared::cta": "shared", "param": "param"}
+SECTOR = 32
+
+
+@dataclass(kw_only=True)
+class Traffic:
+    """Bytes moved, as instructions of active threads ask for them; ``sectors``: 32-byte pieces, once per warp."""
+
+    nbytes: int = 0
+    accesses: int = 0
+    sectors: int = 0
+    widths: dict[int, int] = field(default_factory=dict)
+
+    def add(self, addresses: Array, warps: Array, width: int) -> None:
+        count = len(addresses)
+        self.nbytes += count * width
+        self.accesses += count
+        self.widths[width] = self.widths.get(width, 0) + count
+        keys = (
+            warps.astype(np.uint64) << np.uint64(48)
+            | (addresses.astype(np.uint64) & np.uint64((1 << 48) - 1)) // SECTOR
+        )
+        if count > 1 and bool((keys[1:] < keys[:-1]).any()):
+            keys = np.sort(keys)
+        self.sectors += int(count > 0) + int(np.count_nonzero(keys[1:] != keys[:-1]))
+
+    def merge(self, other: Traffic) -> None:
+        self.nbytes += other.nbytes
+        self.accesses += other.accesses
+        self.sectors += other.sectors
+        for width, count in other.widths.items():
+            self.widths[width] = self.widths.get(width, 0) + count
+
+
+def space_of(instruction: Instruction) -> str | None:
+    """The state space that is written in a memory instruction."""
+    found = [_SPACES[m] for m in instruction.modifiers if m in _SPACES]
+    return found[0] if len(found) == 1 else None
+
+
+def place(
+    frame: Frame, space: str, addresses: Array, lanes: Array, width: int
+) -> Iterator[tuple[Region, Any, Offsets]]:
+    """The regions that (lanes,) addresses touch: region, which of them, offsets.
+
+    Raises:
+        AccessError: misaligned or out of bounds.
+    """
+    if space == "global":
+        yield from frame.memory.locate(addresses.astype(np.uint64), width)
+    else:
+        where = shared_offsets(frame, addresses, width)
+        yield frame.shared, slice(None), where + frame.local[lanes] * frame.shared_stride
+
+
+def shared_offsets(frame: Frame, addresses: Array, width: int) -> Offsets:
+    """Shared addresses as offsets in their CTA's part.
+
+    Raises:
+        AccessError: misaligned or out of bounds.
+    """
+    where = addresses.astype(np.int64) - SHARED_BASE
+    for wrong, reason in (
+        ((where < 0) | (where + width > frame.shared_nbytes), Reason.OUT_OF_BOUNDS),
+        (where % width != 0, Reason.MISALIGNED),
+    ):
+        if wrong.any():
+            position = int(wrong.argmax())
+            message = f"{width} bytes at byte {int(where[position])} of {frame.shared_nbytes} shared bytes"
+            raise AccessError(reason, message, position)
+    return where
+
+
+def addresses_of(frame: Frame, instruction: Instruction, operand: Operand, space: str) -> Callable[[], Array]:
+    """The addresses of all lanes, computed when called."""
+    if not isinstance(operand, Address):
+        raise instruction.error(Reason.SYNTAX, "an address wanted")
+    base, offset = operand.base, operand.offset
+    kind = "u64" if space == "global" else "u32"
+    if isinstance(base, Register) and types.bits(frame.entry.registers[base.name]) == 64:
+        kind = "u64"
+    values = frame.source(instruction, base, kind)
+    shift = np.int64(offset)
+    if np.ndim(values) == 0:
+        values = np.full(frame.lanes, values)
+    return lambda: values.astype(np.int64) + shift
+
+
+def _check(instruction: Instruction, allowed: set[str]) -> None:
+    unknown = [m for m in instruction.modifiers if m not in allowed]
+    if unknown:
+        raise instruction.error(Reason.UNSUPPORTED, f".{unknown[0]} is not known here")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shape:
+    space: str
+    kind: str
+    items: int
+
+    @property
+    def part(self) -> int:
+        return types.bits(self.kind) // 8
+
+    @property
+    def width(self) -> int:
+        return self.part * self.items
+
+
+_DATA = {f"{kind}{width}" for width in (8, 16, 32, 64) for kind in "bus"} | {"f32", "f64", "b128"}
+_VECTORS = {"v2": 2, "v4": 4, "v8": 8}
+
+
+def _shape(instruction: Instruction) -> _Shape:
+    """Space, type and vector length of a load or store."""
+    allowed = _SEMANTICS | _SCOPES | _CACHE | set(_SPACES) | _DATA | set(_VECTORS)
+    _check(instruction, allowed)
+    kinds = [m for m in instruction.modifiers if m in _DATA]
+    space = space_of(instruction)
+    if len(kinds) != 1 or instruction.modifiers[-1] != kinds[0] or space is None:
+        raise instruction.error(Reason.UNSUPPORTED, "one state space and one type wanted")
+    items = next((_VECTORS[m] for m in instruction.modifiers if m in _VECTORS), 1)
+    return _Shape(space=space, kind=kinds[0], items=items)
+
+
+def _items(instruction: Instruction, operand: Operand, shape: _Shape) -> tuple[Operand, ...]:
+    items = operand.items if isinstance(operand, Vector) else (operand,)
+    if len(items) != shape.items:
+        raise instruction.error(Reason.SYNTAX, f"{shape.items} items wanted")
+    return items
+
+
+def _expect(instruction: Instruction, count: int) -> None:
+    """Operand count; a cache policy may follow, and changes no result."""
+    extra = "L2::cache_hint" in instruction.modifiers
+    if len(instruction.operands) != count + extra:
+        raise instruction.error(Reason.SYNTAX, f"{count + extra} operands wanted")
+
+
+def _bind_parameter(frame: Frame, instruction: Instruction, shape: _Shape) -> Step:
+    address = instruction.operands[1]
+    base = address.base if isinstance(address, Address) else None
+    known = {p.name: p for p in frame.entry.parameters}
+    if not isinstance(base, Symbol) or base.name not in known or not isinstance(address, Address):
+        raise instruction.error(Reason.UNSUPPORTED, "a parameter's name wanted")
+    parameter, offset = known[base.name], address.offset
+    if offset < 0 or offset + shape.width > parameter.nbytes:
+        raise instruction.error(Reason.OUT_OF_BOUNDS, f"{base.name} has {parameter.nbytes} bytes")
+    if (parameter.offset + offset) % shape.width:
+        raise instruction.error(Reason.MISALIGNED, f"{shape.width} bytes at byte {offset} of {base.name}")
+    raw = frame.parameters[parameter.offset + offset :][: shape.width]
+    values = np.frombuffer(raw, types.dtype(shape.kind)).reshape(shape.items, -1)
+    targets = [
+        (frame.writer(instruction, item, shape.kind, wide=True), value)
+        for item, value in zip(_items(instruction, instruction.operands[0], shape), values, strict=True)
+    ]
+
+    def step(mask: Bools | None) -> None:
+        for target, value in targets:
+            put(target, value, mask)
+
+    return step
+
+
+def _bind_load(frame: Frame, instruction: Instruction, traffic: Traffic) -> Step:
+    shape = _shape(instruction)
+    _expect(instruction, 2)
+    if shape.space == "param":
+        return _bind_parameter(frame, instruction, shape)
+    items = _items(instruction, instruction.operands[0], shape)
+    targets = [
+        None if isinstance(item, Sink) else frame.writer(instruction, item, shape.kind, wide=True)
+        for item in items
+    ]
+    addresses = addresses_of(frame, instruction, instruction.operands[1], shape.space)
+    everyone = np.arange(frame.lanes)
+    kind = types.dtype(shape.kind)
+
+    def step(mask: Bools | None) -> None:
+        lanes = everyone if mask is None else np.flatnonzero(mask)
+        where, stamps = addresses()[lanes], frame.stamps[lanes]
+        rows = np.empty((len(lanes), shape.width), np.uint8)
+        try:
+            for region, some, offsets in place(frame, shape.space, where, lanes, shape.width):
+                rows[some] = region.load(offsets, shape.width, stamps[some])
+        except AccessError as fault:
+            raise frame.located(instruction, fault, lanes) from fault
+        traffic.add(where, frame.warp[lanes], shape.width)
+        values = rows.view(kind).reshape(len(lanes), shape.items, -1)
+        for i, target in enumerate(targets):
+            if target is not None:
+                target[lanes] = values[:, i] if target.ndim == 2 else values[:, i, 0]
+
+    return step
+
+
+def _bind_store(frame: Frame, instruction: Instruction, traffic: Traffic) -> Step:
+    shape = _shape(instruction)
+    _expect(instruction, 2)
+    if shape.space == "param":
+        raise instruction.error(Reason.UNSUPPORTED, "parameters cannot be written")
+    addresses = addresses_of(frame, instruction, instruction.operands[0], shape.space)
+    sources = [
+        np.broadcast_to(np.atleast_1d(frame.source(instruction, item, shape.kind, wide=True)), (frame.lanes,))
+        if shape.kind != "b128"
+        else frame.source(instruction, item, shape.kind)
+        for item in _items(instruction, instruction.operands[1], shape)
+    ]
+    everyone = np.arange(frame.lanes)
+    kind = types.dtype(shape.kind)
+
+    def step(mask: Bools | None) -> None:
+        lanes = everyone if mask is None else np.flatnonzero(mask)
+        where, stamps = addresses()[lanes], frame.stamps[lanes]
+        values = np.empty((len(lanes), shape.items, shape.part // kind.itemsize), kind)
+        for i, source in enumerate(sources):
+            values[:, i] = source[lanes].reshape(len(lanes), -1)
+        rows = values.reshape(len(lanes), -1).view(np.uint8)
+        try:
+            for region, some, offsets in place(frame, shape.space, where, lanes, shape.width):
+                region.store(offsets, rows[some], stamps[some])
+        except AccessError as fault:
+            raise frame.located(instruction, fault, lanes) from fault
+        traffic.add(where, frame.warp[lanes], shape.width)
+
+    return step
+
+
+_ATOMICS: dict[str, Any] = {
+    "add": np.add,
+    "min": np.minimum,
+    "max": np.maximum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "exch": lambda old, new: new,
+}
+_ATOMIC_TYPES = {f"{kind}{width}" for kind in "bus" for width in (32, 64)}
+
+
+def _atomic_kind(instruction: Instruction) -> tuple[str, str, str]:
+    """Space, operation and type."""
+    _check(instruction, _SEMANTICS | _SCOPES | set(_SPACES) | set(_ATOMICS) | {"cas"} | _ATOMIC_TYPES)
+    names = [m for m in instruction.modifiers if m in _ATOMICS or m == "cas"]
+    kinds = [m for m in instruction.modifiers if m in _ATOMIC_TYPES]
+    space = space_of(instruction) or "global"
+    if len(names) != 1 or len(kinds) != 1 or space == "param" or instruction.modifiers[-1] != kinds[0]:
+        raise instruction.error(Reason.UNSUPPORTED, "one operation and one integer type wanted")
+    return space, names[0], kinds[0]
+
+
+def _turns(at: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.int64]]:
+    """Lanes in groups in which no place comes twice; the order of lanes is kept at every place."""
+    order = np.argsort(at, kind="stable")
+    ordered = at[order]
+    first = np.concatenate([[True], ordered[1:] != ordered[:-1]])
+    starts = np.maximum.accumulate(np.where(first, np.arange(len(at)), 0))
+    turn = np.arange(len(at)) - starts
+    for number in range(int(turn.max(initial=-1)) + 1):
+        yield order[turn == number]
+
+
+def _bind_atomic(frame: Frame, instruction: Instruction, traffic: Traffic) -> Step:
+    space, name, kind = _atomic_kind(instruction)
+    returns = instruction.opcode == "atom"
+    _expect(instruction, 2 + returns + (name == "cas"))
+    target = None
+    if returns and not isinstance(instruction.operands[0], Sink):
+        target = frame.writer(instruction, instruction.operands[0], kind)
+    where_, *rest = instruction.operands[returns:]
+    addresses = addresses_of(frame, instruction, where_, space)
+    sources = [
+        np.broadcast_to(np.atleast_1d(frame.source(instruction, item, kind)), (frame.lanes,)) for item in rest
+    ]
+    width, everyone = types.bits(kind) // 8, np.arange(frame.lanes)
+
+    def step(mask: Bools | None) -> None:
+        lanes = everyone if mask is None else np.flatnonzero(mask)
+        where, stamps = addresses()[lanes], frame.stamps[lanes]
+        values = [source[lanes] for source in sources]
+        old = np.empty(len(lanes), types.dtype(kind))
+        try:
+            for region, some, offsets in place(frame, space, where, lanes, width):
+                words = region.atomic(offsets, width, stamps[some]).view(types.dtype(kind))
+                at, chosen = offsets // width, np.arange(len(lanes))[some]
+                for turn in _turns(at):
+                    now, mine = words[at[turn]], chosen[turn]
+                    old[mine] = now
+                    if name == "cas":
+                        words[at[turn]] = np.where(now == values[0][mine], values[1][mine], now)
+                    else:
+                        words[at[turn]] = _ATOMICS[name](now, values[0][mine])
+        except AccessError as fault:
+            raise frame.located(instruction, fault, lanes) from fault
+        traffic.add(where, frame.warp[lanes], width)
+        if target is not None:
+            target[lanes] = old
+
+    return step
+
+
+def bind(frame: Frame, instruction: Instruction, traffic: dict[str, Traffic]) -> Step | None:
+    """The step of a memory instruction, None when it is none; ``traffic``: counters by ``ld.global`` and so on."""
+    binders = {"ld": _bind_load, "st": _bind_store, "atom": _bind_atomic, "red": _bind_atomic}
+    binder = binders.get(instruction.opcode)
+    if binder is not None and "async" not in instruction.modifiers:
+        opcode = "atom" if instruction.opcode == "red" else instruction.opcode
+        key = f"{opcode}.{space_of(instruction) or 'global'}"
+        return binder(frame, instruction, traffic.setdefault(key, Traffic()))
+    if instruction.mnemonic in ("membar.gl", "membar.cta", "membar.sys") or instruction.opcode == "fence":
+        _check(instruction, _SEMANTICS | _SCOPES | {"gl", "sc"})
+        return lambda mask: None
+    return None

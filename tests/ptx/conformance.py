@@ -1,0 +1,93 @@
+"""Running a ``DeviceKernel`` as its launcher would, on the CPU: arguments by name, figures per element."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from hybridcomm.kernels.device import DeviceKernel
+from tests.ptx import Counters, Kernel, Memory
+from tests.ptx.compiled import compile_kernel
+
+__all__ = ["Executable", "Figures", "executable"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Executable:
+    """A kernel for one architecture, parsed."""
+
+    kernel: DeviceKernel
+    arch: int
+    program: Kernel
+    shared: int
+    threads: int
+
+    def launch(self, memory: Memory, elements: int, /, **arguments: int | float) -> Counters:
+        """One launch over so many ``elements``: pointers are addresses in ``memory``.
+
+        Raises:
+            PtxError: any finding.
+            TypeError: an argument is missing or too many.
+        """
+        names = [argument.name for argument in self.kernel.arguments]
+        if set(names) != set(arguments):
+            raise TypeError(f"{self.kernel.name} takes {names}, got {sorted(arguments)}")
+        for argument in self.kernel.arguments:
+            value = arguments[argument.name]
+            if argument.aligned and isinstance(value, int) and value % 16:
+                raise TypeError(f"{self.kernel.name}: {argument.name} is promised to be a multiple of 16")
+        return self.program.launch(
+            memory,
+            [arguments[name] for name in names],
+            grid=self.kernel.grid(elements),
+            block=self.threads,
+            shared=self.shared,
+        )
+
+
+@functools.cache
+def executable(kernel: DeviceKernel, arch: int) -> Executable:
+    """Compile and parse once per process.
+
+    Raises:
+        CompilerMissingError: neither cached nor to be had here.
+    """
+    compiled = compile_kernel(kernel, arch)
+    return Executable(
+        kernel=kernel,
+        arch=arch,
+        program=Kernel(compiled.ptx, compiled.entry),
+        shared=compiled.shared,
+        threads=compiled.threads,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Per element: bytes that threads loaded and stored (an atomic does both), the same as whole 32-byte sectors,
+    instructions of PTX that threads executed, barriers of CTAs."""
+
+    nbytes: float
+    sector_nbytes: float
+    instructions: float
+    barriers: float
+
+    @classmethod
+    def of(cls, numel: int, *launches: Counters) -> Figures:
+        traffic = [
+            launch.traffic[key] for launch in launches for key in launch.traffic if key.endswith(".global")
+        ]
+        atomics = [launch.traffic["atom.global"] for launch in launches if "atom.global" in launch.traffic]
+        both = traffic + atomics
+        return cls(
+            nbytes=sum(t.nbytes for t in both) / numel,
+            sector_nbytes=32 * sum(t.sectors for t in both) / numel,
+            instructions=sum(launch.instructions for launch in launches) / numel,
+            barriers=sum(launch.barriers for launch in launches) / numel,
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.nbytes:.3f} bytes ({self.sector_nbytes:.3f} in sectors), {self.instructions:.1f} instructions "
+            f"per element"
+        )

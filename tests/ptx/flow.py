@@ -1,0 +1,157 @@
+"""Basic blocks of an entry, and which registers may be read before anything was written to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from tests.ptx.errors import Reason
+from tests.ptx.lanes import is_collective
+from tests.ptx.operands import Pair, Register, Symbol, Vector
+from tests.ptx.parse import Entry, Instruction, registers_in
+
+__all__ = ["Block", "Ending", "blocks_of", "destinations", "doubtful_reads", "ending_of", "sources"]
+
+Ending = Literal["fall", "branch", "exit", "barrier"]
+_WITHOUT_RESULT = {
+    "st",
+    "red",
+    "bra",
+    "ret",
+    "exit",
+    "bar",
+    "barrier",
+    "membar",
+    "fence",
+    "trap",
+    "cp",
+    "stmatrix",
+}
+_BARRIERS = {"bar.sync", "barrier.sync", "barrier.sync.aligned", "bar.cta.sync", "barrier.cta.sync"}
+_BARRIERS |= {"barrier.cta.sync.aligned"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Instructions ``first`` to ``last`` (exclusive), run by lanes together. The last one is the ending, if not "fall".
+
+    ``collective``: begins with an instruction where lanes of a warp meet. ``target``: block of a branch.
+    """
+
+    first: int
+    last: int
+    ending: Ending
+    target: int | None
+    collective: bool
+
+
+def ending_of(instruction: Instruction) -> Ending:
+    """How an instruction leaves the straight line."""
+    if instruction.mnemonic in ("bra", "bra.uni"):
+        return "branch"
+    if instruction.mnemonic in ("ret", "ret.uni", "exit"):
+        return "exit"
+    if instruction.mnemonic in _BARRIERS:
+        return "barrier"
+    return "fall"
+
+
+def blocks_of(entry: Entry) -> tuple[Block, ...]:
+    """All blocks, in the order of the text; the number of a block orders the scheduling.
+
+    Raises:
+        PtxError: a branch to nowhere, or an end of the text that is reached.
+    """
+    code = entry.instructions
+    starts = {0, *entry.labels.values()}
+    for i, instruction in enumerate(code):
+        if ending_of(instruction) != "fall":
+            starts.add(i + 1)
+        if is_collective(instruction) or ending_of(instruction) == "barrier":
+            starts.add(i)
+    order = sorted(start for start in starts if start < len(code))
+    number = {start: i for i, start in enumerate(order)}
+    blocks = []
+    for first, last in zip(order, [*order[1:], len(code)], strict=True):
+        instruction = code[last - 1]
+        ending, target = ending_of(instruction), None
+        if ending == "branch":
+            name = instruction.operands[0] if len(instruction.operands) == 1 else None
+            if not isinstance(name, Symbol) or entry.labels.get(name.name, len(code)) >= len(code):
+                raise instruction.error(Reason.SYNTAX, "a branch to no label of this entry")
+            target = number[entry.labels[name.name]]
+        blocks.append(
+            Block(first=first, last=last, ending=ending, target=target, collective=is_collective(code[first]))
+        )
+    final = code[-1]
+    if blocks[-1].ending not in ("exit", "branch") or final.guard is not None:
+        raise final.error(Reason.SYNTAX, "the end of the text is reached")
+    return tuple(blocks)
+
+
+def destinations(instruction: Instruction) -> tuple[str, ...]:
+    """Registers that an instruction writes."""
+    if instruction.opcode in _WITHOUT_RESULT or not instruction.operands:
+        return ()
+    first = instruction.operands[0]
+    return registers_in(first) if isinstance(first, (Register, Vector, Pair)) else ()
+
+
+def sources(instruction: Instruction) -> tuple[str, ...]:
+    """Registers that an instruction reads, its guard included."""
+    skip = 0 if instruction.opcode in _WITHOUT_RESULT else 1
+    read = [name for operand in instruction.operands[skip:] for name in registers_in(operand)]
+    return tuple(dict.fromkeys([*read, *([instruction.guard] if instruction.guard else [])]))
+
+
+def successors(blocks: tuple[Block, ...], entry: Entry, number: int) -> tuple[int, ...]:
+    """Blocks that may run next."""
+    block = blocks[number]
+    guarded = entry.instructions[block.last - 1].guard is not None
+    after = (number + 1,)
+    if block.ending == "branch" and block.target is not None:
+        return (block.target, *after) if guarded else (block.target,)
+    if block.ending == "exit":
+        return after if guarded else ()
+    return after
+
+
+def doubtful_reads(entry: Entry, blocks: tuple[Block, ...]) -> Mapping[int, tuple[str, ...]]:
+    """For each instruction the registers that some path reaches unwritten, or written under a guard alone.
+
+    A forward analysis of definite assignment; all else needs no check when it runs.
+    """
+    bit = {name: 1 << i for i, name in enumerate(entry.registers)}
+    everything = (1 << len(bit)) - 1
+    written = []
+    for block in blocks:
+        sure = 0
+        for instruction in entry.instructions[block.first : block.last]:
+            if instruction.guard is None:
+                for name in destinations(instruction):
+                    sure |= bit[name]
+        written.append(sure)
+    at_start = [0, *[everything] * (len(blocks) - 1)]
+    pending = [0]
+    reached = {0}
+    while pending:
+        number = pending.pop()
+        for after in successors(blocks, entry, number):
+            now = at_start[after] & (at_start[number] | written[number])
+            if now != at_start[after] or after not in reached:
+                at_start[after] = now
+                reached.add(after)
+                pending.append(after)
+    found: dict[int, tuple[str, ...]] = {}
+    for block, start in zip(blocks, at_start, strict=True):
+        known = start
+        for i in range(block.first, block.last):
+            instruction = entry.instructions[i]
+            doubtful = tuple(name for name in sources(instruction) if not known & bit[name])
+            if doubtful:
+                found[i] = doubtful
+            if instruction.guard is None:
+                for name in destinations(instruction):
+                    known |= bit[name]
+    return found

@@ -1,1 +1,38 @@
-"""Device kernels in Triton; importing this package needs nothing, ``topk`` needs torch and triton."""
+"""Device kernels in Triton; importing this package needs nothing, its modules need torch and triton.
+
+``encoder`` finds the module of a spec: ``encoder(spec).encode(spec, grad, ...)``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+from hybridcomm.kernels.payload import Codec
+
+__all__ = ["MODULES", "encoder"]
+
+MODULES = MappingProxyType(
+    {
+        Codec.TOPK: "topk",
+        Codec.FP16: "casts",
+        Codec.BF16: "casts",
+        Codec.FP8: "quant",
+        Codec.INT8: "quant",
+        Codec.INT4: "quant",
+        Codec.SIGN1: "sign1",
+    }
+)
+"""The module that has a codec's kernels: ``encode`` and ``decode_add``, most also ``reencode``."""
+
+
+def encoder(spec: Any) -> ModuleType:
+    """The module with the kernels of ``spec``, loaded when first asked for.
+
+    Raises:
+        NotImplementedError: the codec has no device kernels.
+    """
+    if spec.codec not in MODULES:
+        raise NotImplementedError(f"{spec}: no device kernels")
+    return importlib.import_module(f"{__name__}.{MODULES[spec.codec]}")

@@ -1,0 +1,317 @@
+"""Host side of the device kernels: checks, the header, which kernel runs on how many programs.
+
+Everything runs on the device's current stream and nothing waits for it. ``encode`` and ``reencode`` can be captured
+into a CUDA graph if they are given a ``Header`` made before, and two buffers for the residual.
+"""
+
+# mypy: disable-error-code="no-any-unimported"
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hybridcomm.kernels import reference
+from hybridcomm.kernels.payload import (
+    FLAG_NONFINITE,
+    HEADER_DTYPE,
+    HEADER_NBYTES,
+    PayloadFormatError,
+    Status,
+)
+from hybridcomm.kernels.specs.quant import QuantSpec
+from hybridcomm.kernels.triton import bits, withdraw
+
+__all__ = [
+    "GRADIENTS",
+    "LAUNCH",
+    "RESIDUALS",
+    "Family",
+    "Header",
+    "check_payload",
+    "check_payloads",
+    "check_vectors",
+    "decode_add",
+    "encode",
+    "make_header",
+    "need",
+    "reencode",
+    "restore",
+    "signed",
+]
+
+GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)
+RESIDUALS = (torch.float32, torch.bfloat16)
+LAUNCH: Mapping[str, Any] = {"enable_fp_fusion": False}
+"""A fused multiply-add would round once, the oracle rounds twice."""
+
+MAX_NBYTES = 1 << 32
+"""Of a payload: kernels count its half words in 31 bits."""
+
+FLAGS_FACTOR = 2 * 10 + 1  # what the flags word is multiplied with in the checksum
+
+
+def need(condition: bool, message: str) -> None:
+    """Raises ValueError unless ``condition``."""
+    if not condition:
+        raise ValueError(message)
+
+
+def signed(value: int) -> int:
+    """The int64 with the bits of an unsigned 64-bit value."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+def check_vectors(
+    numel: int, device: torch.device, types: tuple[torch.dtype, ...], **tensors: torch.Tensor | None
+) -> None:
+    """Contiguous vectors of ``numel`` elements of one of ``types``, aligned to 16 bytes, on ``device``; None passes.
+
+    Raises:
+        ValueError: which one is not, and what is wrong with it.
+    """
+    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in types)
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            need(tensor.dtype in types, f"{name}: {names} wanted, got {tensor.dtype}")
+            need(tensor.is_contiguous() and tensor.ndim == 1, f"{name}: a contiguous vector wanted")
+            need(tensor.numel() == numel, f"{name}: as many elements as the others wanted")
+            need(tensor.device == device, f"{name}: on {tensor.device}, others elsewhere")
+            need(tensor.data_ptr() % 16 == 0, f"{name}: 16-byte alignment wanted")
+
+
+def check_payload(payload: torch.Tensor, nbytes: int, device: torch.device) -> None:
+    """One payload to write, (nbytes,) uint8.
+
+    Raises:
+        ValueError: a dtype, shape, device or alignment that the kernels cannot take.
+    """
+    need(payload.dtype == torch.uint8 and payload.is_contiguous(), "payload: contiguous uint8 wanted")
+    need(payload.shape == (nbytes,), "payload: spec.nbytes(numel) bytes wanted")
+    need(payload.device == device, f"payload: on {payload.device}, others elsewhere")
+    need(payload.data_ptr() % 16 == 0, "payload: 16-byte alignment wanted")
+    need(nbytes <= MAX_NBYTES, f"payload: at most {MAX_NBYTES} bytes, got {nbytes}: use more shards")
+
+
+def check_payloads(
+    spec: Any, payloads: torch.Tensor, numel: int, device: torch.device, digest: int, check: bool
+) -> None:
+    """Payloads to read, (count, spec.nbytes(numel)) uint8; ``check`` looks at their bytes, on the host.
+
+    Raises:
+        PayloadFormatError: a payload is not what spec, size and digest say.
+        ValueError: a dtype, shape, device or alignment that the kernels cannot take.
+    """
+    need(payloads.dtype == torch.uint8 and payloads.is_contiguous(), "payloads: contiguous uint8 wanted")
+    need(payloads.ndim == 2, "payloads: one row per payload wanted")
+    need(payloads.device == device, f"payloads: on {payloads.device}, others elsewhere")
+    need(payloads.data_ptr() % 16 == 0, "payloads: 16-byte alignment wanted")
+    if payloads.shape[0] and payloads.shape[1] != spec.nbytes(numel):
+        raise PayloadFormatError(Status.BAD_NBYTES)
+    need(payloads.shape[1] <= MAX_NBYTES, f"payloads: at most {MAX_NBYTES} bytes each")
+    if check:
+        for position, row in enumerate(payloads.cpu().numpy()):
+            status = reference.check(spec, np.ascontiguousarray(row), numel, digest)
+            if status is not Status.OK:
+                raise PayloadFormatError(status, position)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What every payload of one (spec, numel, digest) begins with, made once.
+
+    ``template``: (64,) uint8 on the device, the checksum that of the header alone, to which kernels add theirs.
+    ``withdrawn``: the checksum of a flagged payload, whose body is zero, as int64.
+    """
+
+    template: torch.Tensor
+    withdrawn: int
+
+
+def make_header(spec: Any, numel: int, digest: int, device: torch.device, *, seed: int = 0) -> Header:
+    """Copies 64 bytes to the device, so it belongs before a graph's capture."""
+    head = reference.header(spec, numel, digest=digest, flags=0, seed=seed)
+    clean = reference.checksum(head)
+    head.view(HEADER_DTYPE)["checksum"] = clean
+    template = torch.from_numpy(head).to(device)
+    return Header(template=template, withdrawn=signed(clean + FLAG_NONFINITE * FLAGS_FACTOR))
+
+
+def restore(
+    e_in: torch.Tensor | None, e_out: torch.Tensor | None, payload: torch.Tensor, header: Header
+) -> None:
+    """The withdrawing pass behind an encoder; ``e_in`` is what the encoder read, and not ``e_out``."""
+    numel = 0 if e_out is None else e_out.numel()
+    nwords = (payload.numel() - HEADER_NBYTES) // 4
+    grid = (max(-(-max(numel, nwords) // withdraw.ELEMENTS), 1),)
+    withdraw.withdraw_kernel[grid](
+        payload if e_in is None else e_in, payload if e_out is None else e_out, payload,
+        nwords, numel, header.withdrawn, HAS_IN=e_in is not None, HAS_OUT=e_out is not None, num_warps=4, **LAUNCH,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Kernels of codecs that differ in constants only. ``constants``: those of a spec."""
+
+    encode: Any
+    reencode: Any
+    decode: Any
+    constants: Callable[[Any], dict[str, int]]
+
+
+def elements(spec: QuantSpec) -> int:
+    """Per program: a warp's tile, or a group where that is larger."""
+    return max(bits.TILE, spec.block)
+
+
+def _run(
+    kernel: Any, spec: QuantSpec, numel: int, arguments: Mapping[str, Any], constants: Mapping[str, Any]
+) -> None:
+    """Whole programs without a mask, for bulk accesses of 128 bits, and one with it for what is left."""
+    size = elements(spec)
+    programs, left = divmod(numel, size)
+    for whole, first, count in ((True, 0, programs), (False, programs, min(left, 1))):
+        if count:
+            kernel[(count,)](
+                **arguments, numel=numel, first=first, codes=spec.codes_offset(numel) // 16,
+                ELEMENTS=size, WHOLE=whole, num_warps=size // bits.TILE, **constants, **LAUNCH,
+            )  # fmt: skip
+
+
+def _begin(spec: QuantSpec, numel: int, payload: torch.Tensor, header: Header) -> None:
+    """Header and the scales' padding, where no program has it: they write whole multiples of 16 bytes or their own."""
+    payload[:HEADER_NBYTES].copy_(header.template)
+    end = HEADER_NBYTES + spec.scale_nbytes * spec.nblocks(numel)
+    if elements(spec) // spec.block * spec.scale_nbytes % 16:
+        payload[end : spec.codes_offset(numel)].zero_()
+
+
+def _emit(  # noqa: PLR0917
+    family: Family, kernel: Any, spec: QuantSpec, numel: int, inputs: Mapping[str, Any], types: tuple[torch.dtype, ...],
+    e_in: torch.Tensor | None, e_out: torch.Tensor | None, payload: torch.Tensor,
+    digest: int, decay: float, header: Header | None,
+) -> None:  # fmt: skip
+    """What encode and reencode share."""
+    device = payload.device
+    check_vectors(numel, device, RESIDUALS, e_in=e_in, e_out=e_out)
+    residuals = [e.dtype for e in (e_in, e_out) if e is not None]
+    need(len(set(residuals)) < 2, "e_in and e_out: one type wanted")
+    check_payload(payload, spec.nbytes(numel), device)
+    header = make_header(spec, numel, digest, device) if header is None else header
+    _begin(spec, numel, payload, header)
+    if numel == 0:
+        return
+    source = (
+        e_in.clone()
+        if e_in is not None and e_out is not None and e_in.data_ptr() == e_out.data_ptr()
+        else e_in
+    )
+    unused = payload.view(torch.float32)
+    half = any(dtype.itemsize == 2 for dtype in (*types, *residuals))
+    arguments = {
+        **inputs, "e_in": unused if source is None else source, "e_out": unused if e_out is None else e_out,
+        "payload": payload, "decay": decay,
+    }  # fmt: skip
+    constants = {
+        **family.constants(spec), "VECTOR": 8 if half else 4,
+        "HAS_IN": source is not None, "HAS_OUT": e_out is not None, "DECAYED": decay != 1.0,
+    }  # fmt: skip
+    _run(kernel, spec, numel, arguments, constants)
+    restore(source, e_out, payload, header)
+
+
+def encode(  # noqa: PLR0917
+    family: Family,
+    spec: QuantSpec,
+    grad: torch.Tensor,
+    e_in: torch.Tensor | None,
+    e_out: torch.Tensor | None,
+    payload: torch.Tensor,
+    digest: int = 0,
+    *,
+    decay: float = 1.0,
+    header: Header | None = None,
+) -> None:
+    """``reference.encode`` on the device's current stream; the flag is in the payload, not returned.
+
+    Shapes: grad (numel,) fp32, bf16 or fp16; e_in, e_out (numel,) fp32 or bf16, both the same; payload
+    (spec.nbytes(numel),) uint8; all contiguous and aligned to 16 bytes. A bf16 residual is what fp32 would be,
+    rounded half to even. e_out may be e_in, which then costs one copy of it (what a non-finite shard is restored
+    from). ``header``: from ``make_header`` with the same spec, numel and digest; made here if not given.
+
+    Raises:
+        ValueError: a dtype, shape, device or alignment that the kernel cannot take.
+    """
+    check_vectors(grad.numel(), payload.device, GRADIENTS, grad=grad)
+    _emit(
+        family, family.encode, spec, grad.numel(), {"grad": grad}, (grad.dtype,),
+        e_in, e_out, payload, digest, decay, header,
+    )  # fmt: skip
+
+
+def reencode(  # noqa: PLR0917
+    family: Family,
+    spec: QuantSpec,
+    payloads: torch.Tensor,
+    numel: int,
+    e_in: torch.Tensor | None,
+    e_out: torch.Tensor | None,
+    payload: torch.Tensor,
+    digest: int = 0,
+    *,
+    weight: float = 1.0,
+    decay: float = 1.0,
+    header: Header | None = None,
+    check: bool = True,
+) -> None:
+    """Encodes the sum of payloads, ``decode_add`` of them to zeros, in one pass; the sum is not written.
+
+    What the owner of a slice does in the two-stage exchange. ``payloads`` as in ``decode_add``, of ``numel``
+    elements; the rest as in ``encode``. A flagged payload among them flags the new one.
+
+    Raises:
+        PayloadFormatError: a payload is not what spec, size and digest say; nothing is written then.
+        ValueError: a dtype, shape, device or alignment that the kernel cannot take.
+    """
+    check_payloads(spec, payloads, numel, payload.device, digest, check)
+    inputs = {
+        "payloads": payloads, "count": payloads.shape[0], "stride": payloads.shape[1], "weight": weight,
+    }  # fmt: skip
+    _emit(family, family.reencode, spec, numel, inputs, (), e_in, e_out, payload, digest, decay, header)
+
+
+def decode_add(
+    family: Family,
+    spec: QuantSpec,
+    payloads: torch.Tensor,
+    out: torch.Tensor,
+    weight: float = 1.0,
+    digest: int = 0,
+    *,
+    check: bool = True,
+) -> None:
+    """``reference.decode_add`` on the device's current stream.
+
+    Shapes: payloads (count, spec.nbytes(numel)) uint8, contiguous, 16-byte aligned; out (numel,) fp32.
+    ``check`` copies the payloads to the host first, which synchronises; without it they must come from a
+    trusted encoder.
+
+    Raises:
+        PayloadFormatError: a payload is not what spec, size and digest say; ``out`` is then untouched.
+        ValueError: a dtype, shape, device or alignment that the kernel cannot take.
+    """
+    numel = out.numel()
+    check_vectors(numel, out.device, (torch.float32,), out=out)
+    check_payloads(spec, payloads, numel, out.device, digest, check)
+    if numel == 0 or payloads.shape[0] == 0:
+        return
+    arguments = {
+        "payloads": payloads, "out": out, "count": payloads.shape[0], "stride": payloads.shape[1], "weight": weight,
+    }  # fmt: skip
+    _run(family.decode, spec, numel, arguments, family.constants(spec))

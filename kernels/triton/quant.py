@@ -1,0 +1,263 @@
+"""Steps 4 and 6 of 7 on the device: int8, int4 and fp8, the oracle's bytes, as Triton kernels.
+
+Phases of encode, in one pass
+    1  compensate   acc = grad + decay * e_in in registers; a non-finite value raises the payload's flag
+    2  scale        per group, the power of two that the largest magnitude's exponent says
+    3  code         half to even, by adding a power of two whose last digit is worth one code
+    4  write        residual, scales, codes; the program's share of the checksum by one atomic addition
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+from functools import partial
+
+import triton
+import triton.language as tl
+
+from hybridcomm.kernels.specs.quant import Fp8Spec, ScaledSpec
+from hybridcomm.kernels.triton import bits, launch
+from hybridcomm.kernels.triton.launch import Family
+from hybridcomm.kernels.triton.shipped import shipped
+
+__all__ = ["FAMILY", "KERNELS", "decode_add", "encode", "reencode"]
+
+MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23, bits 0x4B400000: what is added to it is rounded to an integer
+
+
+@triton.jit
+def _scale_bits(largest, TOP: tl.constexpr):  # noqa: N803
+    """fp32 bits of each group's scale: the largest magnitude's exponent less TOP, and at least 1."""
+    return tl.maximum((largest & bits.INF) - (TOP << 23), 1 << 23)
+
+
+@triton.jit
+def _integers(acc, scale_bits, BITS: tl.constexpr):  # noqa: N803
+    """Codes, packed by four, and their values in units of the scale."""
+    q_max: tl.constexpr = (1 << (BITS - 1)) - 1
+    rounded = acc * bits.as_float(0x7F000000 - scale_bits) + MAGIC
+    rounded = tl.minimum(tl.maximum(rounded, MAGIC - q_max), MAGIC + q_max)
+    a, b, c, d = bits.four(bits.as_bits(rounded))
+    # Each is 0x4B400000 + code. Codes are packed with 2^(BITS - 1) added, so that nothing is borrowed, which is
+    # taken off again by inverting each one's highest bit.
+    packed = ((d * (1 << BITS) + c) * (1 << BITS) + b) * (1 << BITS) + a
+    packed = (packed + (0x00808080 - 0x0B400000 if BITS == 8 else 0x8888)) ^ (
+        -0x7F7F7F80 if BITS == 8 else 0x8888
+    )
+    return packed if BITS == 8 else packed & 0xFFFF, rounded - MAGIC
+
+
+@triton.jit
+def _floats(acc, scale_bits, MANTISSA: tl.constexpr):  # noqa: N803
+    """Likewise of fp8: adding 2^(23 - MANTISSA) times its own power of two rounds an element to MANTISSA digits."""
+    e_min: tl.constexpr = -6 if MANTISSA == 3 else -14
+    largest: tl.constexpr = 240.0 if MANTISSA == 3 else 28672.0  # code 0x77
+    size = tl.abs(acc) * bits.as_float(0x7F000000 - scale_bits)
+    size = tl.minimum(size, largest)
+    exponent = tl.maximum(bits.as_bits(size), (127 + e_min) << 23) & bits.INF
+    step = bits.as_float(exponent + ((23 - MANTISSA) << 23))
+    size = (size + step) - step
+    sign = bits.as_bits(acc) & -0x80000000
+    # With the format's smallest normal value moved to fp32's, exponents and denormals of the two agree.
+    code = bits.as_bits(size * 2.0 ** (-126 - e_min))
+    a, b, c, d = bits.four(
+        (code * (2 << MANTISSA) + sign).to(tl.uint32, bitcast=True)
+    )  # each in the highest byte
+    packed = ((((((a >> 8) + b) >> 8) + c) >> 8) + d).to(tl.int32, bitcast=True)
+    return packed, bits.as_float(bits.as_bits(size) | sign)
+
+
+@triton.jit
+def _write(  # noqa: PLR0917
+    acc, flags, e_out, payload, pid, at, count, codes,
+    ELEMENTS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr,  # noqa: N803
+    HAS_OUT: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """Phases 2 to 4."""
+    top: tl.constexpr = BITS - 2 if MANTISSA == 0 else (7 if MANTISSA == 3 else 14)
+    n: tl.constexpr = ELEMENTS // GROUP
+    largest = tl.max(bits.groups(bits.largest_of_four(acc), n), 1)
+    bits.raise_flag(payload, flags, tl.max(largest, 0))
+    scale_bits = _scale_bits(largest, top)
+    wide = bits.spread(scale_bits, ELEMENTS)
+    if MANTISSA == 0:
+        packed, value = _integers(acc, wide, BITS)
+    else:
+        packed, value = _floats(acc, wide, MANTISSA)
+    if HAS_OUT:
+        bits.store_rest(e_out, at, acc - value * bits.as_float(wide), count, WHOLE)
+
+    scales = _store_scales(payload, scale_bits >> 23, pid, count, ELEMENTS, GROUP, WHOLE)
+    codes_ = _store_codes(payload, packed, pid, count, codes, ELEMENTS, BITS, WHOLE)
+    bits.add_checksum(payload, codes_, tl.sum(scales, 0).to(tl.int64))
+
+
+@triton.jit
+def _store_scales(  # noqa: PLR0917
+    payload, scale, pid, count,
+    ELEMENTS: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """Writes the scales, up to four to an access, and zeros up to the section's end; returns their shares."""
+    n: tl.constexpr = ELEMENTS // GROUP
+    width: tl.constexpr = 4 if GROUP <= 64 else (2 if GROUP == 128 else 1)
+    if not WHOLE:
+        scale = tl.where(tl.arange(0, n) * GROUP < count, scale, 0)
+    unit = bits.packed_bytes(scale, width)
+    j = tl.arange(0, n // width)
+    at = (pid * (n // width) + bits.SCALES // width).to(tl.int32) + j
+    if width == 4:
+        place = payload.to(tl.pointer_type(tl.int32)) + at
+        share = bits.word_share(unit, at)
+    elif width == 2:
+        place = payload.to(tl.pointer_type(tl.int16)) + at
+        share = bits.half_share(unit, at)
+    else:
+        place = payload + at
+        share = bits.byte_share(unit, at)
+    stored = unit.to(place.dtype.element_ty)
+    if WHOLE:
+        tl.store(place, stored)
+    else:
+        tl.store(place, stored, mask=j < tl.cdiv(count, 16 * GROUP) * (16 // width))
+    return share
+
+
+@triton.jit
+def _code_places(payload, pid, codes, ELEMENTS: tl.constexpr, BITS: tl.constexpr):  # noqa: N803
+    """Where four codes stand: their number in the tile and among the payload's words (or half words), and a pointer."""
+    local = bits.words(ELEMENTS)
+    at = codes * (4 * 8 // BITS) + pid.to(tl.int32) * (ELEMENTS // 4) + local
+    return local, at, payload.to(tl.pointer_type(tl.int32 if BITS == 8 else tl.int16)) + at
+
+
+@triton.jit
+def _store_codes(  # noqa: PLR0917
+    payload, packed, pid, count, codes,
+    ELEMENTS: tl.constexpr, BITS: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """Writes codes, and zeros up to the section's end; returns their share of the checksum, (spans, lanes)."""
+    local, at, place = _code_places(payload, pid, codes, ELEMENTS, BITS)
+    stored = packed.to(place.dtype.element_ty)
+    if WHOLE:
+        tl.store(place, stored)
+    else:
+        tl.store(place, stored, mask=local < tl.cdiv(count * BITS, 128) * (32 // BITS))
+    return tl.sum(bits.word_share(packed, at) if BITS == 8 else bits.half_share(packed, at), 0)
+
+
+@triton.jit
+def _values(packed, BITS: tl.constexpr, MANTISSA: tl.constexpr):  # noqa: N803
+    """What four codes are worth in units of the scale, (..., 4) of (...)."""
+    packed = packed[:, :, :, None]
+    j = tl.arange(0, 4)[None, None, None, :]
+    if MANTISSA == 0:  # the code plus 2^(BITS - 1) as the last digits of 2^23
+        packed = packed ^ (-0x7F7F7F80 if BITS == 8 else 0x8888)
+        code = (packed >> (j * BITS)) & ((1 << BITS) - 1)
+        value = bits.as_float(code | 0x4B000000) - (8388608.0 + (1 << (BITS - 1)))
+    else:
+        code = ((packed << (24 - 8 * j)) >> (MANTISSA + 1)) & (-0x80000000 | (0x7F << (23 - MANTISSA)))
+        value = bits.as_float(code) * 2.0 ** (120 if MANTISSA == 3 else 112)
+    return value
+
+
+@triton.jit
+def _sum(  # noqa: PLR0917
+    x, payloads, pid, count, stride, inside, codes, weight,
+    ELEMENTS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """x plus ``weight`` times each payload's part of the tile, in the payloads' order, every operation rounded."""
+    n: tl.constexpr = ELEMENTS // GROUP
+    j = tl.arange(0, n)
+    for w in range(count):
+        payload = payloads + w * tl.cast(stride, tl.int64)
+        local, _, place = _code_places(payload, pid, codes, ELEMENTS, BITS)
+        scales = payload + bits.SCALES + pid * n + j
+        if WHOLE:
+            packed, scale = tl.load(place), tl.load(scales)
+        else:
+            packed = tl.load(place, mask=local < tl.cdiv(inside, 4), other=0)
+            scale = tl.load(scales, mask=j < tl.cdiv(inside, GROUP), other=0)
+        value = _values(packed.to(tl.int32), BITS, MANTISSA)
+        x = x + value * bits.spread(bits.as_float(scale.to(tl.int32) << 23), ELEMENTS) * weight
+    return x
+
+
+@triton.jit(do_not_specialize=["first", "codes"])
+def encode_kernel(  # noqa: PLR0917
+    grad, e_in, e_out, payload, numel, first, codes, decay,
+    ELEMENTS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr,  # noqa: N803
+    VECTOR: tl.constexpr, HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, DECAYED: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """Programs ``first``, first + 1, ... of a region."""
+    pid = tl.program_id(0).to(tl.int64) + first
+    count = bits.count_in(numel, pid, ELEMENTS)
+    start = pid * ELEMENTS
+    at = bits.tile(ELEMENTS, VECTOR)
+    acc = bits.fetch(grad + start, at, count, WHOLE)
+    acc = bits.compensated(acc, e_in + start, decay, at, count, HAS_IN, DECAYED, WHOLE)
+    _write(
+        acc, 0, e_out + start, payload, pid, at, count, codes,
+        ELEMENTS, GROUP, BITS, MANTISSA, HAS_OUT, WHOLE,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["count", "first", "codes"])
+def reencode_kernel(  # noqa: PLR0917
+    payloads, e_in, e_out, payload, count, stride, numel, first, codes, weight, decay,
+    ELEMENTS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr,  # noqa: N803
+    VECTOR: tl.constexpr, HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, DECAYED: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """Likewise of the sum of payloads, which is nowhere written."""
+    pid = tl.program_id(0).to(tl.int64) + first
+    inside = bits.count_in(numel, pid, ELEMENTS)
+    start = pid * ELEMENTS
+    at = bits.tile(ELEMENTS, VECTOR)
+    acc = _sum(
+        bits.zeros(ELEMENTS), payloads, pid, count, stride, inside, codes, weight,
+        ELEMENTS, GROUP, BITS, MANTISSA, WHOLE,
+    )  # fmt: skip
+    acc = bits.compensated(acc, e_in + start, decay, at, inside, HAS_IN, DECAYED, WHOLE)
+    _write(
+        acc, bits.flagged(payloads, count, stride), e_out + start, payload, pid, at, inside, codes,
+        ELEMENTS, GROUP, BITS, MANTISSA, HAS_OUT, WHOLE,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["count", "first", "codes"])
+def decode_kernel(  # noqa: PLR0917
+    payloads, out, count, stride, numel, first, codes, weight,
+    ELEMENTS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr,  # noqa: N803
+    WHOLE: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """``out`` plus all payloads, or NaN if one is flagged."""
+    pid = tl.program_id(0).to(tl.int64) + first
+    inside = bits.count_in(numel, pid, ELEMENTS)
+    out += pid * ELEMENTS
+    at = bits.tile(ELEMENTS, 4)
+    if bits.flagged(payloads, count, stride) != 0:
+        bits.put(out, at, bits.as_float(at * 0 + bits.QUIET_NAN), inside, WHOLE)
+    else:
+        x = _sum(
+            bits.fetch(out, at, inside, WHOLE), payloads, pid, count, stride, inside, codes, weight,
+            ELEMENTS, GROUP, BITS, MANTISSA, WHOLE,
+        )  # fmt: skip
+        bits.put(out, at, x, inside, WHOLE)
+
+
+def _constants(spec: ScaledSpec) -> dict[str, int]:
+    return {
+        "GROUP": spec.block,
+        "BITS": spec.value_bits,
+        "MANTISSA": spec.mantissa if isinstance(spec, Fp8Spec) else 0,
+    }
+
+
+FAMILY = Family(
+    encode=encode_kernel, reencode=reencode_kernel, decode=decode_kernel, constants=_constants
+)  # fmt: skip
+encode = partial(launch.encode, FAMILY)
+reencode = partial(launch.reencode, FAMILY)
+decode_add = partial(launch.decode_add, FAMILY)
+
+KERNELS = shipped("triton/quant.py", FAMILY, ("int8", "int4", "fp8"), instructions=21)

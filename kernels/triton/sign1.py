@@ -1,0 +1,216 @@
+"""Steps 4 and 6 of 7 on the device: one bit per element, the oracle's bytes, as Triton kernels.
+
+Phases of encode, in one pass
+    1  compensate   acc = grad + decay * e_in in registers; a non-finite value raises the payload's flag
+    2  scale        per group, the mean magnitude: a sum of integers, cut to 8 binary digits
+    3  pack         signs: four per vector, 32 per thread, then exchanged between lanes so that each holds one word
+    4  write        residual, scales, words; the program's share of the checksum by one atomic addition
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+from functools import partial
+
+import triton
+import triton.language as tl
+
+from hybridcomm.kernels.specs.quant import SignSpec
+from hybridcomm.kernels.triton import bits, launch
+from hybridcomm.kernels.triton.launch import Family
+from hybridcomm.kernels.triton.shipped import shipped
+
+__all__ = ["FAMILY", "KERNELS", "decode_add", "encode", "reencode"]
+
+FIXED = tl.constexpr(22)  # as the oracle: bits of a magnitude that the mean takes in
+
+
+@triton.jit
+def _exchange(x, BIT: tl.constexpr, LOW: tl.constexpr):  # noqa: N803
+    """Of words (spans, 8): swaps bit BIT of a nibble's number in its word with that of its word's number.
+
+    LOW has the nibbles whose number has a zero there.
+    """
+    size: tl.constexpr = 1 << BIT
+    pairs = tl.reshape(x, [x.shape[0], 4 // size, 2, size])
+    other = tl.sum(pairs, 2, keep_dims=True) - pairs
+    first = tl.arange(0, 2)[None, None, :, None] == 0
+    low: tl.constexpr = LOW
+    kept = tl.where(first, low, ~low)
+    moved = tl.where(
+        first,
+        other << (4 * size),
+        (other.to(tl.uint32, bitcast=True) >> (4 * size)).to(tl.int32, bitcast=True),
+    )
+    return tl.reshape((pairs & kept) | (moved & ~kept), x.shape)
+
+
+@triton.jit
+def _transposed(x):
+    """Eight nibbles of eight lanes each, as a matrix; its own inverse."""
+    return _exchange(_exchange(_exchange(x, 0, 0x0F0F0F0F), 1, 0x00FF00FF), 2, 0x0000FFFF)
+
+
+@triton.jit
+def _packed(acc):
+    """Signs of (rows, spans, lanes, 4) as words (spans, 8), the first element's lowest."""
+    a, b, c, d = bits.four(bits.as_bits(acc).to(tl.uint32, bitcast=True))
+    nibble = d >> 31
+    nibble = (nibble << 1) | (c >> 31)
+    nibble = (nibble << 1) | (b >> 31)
+    nibble = (nibble << 1) | (a >> 31)
+    row = tl.arange(0, bits.ROWS)[:, None, None]
+    return _transposed(tl.sum(nibble.to(tl.int32, bitcast=True) << (4 * row), 0))
+
+
+@triton.jit
+def _sign_bits(words):
+    """The reverse: sign bits (rows, spans, lanes, 4) as those of fp32."""
+    row = tl.arange(0, bits.ROWS)[:, None, None, None]
+    nibbles = _transposed(words)[None, :, :, None]
+    return (nibbles << (31 - 4 * row - tl.arange(0, 4)[None, None, None, :])) & -0x80000000
+
+
+@triton.jit
+def _mean_bits(acc, largest, count, ELEMENTS: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr):  # noqa: N803
+    """fp32 bits of the mean magnitude of each group, towards zero, in 8 binary digits."""
+    n: tl.constexpr = ELEMENTS // GROUP
+    exponent = tl.maximum(largest & bits.INF, FIXED << 23)
+    # 2^(126 + FIXED - e) has the biased exponent 253 + FIXED - e; the sum wraps and the difference is right again.
+    units = bits.as_float(-exponent + (((253 + FIXED) << 23) - (1 << 32)))
+    fixed = tl.sum((tl.abs(acc) * bits.spread(units, ELEMENTS)).to(tl.int32), 3)
+    if GROUP > 256:  # of 22 bits each
+        fixed = fixed.to(tl.int64)
+    total = tl.sum(bits.groups(fixed, n), 1)
+    size = GROUP if WHOLE else tl.minimum(tl.maximum(count - tl.arange(0, n) * GROUP, 1), GROUP)
+    whole = total // size
+    digits = bits.as_float(bits.as_bits(whole.to(tl.int32).to(tl.float32)) & -65536)
+    return bits.as_bits(digits * bits.as_float(exponent - ((FIXED - 1) << 23)))
+
+
+@triton.jit
+def _word_places(payload, pid, codes, ELEMENTS: tl.constexpr):  # noqa: N803
+    """Of words (spans, 8): their number in the tile, in the payload, and a pointer."""
+    span = tl.arange(0, ELEMENTS // bits.SPAN)[:, None] * bits.LANES
+    local = span + tl.arange(0, bits.LANES)[None, :]
+    at = codes * 4 + pid.to(tl.int32) * (ELEMENTS // 32) + local
+    return local, at, payload.to(tl.pointer_type(tl.int32)) + at
+
+
+@triton.jit
+def _write(  # noqa: PLR0917
+    acc, flags, e_out, payload, pid, at, count, codes,
+    ELEMENTS: tl.constexpr, GROUP: tl.constexpr, HAS_OUT: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """Phases 2 to 4."""
+    n: tl.constexpr = ELEMENTS // GROUP
+    largest = tl.max(bits.groups(bits.largest_of_four(acc), n), 1)
+    bits.raise_flag(payload, flags, tl.max(largest, 0))
+    mean = _mean_bits(acc, largest, count, ELEMENTS, GROUP, WHOLE)
+    if HAS_OUT:
+        value = bits.as_float((bits.as_bits(acc) & -0x80000000) | bits.spread(mean, ELEMENTS))
+        bits.store_rest(e_out, at, acc - value, count, WHOLE)
+
+    scale = mean >> 16
+    j = tl.arange(0, n)
+    half = (pid * n + bits.SCALES // 2).to(tl.int32) + j
+    word = _packed(acc)
+    local, word_at, place = _word_places(payload, pid, codes, ELEMENTS)
+    scales = payload.to(tl.pointer_type(tl.int16)) + half
+    if WHOLE:
+        tl.store(scales, scale.to(tl.int16))
+        tl.store(place, word)
+    else:  # zeros up to the sections' ends
+        tl.store(scales, scale.to(tl.int16), mask=j < tl.cdiv(count, 8 * GROUP) * 8)
+        tl.store(place, word, mask=local < tl.cdiv(count, 128) * 4)
+    share = bits.with_first(bits.word_share(word, word_at), bits.half_share(scale, half))
+    bits.add_checksum(payload, share, 0)
+
+
+@triton.jit
+def _sum(  # noqa: PLR0917
+    x, payloads, pid, count, stride, inside, codes, weight,
+    ELEMENTS: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """x plus ``weight`` times each payload's part of the tile, in the payloads' order, every operation rounded."""
+    n: tl.constexpr = ELEMENTS // GROUP
+    j = tl.arange(0, n)
+    for w in range(count):
+        payload = payloads + w * tl.cast(stride, tl.int64)
+        local, _, place = _word_places(payload, pid, codes, ELEMENTS)
+        scales = payload.to(tl.pointer_type(tl.int16)) + bits.SCALES // 2 + pid * n + j
+        if WHOLE:
+            word, scale = tl.load(place), tl.load(scales)
+        else:
+            word = tl.load(place, mask=local < tl.cdiv(inside, 32), other=0)
+            scale = tl.load(scales, mask=j < tl.cdiv(inside, GROUP), other=0)
+        value = bits.as_float(scale.to(tl.int32) << 16) * weight  # rounding knows no sign: it may come later
+        x = x + bits.as_float(_sign_bits(word) ^ bits.spread(bits.as_bits(value), ELEMENTS))
+    return x
+
+
+@triton.jit(do_not_specialize=["first", "codes"])
+def encode_kernel(  # noqa: PLR0917
+    grad, e_in, e_out, payload, numel, first, codes, decay,
+    ELEMENTS: tl.constexpr, GROUP: tl.constexpr,  # noqa: N803
+    VECTOR: tl.constexpr, HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, DECAYED: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """Programs ``first``, first + 1, ... of a region."""
+    pid = tl.program_id(0).to(tl.int64) + first
+    count = bits.count_in(numel, pid, ELEMENTS)
+    start = pid * ELEMENTS
+    at = bits.tile(ELEMENTS, VECTOR)
+    acc = bits.fetch(grad + start, at, count, WHOLE)
+    acc = bits.compensated(acc, e_in + start, decay, at, count, HAS_IN, DECAYED, WHOLE)
+    _write(acc, 0, e_out + start, payload, pid, at, count, codes, ELEMENTS, GROUP, HAS_OUT, WHOLE)
+
+
+@triton.jit(do_not_specialize=["count", "first", "codes"])
+def reencode_kernel(  # noqa: PLR0917
+    payloads, e_in, e_out, payload, count, stride, numel, first, codes, weight, decay,
+    ELEMENTS: tl.constexpr, GROUP: tl.constexpr,  # noqa: N803
+    VECTOR: tl.constexpr, HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, DECAYED: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """Likewise of the sum of payloads, which is nowhere written."""
+    pid = tl.program_id(0).to(tl.int64) + first
+    inside = bits.count_in(numel, pid, ELEMENTS)
+    start = pid * ELEMENTS
+    at = bits.tile(ELEMENTS, VECTOR)
+    acc = bits.zeros(ELEMENTS)
+    acc = _sum(acc, payloads, pid, count, stride, inside, codes, weight, ELEMENTS, GROUP, WHOLE)
+    acc = bits.compensated(acc, e_in + start, decay, at, inside, HAS_IN, DECAYED, WHOLE)
+    flags = bits.flagged(payloads, count, stride)
+    _write(acc, flags, e_out + start, payload, pid, at, inside, codes, ELEMENTS, GROUP, HAS_OUT, WHOLE)
+
+
+@triton.jit(do_not_specialize=["count", "first", "codes"])
+def decode_kernel(  # noqa: PLR0917
+    payloads, out, count, stride, numel, first, codes, weight,
+    ELEMENTS: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """``out`` plus all payloads, or NaN if one is flagged."""
+    pid = tl.program_id(0).to(tl.int64) + first
+    inside = bits.count_in(numel, pid, ELEMENTS)
+    out += pid * ELEMENTS
+    at = bits.tile(ELEMENTS, 4)
+    if bits.flagged(payloads, count, stride) != 0:
+        bits.put(out, at, bits.as_float(at * 0 + bits.QUIET_NAN), inside, WHOLE)
+    else:
+        x = bits.fetch(out, at, inside, WHOLE)
+        x = _sum(x, payloads, pid, count, stride, inside, codes, weight, ELEMENTS, GROUP, WHOLE)
+        bits.put(out, at, x, inside, WHOLE)
+
+
+def _constants(spec: SignSpec) -> dict[str, int]:
+    return {"GROUP": spec.block}
+
+
+FAMILY = Family(
+    encode=encode_kernel, reencode=reencode_kernel, decode=decode_kernel, constants=_constants
+)  # fmt: skip
+encode = partial(launch.encode, FAMILY)
+reencode = partial(launch.reencode, FAMILY)
+decode_add = partial(launch.decode_add, FAMILY)
+
+KERNELS = shipped("triton/sign1.py", FAMILY, ("sign1",), instructions=23)

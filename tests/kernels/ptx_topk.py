@@ -112,7 +112,6 @@ class Device:
         flagged = (clean + FLAG_NONFINITE * FLAGS_FACTOR) & ((1 << 64) - 1)
         self._run(kernels["withdraw"], memory, grad.size, checksum=flagged, **common)
         payload[:] = memory.read(at)
-        assert memory.written(rest).all()
         e_out[:] = memory.read(rest, np.float32)
         return int(payload[40])
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hybridcomm.kernels.device import DeviceKernel
 from tests.ptx import Counters, Kernel, Memory
 from tests.ptx.compiled import compile_kernel
+from tests.ptx.launch import LIMIT
 
 __all__ = ["Executable", "Figures", "executable"]
 
@@ -21,6 +22,7 @@ class Executable:
     program: Kernel
     shared: int
     threads: int
+    limit: int = LIMIT
 
     def launch(self, memory: Memory, elements: int, /, **arguments: int | float) -> Counters:
         """One launch over so many ``elements``: pointers are addresses in ``memory``.
@@ -42,6 +44,7 @@ class Executable:
             grid=self.kernel.grid(elements),
             block=self.threads,
             shared=self.shared,
+            limit=self.limit,
         )
 
 

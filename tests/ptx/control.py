@@ -112,8 +112,9 @@ class Scheduler:
         self.executed = [0] * len(program.blocks)  # lanes that ran each block, in all
         self.barriers = 0
         self._assigned = _Assigned(program, frame)
+        self._traffic = traffic
+        self._steps: list[list[Step] | None] = [None] * len(program.blocks)
         code = program.entry.instructions
-        self._steps = [self._step_of(i, traffic) for i in range(len(code))]
         self._members: dict[int, Callable[[], Any]] = {
             i: lanes.members_operand(frame, code[block.first])
             for i, block in enumerate(program.blocks)
@@ -122,11 +123,24 @@ class Scheduler:
         self._at = np.zeros(frame.lanes, np.int32)
         self._count = 0
 
-    def _step_of(self, i: int, traffic: dict[str, Traffic]) -> Step:
+    def bind(self, number: int) -> list[Step]:
+        """The steps of a block, made when it is first reached.
+
+        Raises:
+            PtxError: an instruction that is not known, or with operands that do not fit it.
+        """
+        steps = self._steps[number]
+        if steps is None:
+            block = self.program.blocks[number]
+            steps = [self._step_of(i) for i in range(block.first, block.last)]
+            self._steps[number] = steps
+        return steps
+
+    def _step_of(self, i: int) -> Step:
         instruction = self.program.entry.instructions[i]
         if ending_of(instruction) != "fall":
             return _nothing
-        step = _bind(self.frame, instruction, traffic)
+        step = _bind(self.frame, instruction, self._traffic)
         return self._assigned.wrap(instruction, step, self.program.doubtful.get(i, ()))
 
     def run(self) -> None:
@@ -161,15 +175,14 @@ class Scheduler:
         self.executed[number] += count
         code = self.program.entry.instructions
         body = block.last - (block.ending != "fall")
-        for i in range(block.first, body):
-            instruction = code[i]
+        for instruction, step in zip(code[block.first : body], self.bind(number), strict=False):
             if instruction.guard is None:
-                self._steps[i](mask)
+                step(mask)
             else:
                 some = self._guarded(instruction, mask)
                 hits = int(np.count_nonzero(some))
                 if hits:
-                    self._steps[i](None if hits == self.frame.lanes else some)
+                    step(None if hits == self.frame.lanes else some)
         return self._leave(block, number, mask)
 
     def _guarded(self, instruction: Instruction, mask: Bools | None) -> Bools:

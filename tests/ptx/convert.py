@@ -33,7 +33,7 @@ class SmallFloat:
         """fp32 to codes, half to even; what is larger than the largest takes it, NaN is 0x7F."""
         exact = np.abs(np.asarray(values, np.float64))
         _, exponent = np.frexp(exact)
-        quantum = np.maximum(exponent - 1, self.lowest) - self.mantissa
+        quantum = np.where(exact == 0, self.lowest, np.maximum(exponent - 1, self.lowest)) - self.mantissa
         steps = np.rint(np.ldexp(np.where(np.isfinite(exact), exact, 0.0), -quantum)).astype(np.int64)
         # Steps count from zero within a binade: a carry out of the mantissa becomes the next exponent by itself.
         code = steps + ((quantum + self.mantissa - self.lowest) << self.mantissa)

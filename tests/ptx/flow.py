@@ -11,7 +11,16 @@ from tests.ptx.lanes import is_collective
 from tests.ptx.operands import Pair, Register, Symbol, Vector
 from tests.ptx.parse import Entry, Instruction, registers_in
 
-__all__ = ["Block", "Ending", "blocks_of", "destinations", "doubtful_reads", "ending_of", "sources"]
+__all__ = [
+    "Block",
+    "Ending",
+    "blocks_of",
+    "destinations",
+    "doubtful_reads",
+    "ending_of",
+    "live_after",
+    "sources",
+]
 
 Ending = Literal["fall", "branch", "exit", "barrier"]
 _WITHOUT_RESULT = {
@@ -155,3 +164,30 @@ def doubtful_reads(entry: Entry, blocks: tuple[Block, ...]) -> Mapping[int, tupl
                 for name in destinations(instruction):
                     known |= bit[name]
     return found
+
+
+def _before(entry: Entry, first: int, last: int, live: set[str]) -> set[str]:
+    """Registers that are read later, seen from in front of instructions ``first`` to ``last``."""
+    live = set(live)
+    for instruction in reversed(entry.instructions[first:last]):
+        if instruction.guard is None:
+            live -= set(destinations(instruction))
+        live |= set(sources(instruction))
+    return live
+
+
+def live_after(entry: Entry, blocks: tuple[Block, ...], index: int) -> set[str]:
+    """Registers that some path reads after instruction ``index`` without writing them first."""
+    at_start: list[set[str]] = [set() for _ in blocks]
+    changed = True
+    while changed:
+        changed = False
+        for number in reversed(range(len(blocks))):
+            block = blocks[number]
+            ends = set().union(*(at_start[after] for after in successors(blocks, entry, number)))
+            now = _before(entry, block.first, block.last, ends)
+            changed |= now != at_start[number]
+            at_start[number] = now
+    number = next(i for i, block in enumerate(blocks) if block.first <= index < block.last)
+    ends = set().union(*(at_start[after] for after in successors(blocks, entry, number)))
+    return _before(entry, index + 1, blocks[number].last, ends)

@@ -147,7 +147,8 @@ class Frame:
         if kind == "pred":
             return np.bool_(operand.value != 0)
         width = types.bits(kind)
-        if operand.float_bits not in (0, width) or (kind[0] == "f" and not operand.float_bits):
+        fits = kind[0] == "b" or (operand.float_bits != 0) == (kind[0] == "f")
+        if operand.float_bits not in (0, width) or not fits:
             raise instruction.error(Reason.SYNTAX, f"a constant that is no .{kind}")
         if not -(1 << width) < operand.value < 1 << width:
             raise instruction.error(Reason.SYNTAX, f"a constant that does not fit .{kind}")

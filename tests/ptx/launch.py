@@ -88,14 +88,20 @@ def _extent(size: Extent) -> tuple[int, int, int]:
 
 
 class Kernel:
-    """An entry that can be launched.
+    """An entry that can be launched. Of a text every instruction is looked at, of an ``Entry`` those that are reached.
 
     Raises:
-        PtxError: SYNTAX, for text that is not understood.
+        PtxError: SYNTAX or UNSUPPORTED, for text that is not understood.
     """
 
     def __init__(self, ptx: str | Entry, entry: str | None = None) -> None:
         self.program = compile_entry(parse(ptx, entry) if isinstance(ptx, str) else ptx)
+        if isinstance(ptx, str):
+            one = Geometry(grid=(1, 1, 1), block=(WARP, 1, 1))
+            nothing = bytes(sum(parameter.offset + parameter.nbytes for parameter in self.entry.parameters))
+            scheduler = Scheduler(self.program, Frame(self.entry, Memory(), nothing, one, 0, 1), {}, 0)
+            for number in range(len(self.program.blocks)):
+                scheduler.bind(number)
 
     @property
     def entry(self) -> Entry:

@@ -26,7 +26,7 @@ _PARAMETER = re.compile(
 _INSTRUCTION = re.compile(
     r"(?:@(?P<not>!?)(?P<guard>[%\w$]+)\s+)?(?P<mnemonic>[a-z][\w.:]*)\s*(?P<rest>.*)", re.DOTALL
 )
-_MODULE_LINES = (".version", ".target", ".address_size", ".file", ".loc")
+_LINES = {".version", ".target", ".address_size", ".file", ".loc", ".pragma"}  # that change no result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +95,10 @@ def _clean(text: str) -> str:
     lines = [line.split("//")[0] for line in text.split("\n")]
     kept = []
     for line in lines:
-        start = line.strip()
-        if start.startswith(".section"):
+        first = line.split(maxsplit=1)[:1]
+        if first == [".section"]:
             break
-        kept.append("" if start.startswith((*_MODULE_LINES, ".pragma")) else line)
+        kept.append("" if first and first[0] in _LINES else line)
     return "\n".join(kept)
 
 

@@ -129,7 +129,7 @@ __device__ __forceinline__ void decode(const uint8_t* payloads, float* out, int 
 template <int kBlock, int kK, int kBits>
 __device__ __forceinline__ void reencode(const uint8_t* payloads, const float* e_in, float* e_out,
                                          uint8_t* payload, int count, long long stride, long long numel,
-                                         long long records_at, float decay) {
+                                         long long records_at, float weight, float decay) {
   using Codec = TopK<float, float, kBlock, kK, kBits>;
   __shared__ typename Codec::Shared shared[kWarps];
   __shared__ float4 sums[kWarps][kBlock / 4];
@@ -143,7 +143,7 @@ __device__ __forceinline__ void reencode(const uint8_t* payloads, const float* e
     for (int j = 0; j < kBlock / 128; ++j) sum[j * 32 + lane] = make_float4(fill, fill, fill, fill);
     __syncwarp();
     add_block<kBlock, kK, kBits>(reinterpret_cast<float*>(sum), payloads, count, stride, block, records_at,
-                                 1.0f, lane);
+                                 weight, lane);
     Codec codec;
     share = codec.encode(reinterpret_cast<const float*>(sum), e_in == nullptr ? nullptr : e_in + begin,
                          e_out == nullptr ? nullptr : e_out + begin, payload, block,
@@ -190,6 +190,6 @@ DECODE(topk_decode, true)
 
 extern "C" __global__ void __launch_bounds__(32 * kWarps)
     topk_reencode(const uint8_t* payloads, const float* e_in, float* e_out, uint8_t* payload, int count,
-                  long long stride, long long numel, long long records_at, float decay) {
-  reencode<1024, 10, 6>(payloads, e_in, e_out, payload, count, stride, numel, records_at, decay);
+                  long long stride, long long numel, long long records_at, float weight, float decay) {
+  reencode<1024, 10, 6>(payloads, e_in, e_out, payload, count, stride, numel, records_at, weight, decay);
 }

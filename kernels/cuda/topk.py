@@ -74,7 +74,7 @@ def _reencode() -> DeviceKernel:
         pointers(payloads="u8", e_in="fp32", e_out="fp32", payload="u8")
         + scalars(count="i32", stride="i64")
         + NUMEL
-        + scalars(records_at="i64", decay="fp32"),
+        + scalars(records_at="i64", weight="fp32", decay="fp32"),
         Budget(nbytes=SLACK * (8 + 2 * _PAYLOAD), instructions=34, cold=80, registers=80),
     )
 

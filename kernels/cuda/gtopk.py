@@ -30,6 +30,7 @@ _RECORDS = _THREADS * SPEC.block // SPEC.topk.layout[1]  # elements that a progr
 _COUNTS = 3_000_000  # elements whose counts fill at most the 4096 bytes that a program of ones and add reads
 _SHARE = SPEC.topk.layout[1] / SPEC.block
 _PAYLOAD = SPEC.nbytes(1 << 20) / (1 << 20)
+_EACH = _THREADS / _TILE  # bytes per element for one that every thread of a program reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,21 +91,21 @@ KERNELS: tuple[DeviceKernel, ...] = (
         "count",
         pointers(acc="fp32", found="i64", counts="i64") + NUMEL,
         _TILE,
-        Budget(nbytes=SLACK * 4, instructions=12, registers=64),
+        Budget(nbytes=SLACK * 4 + 8 * _EACH, instructions=12, registers=64),
     ),
     _kernel("scan", pointers(counts="i64") + scalars(tiles="i32"), _ANY, _ONE),
     _kernel(
         "collect",
         pointers(acc="fp32", found="i64", counts="i64", values="fp32", indices="i32") + NUMEL,
         _TILE,
-        Budget(nbytes=SLACK * (8 + 8 * _SHARE), instructions=45, registers=64),
+        Budget(nbytes=SLACK * (8 + 8 * _SHARE) + 24 * _EACH, instructions=45, registers=64),
     ),
     _kernel(
         "pack",
         pointers(values="fp32", indices="i32", e_out="fp32", payload="u8")
         + scalars(kept="i64", records_at="i64", counts_at="i64"),
         _RECORDS,
-        Budget(nbytes=SLACK * (12 * _SHARE + _PAYLOAD), instructions=4, registers=48),
+        Budget(nbytes=SLACK * (20 * _SHARE + 2 * _PAYLOAD), instructions=4, registers=48),
     ),
     _kernel(
         "withdraw",

@@ -75,7 +75,7 @@ def _reencode() -> DeviceKernel:
         + scalars(count="i32", stride="i64")
         + NUMEL
         + scalars(records_at="i64", weight="fp32", decay="fp32"),
-        Budget(nbytes=SLACK * (8 + 2 * _PAYLOAD), instructions=34, cold=80, registers=80),
+        Budget(nbytes=SLACK * (8 + 2 * _PAYLOAD), instructions=40, cold=80, registers=80),
     )
 
 

@@ -131,7 +131,7 @@ def within(device: Device, numel: int, *, cold: bool = False) -> None:
 
 
 def test_budgets_hold(device: Device) -> None:
-    numel = 16 * 4096
+    numel = 4 * 4096
     for grad, rest in TYPES:
         device.grad, device.rest = grad, rest
         encoded(device, case_of("normal", numel))

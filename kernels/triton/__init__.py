@@ -22,6 +22,7 @@ MODULES = MappingProxyType(
         Codec.INT8: "quant",
         Codec.INT4: "quant",
         Codec.SIGN1: "sign1",
+        Codec.GTOP1: "gtop1",
     }
 )
 """The module that has a codec's kernels: ``encode`` and ``decode_add``, most also ``reencode``."""

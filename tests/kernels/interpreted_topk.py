@@ -13,22 +13,14 @@ from hypothesis import strategies as st
 from hybridcomm.kernels import PayloadFormatError, Status, TopKSpec, reference
 from hybridcomm.kernels.triton import topk
 from tests.kernels import cases, mutants
-from tests.kernels.cases import DIGEST, Bytes, Case, Floats
+from tests.kernels.cases import DIGEST, Case
+from tests.kernels.triton_sparse import encoder, matches_decoding, matches_reencoding
 
 SMALL = [spec for spec in cases.SPECS if spec.block <= 64]
 FEW = (TopKSpec(block=16, k=1), TopKSpec(block=32, k=12, value_bits=4))
 
 
-def encode(
-    spec: TopKSpec, grad: Floats, e_in: Floats | None, e_out: Floats | None, payload: Bytes, digest: int
-) -> int:
-    """The Triton encoder behind the oracle's interface."""
-    bytes_ = torch.zeros(payload.size, dtype=torch.uint8) + 0xA5
-    source = None if e_in is None else torch.from_numpy(e_in)
-    rest = None if e_out is None else source if e_out is e_in else torch.from_numpy(e_out)
-    topk.encode(spec, torch.from_numpy(grad), source, rest, bytes_, digest)
-    payload[:] = bytes_.numpy()
-    return int(payload[40])
+encode = encoder(topk)
 
 
 def test_the_interpreter_runs() -> None:
@@ -51,19 +43,25 @@ def test_encode_equals_the_oracle(case: Case, in_place: bool) -> None:
     assert cases.run(case, encode, in_place=in_place) == cases.run(case, reference.encode)
 
 
-@settings(deadline=None, max_examples=30)
+@pytest.mark.parametrize("grad", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("rest", ["fp32", "bf16"])
+def test_types_and_decay_equal_the_oracle(grad: str, rest: str) -> None:
+    for kind in ("normal", "heavy", "negative zero", "huge", "denormal"):
+        case = Case(spec=FEW[1], kind=kind, numel=48, seed=3)
+        assert cases.run(case, encoder(topk, grad, rest, 0.9)) == cases.run(
+            case, encoder(reference, grad, rest, 0.9)
+        ), kind
+
+
+@settings(deadline=None, max_examples=20)
 @given(data=st.data(), first=cases.cases(blocks=2))
 def test_decode_equals_the_oracle(data: st.DataObject, first: Case) -> None:
-    kinds = data.draw(st.lists(st.sampled_from(cases.KINDS), max_size=2))
-    weight = data.draw(st.sampled_from([1.0, 0.25, float(np.float32(1 / 3)), -1.0]))
-    others = [Case(spec=first.spec, kind=kind, numel=first.numel, seed=i) for i, kind in enumerate(kinds)]
-    payloads = np.stack([cases.encoded(case)[1] for case in [first, *others]])
-    want = cases.values("normal", first.numel, 99)[0]
-    want[::3] = -0.0
-    got = torch.from_numpy(want.copy())
-    reference.decode_add(first.spec, list(payloads), want, weight, DIGEST)
-    topk.decode_add(first.spec, torch.from_numpy(payloads), got, weight, DIGEST)
-    assert got.numpy().tobytes() == want.tobytes()
+    assert matches_decoding(topk, first, data)
+
+
+@pytest.mark.parametrize("kinds", [("normal", "heavy", "tied"), ("normal", "inf")], ids=["finite", "flagged"])
+def test_reencoding_is_decoding_and_encoding(kinds: tuple[str, ...]) -> None:
+    assert matches_reencoding(topk, TopKSpec(), 1024 + 48, kinds)
 
 
 def test_a_damaged_payload_is_refused() -> None:
@@ -88,6 +86,9 @@ def test_wrong_tensors_are_refused() -> None:
         topk.encode(spec, grad, grad[1:], None, payload)
     with pytest.raises(ValueError, match="alignment"):
         topk.encode(spec, grad, None, None, torch.zeros(payload.numel() + 1, dtype=torch.uint8)[1:])
+    signs = TopKSpec(sign=True)
+    with pytest.raises(ValueError, match="no device kernel for signs"):
+        topk.encode(signs, grad, None, None, torch.zeros(signs.nbytes(40), dtype=torch.uint8))
 
 
 # The host wrapper takes the header from the oracle, so a wrong header would be wrong on both sides.

@@ -17,53 +17,59 @@ from tests.ptx.conformance import Executable, executable
 __all__ = ["Device", "kernels_of"]
 
 FLAGS_FACTOR = 2 * 10 + 1
-_PAYLOAD = tuple(Argument(name=n, type=t) for n, t in (
-    ("payload", "*u8"), ("payload_i16", "*i16"), ("payload_i32", "*i32"), ("payload_i64", "*i64"),
-))  # fmt: skip
-_SIZES = (Argument(name="numel", type="i64", aligned=False), Argument(name="records_offset", type="i64"))
+_TYPES = {
+    "payload": "*u8",
+    "payloads": "*u8",
+    "numel": "i64",
+    "stride": "i64",
+    "checksum": "i64",
+    "weight": "fp32",
+}
+_ALIGNED = ("payload", "payloads", "grad", "e_in", "e_out", "out", "stride")
 
 
-def _floats(*names: str) -> tuple[Argument, ...]:
-    return tuple(Argument(name=name, type="*fp32") for name in names)
+def _arguments(names: str) -> tuple[Argument, ...]:
+    """Regions of any size, so of no promise."""
+    types = dict.fromkeys(("grad", "e_in", "e_out", "out"), "*fp32") | _TYPES | {"decay": "fp32"}
+    return tuple(
+        Argument(name=name, type=types.get(name, "i32"), aligned=name in _ALIGNED) for name in names.split()
+    )
 
 
 def kernels_of(spec: TopKSpec) -> dict[str, DeviceKernel]:
     """The three kernels of a spec, with residuals in and out."""
     block, k, bits = spec.layout
-    shape = (("BLOCK", block), ("K", k))
-    padded, has = ("KP", 1 << (k - 1).bit_length()), (("HAS_IN", 1), ("HAS_OUT", 1))
-    payloads = tuple(Argument(name=n, type=t) for n, t in (
-        ("payloads", "*u8"), ("payloads_i16", "*i16"), ("payloads_i32", "*i32"),
-    ))  # fmt: skip
+    warps = max(block // 1024, 1)
+    padded = max(32 * warps, 1 << (k - 1).bit_length())
+    shape = (("BLOCK", block), ("K", k), ("KP", padded), ("VALUE_BITS", bits))
+    has = (("HAS_IN", 1), ("HAS_OUT", 1))
 
-    def kernel(function: str, arguments: tuple[Argument, ...], *constants: tuple[str, int]) -> DeviceKernel:
+    def kernel(source: str, names: str, constants: tuple[tuple[str, int], ...]) -> DeviceKernel:
+        file, function = source.split(":")
         return DeviceKernel(
-            name=f"topk{function}",
-            source="triton/topk.py",
+            name=f"topk_{function}",
+            source=f"triton/{file}.py",
             function=function,
-            arguments=arguments,
-            constants=(*shape, *constants),
-            num_warps=4,
+            arguments=_arguments(names),
+            constants=constants,
+            num_warps=warps if file == "topk" else 4,
             elements=block,
             budget=Budget(nbytes=12.5, instructions=160, registers=64),
             codec=str(spec),
         )
 
-    checksum = Argument(name="checksum", type="i64", aligned=False)
-    more = (Argument(name="count", type="i32", aligned=False), Argument(name="stride", type="i64"))
-    encoded = (*_floats("grad", "e_in", "e_out"), *_PAYLOAD, *_SIZES)
-    withdrawn = (*_floats("e_in", "e_out"), *_PAYLOAD, *_SIZES, checksum)
-    decoded = (
-        *payloads,
-        *_floats("out"),
-        *more,
-        *_SIZES,
-        Argument(name="weight", type="fp32", aligned=False),
-    )
     return {
-        "encode": kernel("_encode", encoded, ("VALUE_BITS", bits), *has),
-        "withdraw": kernel("_withdraw", withdrawn, padded, *has),
-        "decode": kernel("_decode_add", decoded, padded, ("VALUE_BITS", bits)),
+        "encode": kernel(
+            "topk:encode_kernel",
+            "grad e_in e_out payload numel records_half decay",
+            (*shape, *has, ("DECAYED", 0)),
+        ),
+        "withdraw": kernel("withdraw:withdraw_kernel", "e_in e_out payload nwords numel checksum", has),
+        "decode": kernel(
+            "topk:decode_kernel",
+            "payloads out count stride numel records_half weight",
+            (*shape, ("CLEAR", 0)),
+        ),
     }
 
 
@@ -104,13 +110,13 @@ class Device:
             return 0
         memory, kernels = Memory(), kernels_of(spec)
         at = memory.place(start, name="payload")
-        views = {argument.name: at for argument in _PAYLOAD}
         residual, rest = memory.place(e_in, name="e_in"), memory.reserve(e_out.nbytes, name="e_out")
-        common = {"e_in": residual, "e_out": rest, **views, "numel": grad.size}
-        common["records_offset"] = spec.records_offset(grad.size)
-        self._run(kernels["encode"], memory, grad.size, grad=memory.place(grad, name="grad"), **common)
+        common = {"e_in": residual, "e_out": rest, "payload": at, "numel": grad.size}
+        half, given = spec.records_offset(grad.size) // 2, memory.place(grad, name="grad")
+        self._run(kernels["encode"], memory, grad.size, grad=given, records_half=half, decay=1.0, **common)
         flagged = (clean + FLAG_NONFINITE * FLAGS_FACTOR) & ((1 << 64) - 1)
-        self._run(kernels["withdraw"], memory, grad.size, checksum=flagged, **common)
+        nwords = (payload.size - HEADER_NBYTES) // 4
+        self._run(kernels["withdraw"], memory, grad.size, nwords=nwords, checksum=flagged, **common)
         payload[:] = memory.read(at)
         e_out[:] = memory.read(rest, np.float32)
         return int(payload[40])
@@ -128,7 +134,7 @@ class Device:
         target = memory.place(out, name="out")
         self._run(
             kernels_of(spec)["decode"], memory, out.size,
-            payloads=at, payloads_i16=at, payloads_i32=at, out=target, count=len(payloads),
-            stride=payloads[0].size, numel=out.size, records_offset=spec.records_offset(out.size), weight=weight,
+            payloads=at, out=target, count=len(payloads), stride=payloads[0].size, numel=out.size,
+            records_half=spec.records_offset(out.size) // 2, weight=weight,
         )  # fmt: skip
         out[:] = memory.read(target, np.float32)

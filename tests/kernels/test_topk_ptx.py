@@ -52,10 +52,10 @@ def test_every_byte_is_moved_once(device: Device, record_property: pytest.Record
     record_property("figures", str(figures))
     print(f"encode, sm_{device.arch}: {figures}")
     payload = case.spec.nbytes(case.numel)
-    # Gradient and residual are read, the residual written; one flag and two 8-byte atomics per block besides.
-    atomics = (2 * 8 + 4 * 128) * 64
-    assert (
-        12 * case.numel + payload // 2 <= figures.nbytes * case.numel <= 12 * case.numel + payload + atomics
-    )
-    assert device.launches[0].loaded.widths == {4: 2 * case.numel}
+    # Gradient and residual are read, the residual written; the kept and their indices once more; one flag and two
+    # 8-byte atomics per block besides.
+    kept = SPEC.layout[1] * SPEC.nblocks(case.numel)
+    more = 12 * kept + (2 * 8 + 4 * 128) * 64
+    assert 12 * case.numel + payload // 2 <= figures.nbytes * case.numel <= 12 * case.numel + payload + more
+    assert device.launches[0].loaded.widths == {4: 2 * case.numel + kept, 2: kept}
     assert np.isfinite(figures.instructions)

@@ -21,12 +21,21 @@ def test_kernels_do_not_load_triton_unasked() -> None:
 
 
 @pytest.mark.timeout(400)
-def test_triton_equals_the_oracle() -> None:
+@pytest.mark.parametrize("kernels", ["topk", "gtop1"])
+def test_triton_equals_the_oracle(kernels: str) -> None:
     pytest.importorskip("triton", reason="triton is not installed: its kernels are not tested here")
     pytest.importorskip("torch", reason="torch is not installed: the Triton kernels are not tested here")
     root = HERE.parents[1]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_topk.py")],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            str(HERE / f"interpreted_{kernels}.py"),
+        ],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         cwd=root,
         capture_output=True,

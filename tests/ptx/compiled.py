@@ -8,7 +8,8 @@ import json
 import os
 import shutil
 import subprocess
-from dataclasses import asdict, dataclass
+import tempfile
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,21 +94,18 @@ def _cuda(kernel: DeviceKernel, arch: int) -> Compiled:
         raise CompilerMissingError(f"{kernel.name}: nvcc is not installed")
     source = ROOT / "kernels" / kernel.source
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    key = json.dumps([asdict(kernel), arch, version, source.read_text()])
-    if found := _cached(key):
-        return found
-    command = [
-        nvcc,
-        "--ptx",
-        f"--gpu-architecture=compute_{arch}",
-        "--fmad=false",
-        "-o",
-        "/dev/stdout",
-        str(source),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    compiled = Compiled(ptx=result.stdout, entry=kernel.function, shared=0, threads=32 * kernel.num_warps)
-    return _keep(key, compiled)
+    texts = [
+        path.read_text() for path in sorted(source.parent.glob("*.cu*"))
+    ]  # what it includes is among them
+    key = json.dumps([kernel.source, arch, version, texts])  # one compilation for all kernels of a file
+    command = [nvcc, "--ptx", f"--gpu-architecture=compute_{arch}", "--fmad=false", "--std=c++17"]
+    compiled = _cached(key)
+    if compiled is None:
+        with tempfile.TemporaryDirectory() as folder:  # nvcc does not come back from writing to a pipe
+            out = Path(folder) / "kernels.ptx"
+            subprocess.run([*command, "-o", str(out), str(source)], capture_output=True, check=True)
+            compiled = _keep(key, Compiled(ptx=out.read_text(), entry="", shared=0, threads=0))
+    return replace(compiled, entry=kernel.function, threads=32 * kernel.num_warps)
 
 
 def compile_kernel(kernel: DeviceKernel, arch: int) -> Compiled:

@@ -142,10 +142,10 @@ class Frame:
             return value.astype(types.dtype(kind))
         if isinstance(operand, Symbol):
             return types.dtype(kind).type(self._symbol(instruction, operand.name))
+        if isinstance(operand, Immediate) and kind == "pred":
+            return np.bool_(operand.value != 0)
         if not isinstance(operand, Immediate) or types.packed(kind)[1] > 1:
             raise instruction.error(Reason.SYNTAX, f"an operand that cannot be .{kind}")
-        if kind == "pred":
-            return np.bool_(operand.value != 0)
         width = types.bits(kind)
         fits = kind[0] == "b" or (operand.float_bits != 0) == (kind[0] == "f")
         if operand.float_bits not in (0, width) or not fits:

@@ -1,0 +1,91 @@
+"""gtop1's Triton kernels against the oracle, byte for byte; run by test_topk_triton.py under TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybridcomm.kernels import reference
+from hybridcomm.kernels.oracles import gtop1 as oracle
+from hybridcomm.kernels.specs.gtop1 import GTop1Spec
+from hybridcomm.kernels.triton import gtop1
+from tests.kernels import cases, sparse_cases
+from tests.kernels.cases import Case
+from tests.kernels.triton_sparse import encoder, matches_decoding, matches_reencoding
+
+SPECS = tuple(sparse_cases.SPECS[text] for text in sparse_cases.TEXTS if text.startswith("gtop1"))
+SMALL = GTop1Spec(rows=2, k=16)
+encode = encoder(gtop1)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_encode_equals_the_oracle_at_the_edges(spec: GTop1Spec) -> None:
+    sizes = (spec.block + 1, spec.block - 1, 17, 15, 2 * spec.block, 0)
+    step = 1 if spec.block < 3200 else 3  # a program of the largest blocks takes long
+    for i, kind in enumerate(cases.KINDS[::step]):
+        case = Case(spec=spec, kind=kind, numel=sizes[i % 6], seed=7, memoryless=i % 3 == 0)
+        assert not cases.differs(case, encode), case
+
+
+@settings(deadline=None, max_examples=12)
+@given(case=cases.cases(blocks=2, of=st.sampled_from(SPECS)), in_place=st.booleans())
+def test_encode_equals_the_oracle(case: Case, in_place: bool) -> None:
+    assert cases.run(case, encode, in_place=in_place) == cases.run(case, reference.encode)
+
+
+@pytest.mark.parametrize("grad", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("rest", ["fp32", "bf16"])
+def test_types_and_decay_equal_the_oracle(grad: str, rest: str) -> None:
+    for kind in ("normal", "heavy", "negative zero", "huge", "denormal"):
+        case = Case(spec=SMALL, kind=kind, numel=48, seed=3)
+        assert cases.run(case, encoder(gtop1, grad, rest, 0.9)) == cases.run(
+            case, encoder(reference, grad, rest, 0.9)
+        ), kind
+
+
+@settings(deadline=None, max_examples=8)
+@given(data=st.data(), first=cases.cases(blocks=2, of=st.sampled_from(SPECS)))
+def test_decode_equals_the_oracle(data: st.DataObject, first: Case) -> None:
+    assert matches_decoding(gtop1, first, data)
+
+
+@pytest.mark.parametrize("kinds", [("normal", "heavy", "tied"), ("normal", "inf")], ids=["finite", "flagged"])
+def test_reencoding_is_decoding_and_encoding(kinds: tuple[str, ...]) -> None:
+    assert matches_reencoding(gtop1, SPECS[0], 3200 + 48, kinds)
+
+
+def test_wrong_tensors_are_refused() -> None:
+    grad = torch.zeros(48)
+    payload = torch.zeros(SMALL.nbytes(48), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="float32 or bfloat16 or float16"):
+        gtop1.encode(SMALL, grad.double(), None, None, payload)
+    with pytest.raises(ValueError, match="nbytes"):
+        gtop1.encode(SMALL, grad, None, None, payload[:-16])
+    with pytest.raises(ValueError, match="one type"):
+        gtop1.encode(SMALL, grad, grad, grad.bfloat16(), payload)
+    with pytest.raises(ValueError, match="float32 wanted"):
+        gtop1.reencode(SMALL, payload[None], 48, None, grad.bfloat16(), payload, check=False)
+
+
+def _ties_to_the_highest_row(acc: cases.Floats) -> oracle.Ints:
+    row: oracle.Ints = acc.shape[1] - 1 - oracle.keys(acc)[:, ::-1].argmax(axis=1)
+    return row
+
+
+def _signed_comparison(acc: cases.Floats) -> oracle.Ints:
+    row: oracle.Ints = acc.argmax(axis=1)
+    return row
+
+
+def _next_column(acc: cases.Floats) -> oracle.Ints:
+    row: oracle.Ints = oracle.keys(acc).argmax(axis=1)
+    row[:, 1:] = row[:, :-1].copy()
+    return row
+
+
+@pytest.mark.parametrize("mutant", [_ties_to_the_highest_row, _signed_comparison, _next_column])
+def test_a_planted_bug_is_caught(mutant: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oracle, "select", mutant)
+    assert any(cases.differs(case, encode) for case in cases.corpus(SMALL))

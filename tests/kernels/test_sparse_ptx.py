@@ -1,0 +1,160 @@
+"""The kernels in CUDA C++, executed from their PTX for each architecture, against the oracle, byte for byte."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hybridcomm.kernels import SpecError, reference
+from hybridcomm.kernels.cuda import gtopk, topk
+from tests.kernels import cases, mutants
+from tests.kernels.cases import DIGEST, Case, Floats
+from tests.kernels.ptx_sparse import KERNELS, Device, inputs, narrowed, widened
+from tests.ptx.compiled import CompilerMissingError
+from tests.ptx.conformance import Figures
+
+ARCHS = (80, 90, 100)
+KINDS = (*cases.KINDS, "few lanes", "few lanes tied")
+TYPES = (
+    ("fp32", "fp32"),
+    ("bf16", "fp32"),
+    ("fp16", "bf16"),
+    ("fp32", "bf16"),
+    ("bf16", "bf16"),
+    ("fp16", "fp32"),
+)
+SIZES = (4096 + 16, 1024, 16, 2048 + 512)
+
+
+@pytest.fixture(params=ARCHS, ids=lambda arch: f"sm_{arch}")
+def device(request: pytest.FixtureRequest) -> Device:
+    made = Device(arch=request.param)
+    try:
+        encoded(made, case_of("zero", 16))
+    except CompilerMissingError as missing:
+        pytest.skip(str(missing))
+    return made
+
+
+def case_of(kind: str, numel: int, spec: Any = topk.SPEC, *, seed: int = 7, memoryless: bool = False) -> Case:
+    return Case(spec=spec, kind=kind, numel=numel, seed=seed, memoryless=memoryless)
+
+
+def encoded(device: Device, case: Case) -> tuple[int, bytes, bytes]:
+    grad, e_in = inputs(case)
+    payload, e_out = np.zeros(case.spec.nbytes(case.numel), np.uint8), np.zeros(case.numel, np.float32)
+    flags = device.encode(case.spec, grad, None if case.memoryless else e_in, e_out, payload)
+    return flags, payload.tobytes(), e_out.tobytes()
+
+
+def wanted(device: Device, case: Case) -> tuple[int, bytes, bytes]:
+    """The oracle on widened inputs; its residual rounded half to even."""
+    grad, e_in = inputs(case)
+    grad, e_in = (
+        widened(narrowed(grad, device.grad), device.grad),
+        widened(narrowed(e_in, device.rest), device.rest),
+    )
+    payload, e_out = np.zeros(case.spec.nbytes(case.numel), np.uint8), np.zeros(case.numel, np.float32)
+    given = None if case.memoryless else e_in
+    flags = reference.encode(case.spec, grad, given, e_out, payload, DIGEST, decay=device.decay)
+    return flags, payload.tobytes(), widened(narrowed(e_out, device.rest), device.rest).tobytes()
+
+
+def corpus(spec: Any) -> Iterator[Case]:
+    for i, kind in enumerate(KINDS):
+        yield case_of(kind, SIZES[i % 4], spec, memoryless=i % 4 == 3)
+
+
+def test_topk_equals_the_oracle(device: Device) -> None:
+    for i, case in enumerate(corpus(topk.SPEC)):
+        device.grad, device.rest = TYPES[i % len(TYPES)]
+        device.decay = (1.0, 0.9)[i % 2]
+        assert encoded(device, case) == wanted(device, case), (case, device)
+
+
+def test_gtopk_equals_the_oracle(device: Device) -> None:
+    for i, case in enumerate(corpus(gtopk.SPEC)):
+        device.grad, device.decay = ("fp32", "bf16", "fp16")[i % 3], (1.0, 0.9)[i % 2]
+        assert encoded(device, case) == wanted(device, case), (case, device)
+
+
+def payloads_of(spec: Any, numel: int, *kinds: str) -> list[Any]:
+    return [cases.encoded(case_of(kind, numel, spec, seed=i))[1] for i, kind in enumerate(kinds)]
+
+
+def old(numel: int) -> Floats:
+    values = cases.values("normal", numel, 99)[0]
+    values[::3] = -0.0
+    return values
+
+
+@pytest.mark.parametrize("spec", [topk.SPEC, gtopk.SPEC], ids=str)
+def test_decoding_equals_the_oracle(device: Device, spec: Any) -> None:
+    for numel, weight, kinds in (
+        (2 * 1024, 0.25, ("normal", "heavy", "spike", "negative zero")),
+        (1024 + 16, -1.0, ("tied", "denormal")),
+        (16, 1.0, ("normal", "nan")),
+    ):
+        payloads = payloads_of(spec, numel, *kinds)
+        for clear in (False, True) if spec == topk.SPEC else (False,):
+            got, want = old(numel), np.zeros(numel, np.float32) if clear else old(numel)
+            reference.decode_add(spec, payloads, want, weight, DIGEST)
+            device.decode_add(spec, payloads, got, weight, clear=clear)
+            assert got.tobytes() == want.tobytes(), (numel, weight, clear)
+
+
+@pytest.mark.parametrize("kinds", [("normal", "heavy", "tied"), ("normal", "inf")], ids=["finite", "flagged"])
+def test_reencoding_is_decoding_and_encoding(device: Device, kinds: tuple[str, ...]) -> None:
+    numel, device.decay = 1024 + 512, 0.9
+    payloads, e_in = payloads_of(topk.SPEC, numel, *kinds), inputs(case_of("normal", numel))[1]
+    want, got = (np.zeros(topk.SPEC.nbytes(numel), np.uint8) for _ in range(2))
+    want_rest, got_rest, total = (np.zeros(numel, np.float32) for _ in range(3))
+    reference.decode_add(topk.SPEC, payloads, total, 0.25, DIGEST)
+    reference.encode(topk.SPEC, total, e_in, want_rest, want, DIGEST, decay=0.9)
+    device.reencode(payloads, e_in, got_rest, got)
+    assert got.tobytes() == want.tobytes()
+    assert got_rest.tobytes() == want_rest.tobytes()
+
+
+def within(device: Device, numel: int, *, cold: bool = False) -> None:
+    for name, launches in device.launches.items():
+        budget = KERNELS[name].budget
+        figures = Figures.of(numel, *launches)
+        print(f"{name}, sm_{device.arch}: {figures}")
+        # Every launch of a kernel that has several has the budget for itself.
+        assert figures.nbytes <= budget.nbytes * len(launches), name
+        most = budget.cold if cold and budget.cold is not None else budget.instructions
+        assert figures.instructions <= most * len(launches), name
+
+
+def test_budgets_hold(device: Device) -> None:
+    numel = 4 * 4096
+    for grad, rest in TYPES:
+        device.grad, device.rest = grad, rest
+        encoded(device, case_of("normal", numel))
+        within(device, numel)
+    device.grad, device.rest = "fp32", "fp32"
+    for kind in KINDS:
+        encoded(device, case_of(kind, 4096))
+        within(device, 4096, cold=True)
+    encoded(device, case_of("normal", numel, gtopk.SPEC))
+    within(device, numel)
+
+
+@pytest.mark.parametrize(
+    "mutant", sorted(set(mutants.MUTANTS) - {"numel off by one", "last element dropped"})
+)
+def test_a_planted_bug_is_caught(mutant: str) -> None:
+    """The host writes the header, so a wrong one would be wrong on both sides."""
+    device = Device(arch=90)
+    with mutants.planted(mutant):
+        assert any(encoded(device, case) != wanted(device, case) for case in corpus(topk.SPEC))
+
+
+def test_sizes_that_need_padding_are_refused() -> None:
+    for numel in (8, 1 << 32):
+        with pytest.raises(SpecError, match="pad to a multiple of 16"):
+            gtopk.encode_steps(numel, withdrawn=0)

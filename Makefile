@@ -14,6 +14,7 @@ ARGS ?=
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet -c $(VENV)/constraints.txt
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
+NVRTC := nvidia-cuda-nvrtc-cu12==12.9.86
 CPP := $(shell find hybridcomm kernels -name '*.cpp' -o -name '*.h')
 # The installed package's shape, as links: kernels/ is hybridcomm/kernels. Type checker and import linter read it.
 LAYOUT := build/layout
@@ -21,7 +22,7 @@ BENCH := build/bench
 
 export PATH := $(abspath $(VENV)/bin):$(PATH)
 
-.PHONY: help run test lint format bench fuzz verify install clean layout
+.PHONY: help run test lint format bench fuzz cubins verify install clean layout
 
 help:
 	@echo "make run      train on 4 ranks as 2 virtual nodes (ARGS=... passes options; ARGS=--help lists them)"
@@ -30,6 +31,7 @@ help:
 	@echo "make format   rewrite Python and C++ sources in the project's format"
 	@echo "make bench    in-host benchmarks; as root also those on the virtual cluster"
 	@echo "make fuzz     libFuzzer on every decoder and on what is read from the network, 60 s each (needs clang)"
+	@echo "make cubins   build the device kernels ahead of time into kernels/cubins/artefacts (no GPU needed), and docs/roofline.md"
 	@echo "make verify   the long run: tests, property tests, sanitizers, fuzzing, soak; writes docs/verify-report.md"
 	@echo "make install  only build and install into $(VENV)"
 	@echo "make clean    remove $(VENV), builds and caches"
@@ -72,6 +74,13 @@ bench: $(VENV)/engine.stamp
 
 fuzz: $(VENV)/engine.stamp
 	$(PY) -m tests.fuzz $(ARGS)
+
+# NVRTC is asked for here alone: neither the wheel nor the tests of what is built need it.
+cubins: $(VENV)/engine.stamp
+	$(PIP) --no-deps $(NVRTC)
+	$(PY) -m hybridcomm.kernels.cubins build $(ARGS)
+	$(PY) -m benchmarks.roofline
+	$(PY) -m hybridcomm.kernels.cubins gate
 
 verify: $(VENV)/engine.stamp
 	$(PY) -m tests.verify $(ARGS)

@@ -101,9 +101,37 @@ def test_the_wheel_holds_what_it_should(built: Built) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in held)
 
 
+def test_sdist_and_wheel_hold_the_cubins(built: Built, installed: Path, tmp_path: Path) -> None:
+    """Byte for byte, and they load without triton; what they were built with was not needed to build the wheel."""
+    folder = ROOT / "kernels" / "cubins" / "artefacts"
+    artefacts = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert "manifest.json" in artefacts
+    with zipfile.ZipFile(built.wheel) as archive:
+        for name, content in artefacts.items():
+            assert archive.read(f"hybridcomm/kernels/cubins/artefacts/{name}") == content
+    with tarfile.open(built.sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert {f"kernels/cubins/artefacts/{name}" for name in artefacts} <= held
+    code = (
+        "import sys; from hybridcomm.kernels import cubins\n"
+        "for name in cubins.names():\n"
+        "    assert cubins.find(name, 90).data[:4] == b'\\x7fELF'\n"
+        "assert 'triton' not in sys.modules\n"
+        "print(len(cubins.names()))"
+    )
+    result = run(installed, "-c", code, cwd=tmp_path, env=clean_environment())
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) == len(artefacts) - 1
+
+
 def test_the_wheel_holds_nothing_else(built: Built) -> None:
     allowed = (".py", ".pyi", ".so", "py.typed")
-    strange = [n for n in names(built) if ".dist-info/" not in n and not n.endswith(allowed)]
+    artefacts = "hybridcomm/kernels/cubins/artefacts/"
+    strange = [
+        n
+        for n in names(built)
+        if ".dist-info/" not in n and not n.endswith(allowed) and not n.startswith(artefacts)
+    ]
     assert strange == []
 
 

@@ -1,0 +1,179 @@
+"""What the device kernels' machine code lets one expect of them on three GPUs: ``python -m benchmarks.roofline``.
+
+Writes docs/roofline.md from the figures in the manifest of the cubins; ``--print`` only prints it. Nothing is measured:
+time per element is the longest of what memory, issue slots and each pipe need, as if all overlapped (Williams,
+Waterman, Patterson 2009, doi 10.1145/1498765.1498785).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.table import table
+from hybridcomm.kernels import spec
+from hybridcomm.kernels.cubins import gate
+from hybridcomm.kernels.cubins.gpu import GPUS, LATENCY, Gpu
+from hybridcomm.kernels.cubins.manifest import Build, Manifest
+from hybridcomm.kernels.device import DeviceKernel
+
+__all__ = ["Prediction", "page", "predict"]
+
+PAGE = Path(__file__).parents[1] / "docs" / "roofline.md"
+DRAM = 0.92  # of the bandwidth on the data sheet, for reads and writes mixed
+ISSUE = 0.90  # of the issue slots and of each pipe
+OVERHEAD = 1.02  # by which the byte budgets exceed what must be moved
+GOALS = {"gtop1": 0.85, "sign1": 0.85, "int8": 0.85, "topk": 0.75}
+
+_HEAD = """# Roofline: what to expect on a GPU
+
+**Every rate on this page is a *prediction*.** None was measured: no GPU was at hand. `python -m benchmarks.roofline`
+computes it from the machine code in `kernels/cubins/artefacts/` and writes this page; a test compares the two.
+
+## Assumptions
+"""
+
+_METHOD = f"""
+- **Memory**: the kernel's byte budget per element, {OVERHEAD} times what must move, at {DRAM:.0%} of the data sheet's
+  bandwidth (an assumption; copies reach about that), less where the resident blocks have fewer bytes of loads under way
+  than bandwidth x {LATENCY * 1e9:.0f} ns of loaded latency (Little's law).
+- **Instructions**: SASS of the cubin, static, per element, for code without loops; where there are loops, the kernel's
+  budget of executed instructions (warm; the bound that its tests hold it to), in the mix of the static code. Code for
+  the edge of a shard is counted as if it always ran.
+- **Pipes**: results per clock and SM as in the CUDA C++ Programming Guide, "Arithmetic Instructions"; for 10.0 as for
+  9.0. {ISSUE:.0%} of the issue slots and of each pipe are used at best. *alu*: 32-bit integers, logic, comparisons,
+  minima; *fp32*: additions and multiplications; *imad*: integer multiplications, and moves that the compiler makes of
+  them; *xu*: conversions, bit counts, reductions of a warp; *lsu*: memory, shuffles. Branches and the uniform path take
+  issue slots only.
+- **Time** per element is the longest of these: memory, issue, each pipe. They overlap fully. Left out: launch, the last
+  wave of blocks, bank conflicts, barriers, contention of atomics.
+- **Roof**: the data sheet's bandwidth over the bytes that must be moved. *Share* is the predicted rate over that roof.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """``rate``: elements/s; ``share``: of the roof; ``limit``: what sets the rate."""
+
+    rate: float
+    share: float
+    limit: str
+
+
+def _work(kernel: DeviceKernel, build: Build) -> dict[str, float]:
+    """Instructions of a thread per element, by pipe; ``issue`` is all of them."""
+    figures = build.figures
+    total = kernel.budget.instructions if figures.loops else figures.instructions
+    scale = total / figures.instructions
+    return {**{name: count * scale for name, count in figures.pipes.items()}, "issue": total}
+
+
+def predict(kernel: DeviceKernel, build: Build) -> Prediction:
+    """A streaming kernel on the GPU that stands for the architecture of ``build``."""
+    gpu = GPUS[build.arch]
+    loads = gate.under_way(kernel, build)
+    kept_busy = min(1.0, loads / gpu.in_flight) if loads else 1.0
+    seconds = {
+        "memory" if kept_busy == 1.0 else "latency": kernel.budget.nbytes / (gpu.bandwidth * DRAM * kept_busy)
+    }
+    for name, count in _work(kernel, build).items():
+        per_clock = gpu.issue if name == "issue" else gpu.rates[name]
+        seconds[name] = count / (per_clock * gpu.sms * gpu.clock * ISSUE)
+    limit = max(seconds, key=lambda name: seconds[name])
+    rate = 1 / seconds[limit]
+    roof = gpu.bandwidth / (kernel.budget.nbytes / OVERHEAD)
+    return Prediction(rate=rate, share=rate / roof, limit=limit)
+
+
+def goal(kernel: DeviceKernel) -> float | None:
+    """The share of the roof that a kernel's codec is to reach, if there is a goal for it."""
+    return GOALS.get(spec.name_of(kernel.codec)) if kernel.codec else None
+
+
+def _cards(gpus: list[Gpu]) -> str:
+    header = ["", *(gpu.name for gpu in gpus)]
+    rows: list[list[str]] = [
+        ["memory, GB/s", *(f"{gpu.bandwidth / 1e9:,.0f}" for gpu in gpus)],
+        ["SMs", *(str(gpu.sms) for gpu in gpus)],
+        ["clock, GHz", *(f"{gpu.clock / 1e9:g}" for gpu in gpus)],
+        ["issue slots, threads per clock and SM", *(str(gpu.issue) for gpu in gpus)],
+        *([f"{pipe}, likewise", *(str(gpu.rates[pipe]) for gpu in gpus)] for pipe in gpus[0].rates),
+        ["registers per SM", *(str(gpu.registers) for gpu in gpus)],
+        ["warps, blocks per SM", *(f"{gpu.warps}, {gpu.blocks}" for gpu in gpus)],
+        ["shared memory per SM, KiB", *(str(gpu.shared // 1024) for gpu in gpus)],
+        ["loads under way per SM to fill the memory, KB", *(f"{gpu.in_flight / 1e3:.1f}" for gpu in gpus)],
+    ]
+    return table(header, rows)
+
+
+def _rates(manifest: Manifest, gpu: Gpu) -> str:
+    rows = []
+    for entry in manifest.entries:
+        kernel = entry.kernel
+        for build in entry.builds:
+            if build.arch != gpu.arch or not gate.streamed(kernel, build):
+                continue
+            predicted, wanted = predict(kernel, build), goal(kernel)
+            met = (
+                "" if wanted is None else f"{wanted:.0%}: {'met' if predicted.share >= wanted else 'missed'}"
+            )
+            rows.append(
+                [
+                    kernel.name,
+                    f"{kernel.budget.nbytes:.2f}",
+                    f"{_work(kernel, build)['issue']:.1f}",
+                    f"{gate.resident(kernel, build).share:.0%}",
+                    f"{predicted.rate / 1e9:,.0f}",
+                    f"{predicted.share:.0%}",
+                    predicted.limit,
+                    met,
+                ]
+            )
+    header = [
+        "*prediction*",
+        "bytes",
+        "instructions",
+        "occupancy",
+        "Gelements/s",
+        "share of the roof",
+        "limit",
+        "goal",
+    ]
+    return table(header, rows)
+
+
+def _not_streaming(manifest: Manifest) -> str:
+    names = [e.kernel.name for e in manifest.entries if not gate.streamed(e.kernel, e.builds[0])]
+    if not names:
+        return ""
+    listed = "\n".join(f"- `{name}`" for name in names)
+    return f"\n## Not predicted\n\nThese touch no array as a whole, or normally nothing at all:\n\n{listed}\n"
+
+
+def page(manifest: Manifest) -> str:
+    """The page, in Markdown."""
+    gpus = list(GPUS.values())
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(manifest.toolchain.items()))
+    parts = [_HEAD, _cards(gpus), _METHOD]
+    parts += [f"## {gpu.name}\n\n{_rates(manifest, gpu)}\n" for gpu in gpus]
+    return "\n".join(parts) + _not_streaming(manifest) + f"\nBuilt with {versions}.\n"
+
+
+def main() -> int:
+    """Write the page, or print it."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__)
+    parser.add_argument("--print", action="store_true", help="to standard output, not into docs/roofline.md")
+    arguments = parser.parse_args()
+    text = page(Manifest.read())
+    if arguments.print:
+        print(text, end="")
+    else:
+        PAGE.write_text(text, encoding="utf-8")
+        print(f"wrote {PAGE.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,21 @@
+"""What can be wrong with device kernels built ahead of time."""
+
+from __future__ import annotations
+
+__all__ = ["ArchitectureError", "ArtefactError", "BuildError", "KernelError"]
+
+
+class KernelError(LookupError):
+    """No shipped kernel has this name."""
+
+
+class ArchitectureError(LookupError):
+    """No cubin of a kernel runs on this compute capability; its PTX or Triton's JIT does."""
+
+
+class ArtefactError(RuntimeError):
+    """An artefact is missing, damaged or of another format."""
+
+
+class BuildError(RuntimeError):
+    """A kernel cannot be built ahead of time."""

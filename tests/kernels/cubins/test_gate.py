@@ -13,6 +13,8 @@ from hybridcomm.kernels.cubins.manifest import Blob, Build, Stream
 from hybridcomm.kernels.device import DeviceKernel
 from tests.kernels.cubins.fakes import FIGURES, KERNEL
 
+pytestmark = pytest.mark.timeout(600)  # some compile, which takes a while on a busy machine
+
 RULES = ("wide", "spill", "contraction", "float atomic", "approximate", "registers", "instructions")
 _NOWHERE = Blob(offset=0, nbytes=0, sha256="")
 _BUILD = Build(

@@ -10,6 +10,7 @@ cache, so that residual is fp32.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -176,6 +177,45 @@ _SCALARS = {
 }
 
 
+def _kernel(
+    kind: str,
+    types: dict[str, str],
+    floats: float,
+    fixed: dict[str, int],
+    factor: float = 1.0,
+    *,
+    source: str,
+    name: str,
+    family: launch.Family,
+    spec: Any,
+    instructions: float,
+    cold: float | None,
+) -> DeviceKernel:
+    """``kind`` of a family; ``floats``: bytes that an element moves; ``factor``: of the budgets of instructions."""
+    constants = family.constants(spec)
+    warps = constants.pop("num_warps")
+    function = getattr(family, kind)
+    halves = HALVES * any(t in ("bf16", "fp16") for t in types.values())
+    names = [n for n in function.arg_names if n in types or n in _SCALARS]
+    marks = [types[n] for n in ("grad", "e_in") if n in types] if kind == "encode" else []
+    return DeviceKernel(
+        name="_".join([name, kind, *(["clear"] if fixed.get("CLEAR") else []), *marks]),
+        source=source,
+        function=f"{kind}_kernel",
+        arguments=tuple(Argument(name=n, type=f"*{types[n]}") if n in types else _SCALARS[n] for n in names),
+        constants=tuple((constants | fixed).items()),
+        num_warps=warps,
+        elements=spec.block,
+        budget=Budget(
+            nbytes=SLACK * floats,
+            instructions=factor * instructions + halves,
+            cold=None if cold is None else factor * cold + halves,
+            registers=255,
+        ),
+        codec=str(spec),
+    )
+
+
 def shipped(
     source: str,
     name: str,
@@ -189,45 +229,17 @@ def shipped(
 
     ``instructions`` and ``cold``: budgets per element where all is fp32. Encoders for all types, with feedback.
     """
-    constants = family.constants(spec)
-    warps = constants.pop("num_warps")
+    made = partial(
+        _kernel, source=source, name=name, family=family, spec=spec, instructions=instructions, cold=cold
+    )
     each = spec.nbytes(spec.block << 10) / (spec.block << 10)
-    touched = (
-        8 * spec.layout[1] / spec.block
-    )  # to add what one payload holds: 4 bytes read, 4 written, per record
-
-    def kernel(
-        kind: str, types: dict[str, str], floats: float, fixed: dict[str, int], factor: float = 1.0
-    ) -> DeviceKernel:
-        function = getattr(family, kind)
-        halves = HALVES * any(t in ("bf16", "fp16") for t in types.values())
-        names = [n for n in function.arg_names if n in types or n in _SCALARS]
-        marks = [types[n] for n in ("grad", "e_in") if n in types] if kind == "encode" else []
-        return DeviceKernel(
-            name="_".join([name, kind, *(["clear"] if fixed.get("CLEAR") else []), *marks]),
-            source=source,
-            function=f"{kind}_kernel",
-            arguments=tuple(
-                Argument(name=n, type=f"*{types[n]}") if n in types else _SCALARS[n] for n in names
-            ),
-            constants=tuple((constants | fixed).items()),
-            num_warps=warps,
-            elements=spec.block,
-            budget=Budget(
-                nbytes=SLACK * floats,
-                instructions=factor * instructions + halves,
-                cold=None if cold is None else factor * cold + halves,
-                registers=255,
-            ),
-            codec=str(spec),
-        )
-
+    touched = 8 * spec.layout[1] / spec.block  # a record that is added: 4 bytes read, 4 written
     feedback = {"HAS_IN": 1, "HAS_OUT": 1, "DECAYED": 0}
     summed = PAYLOADS * (each + touched)
     residual = {"e_in": "fp32", "e_out": "fp32", "payload": "u8"}
     return (
         *(
-            kernel(
+            made(
                 "encode",
                 {"grad": grad, "e_in": rest, "e_out": rest, "payload": "u8"},
                 _NBYTES[grad] + 2 * _NBYTES[rest] + each,
@@ -236,7 +248,7 @@ def shipped(
             for grad, rest in (("fp32", "fp32"), ("bf16", "fp32"), ("fp16", "fp32"), ("bf16", "bf16"))
         ),
         # The sum is written as zeros, and read, in e_out, before the new residual is written.
-        kernel("reencode", {"payloads": "u8", **residual}, 16 + each + summed, feedback, 2.0),
-        kernel("decode", {"payloads": "u8", "out": "fp32"}, summed, {"CLEAR": 0}),
-        kernel("decode", {"payloads": "u8", "out": "fp32"}, 4 + summed, {"CLEAR": 1}),
+        made("reencode", {"payloads": "u8", **residual}, 16 + each + summed, feedback, 2.0),
+        made("decode", {"payloads": "u8", "out": "fp32"}, summed, {"CLEAR": 0}),
+        made("decode", {"payloads": "u8", "out": "fp32"}, 4 + summed, {"CLEAR": 1}),
     )

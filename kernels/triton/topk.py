@@ -66,8 +66,8 @@ def _place(key, threshold, n, to, K: tl.constexpr):  # noqa: N803
     """Phase 4: the kept elements' indices to ``to`` and behind, ascending; ``n`` keys reach the threshold."""
     index = tl.arange(0, key.shape[0]).to(tl.int16)
     if n == K:
-        kept = (key >= threshold).to(tl.int32)
-        tl.store(to + tl.cumsum(kept, 0) - 1, index, mask=kept == 1)
+        reached = (key >= threshold).to(tl.int32)
+        tl.store(to + tl.cumsum(reached, 0) - 1, index, mask=reached == 1)
     else:
         above = (key > threshold).to(tl.int32)
         equal = (key == threshold).to(tl.int32)

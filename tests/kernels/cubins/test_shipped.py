@@ -70,7 +70,8 @@ def test_an_entry_is_what_its_images_say(name: str) -> None:
     for build in entry.builds:
         told, text = elf.read(find(name, build.arch).data), find_ptx(name, build.arch).data[:-1].decode()
         assert (told.symbol, told.threads, told.parameters) == (entry.symbol, entry.threads, layout)
-        assert (told.registers, told.shared, told.frame) == (build.registers, build.static_shared, 0)
+        kept = (build.registers, build.static_shared, build.figures.frame)
+        assert (told.registers, told.shared, told.frame) == kept
         read = ptx.read(text)
         assert (read.symbol, read.target, read.version) == (
             entry.symbol,

@@ -1,4 +1,4 @@
-"""Triton kernels against the oracle, byte for byte; run by test_topk_triton.py under TRITON_INTERPRET=1."""
+"""Triton kernels against the oracle, byte for byte; run by test_triton.py under TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 

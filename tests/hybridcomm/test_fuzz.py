@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hybridcomm.kernels.payload import Codec
-from tests import fuzz
+from tests import fuzz, verify
 from tests.fuzz import Result, Target
 from tests.fuzz_mutants import MUTANTS, Mutant
 from tests.native import ROOT
@@ -74,3 +74,8 @@ def test_the_command_line_knows_its_targets() -> None:
         [sys.executable, "-m", "tests.fuzz", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "--runs" in done.stdout
+
+
+def test_every_codec_is_fuzzed_in_one_step_of_the_long_run() -> None:
+    codecs = [codec for step in verify.DECODERS.values() for codec in step]
+    assert sorted(codecs) == sorted(c.name.lower() for c in Codec if c not in (Codec.NONE, Codec.CUSTOM))

@@ -6,7 +6,7 @@
     counters = Kernel(ptx).launch(memory, [grad, out, 4096], grid=4, block=128, shared=8192)
     memory.read(out, np.float32), counters.instructions, counters.loaded.nbytes
 
-``compiled.ptx_of(kernel, arch)`` compiles a ``DeviceKernel``; ``conformance`` runs one against its oracle;
+``conformance`` runs the shipped PTX of a ``DeviceKernel`` by its arguments' names;
 ``mutate`` plants bugs in one and says which were noticed.
 
 Raises ``PtxError`` (``reason``, PTX line, CTA, thread) for what the text says and this does not know, and for: access

@@ -1,13 +1,13 @@
-"""Running a ``DeviceKernel`` as its launcher would, on the CPU: arguments by name, figures per element."""
+"""Running a shipped kernel's PTX as its launcher would, on the CPU: arguments by name, figures per element."""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
 
+from hybridcomm.kernels.cubins import find_ptx
 from hybridcomm.kernels.device import DeviceKernel
 from tests.ptx import Counters, Kernel, Memory
-from tests.ptx.compiled import compile_kernel
 from tests.ptx.launch import LIMIT
 
 __all__ = ["Executable", "Figures", "executable"]
@@ -50,18 +50,14 @@ class Executable:
 
 @functools.cache
 def executable(kernel: DeviceKernel, arch: int) -> Executable:
-    """Compile and parse once per process.
-
-    Raises:
-        CompilerMissingError: neither cached nor to be had here.
-    """
-    compiled = compile_kernel(kernel, arch)
+    """The PTX that the cubin for ``arch`` was assembled from, so no compiler is needed; parsed once per process."""
+    image = find_ptx(kernel.name, arch)
     return Executable(
         kernel=kernel,
         arch=arch,
-        program=Kernel(compiled.ptx, compiled.entry),
-        shared=compiled.shared,
-        threads=compiled.threads,
+        program=Kernel(image.data.removesuffix(b"\0").decode(), image.symbol),
+        shared=image.dynamic_shared,
+        threads=image.threads,
     )
 
 

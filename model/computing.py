@@ -48,14 +48,14 @@ class Computing:
         return nullcontext() if self.autocast == "none" else torch.autocast(x.device.type, torch.bfloat16)
 
     def run(self, block: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
-        """``block(x, *others)``; what computes it again restores the generator's state: dropout repeats itself."""
+        """``block(x, *others)``, of which backward may keep less: nothing in a block draws from a generator."""
         import torch
 
         if not (self.checkpoint and torch.is_grad_enabled()):
             return block(x, *others)
         from torch.utils.checkpoint import checkpoint
 
-        return checkpoint(block, x, *others, use_reentrant=False)
+        return checkpoint(block, x, *others, use_reentrant=False, preserve_rng_state=False)
 
 
 PLAIN = Computing()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.dropout import Dropout
+from model.dropout import AttentionDropout, Dropout
 from model.linear import ColumnLinear, RowLinear
 from model.tensor_parallel import ALONE, TensorParallel
 
@@ -64,12 +64,17 @@ class Attention(nn.Module):
         self.heads = heads[tp.rank]
         sizes = tuple(self.channels * each for each in heads)
         self.qkv = ColumnLinear(config.dim, 3 * config.dim, tp=tp, sizes=sizes, sections=3)
-        self.dropout = Dropout(config.dropout, tp=tp, split=True)
+        first = sum(heads[: tp.rank])
+        self.dropout = AttentionDropout(
+            config.dropout, place=0, heads=range(first, first + self.heads), tp=tp
+        )
         self.out = RowLinear(config.dim, config.dim, tp=tp, sizes=sizes)
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor, draws: Tensor | None = None
+    ) -> Tensor:
         """x [B, T, D], mask [B, 1, T, T] (True = may attend) -> [B, T, D]; tokens [n, D] of the B * T where
-        ranks split them."""
+        ranks split them. ``draws`` [B, T] are dropout's."""
         rows, tokens = mask.shape[0], mask.shape[-1]
         qkv = self.qkv(x, rows * tokens).view(rows, tokens, 3, self.heads, self.channels)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()
@@ -77,7 +82,7 @@ class Attention(nn.Module):
         if self.dropout.active:
             weights = (query * self.channels**-0.5) @ key.transpose(-2, -1)
             weights = weights.masked_fill(~mask, -torch.inf).softmax(-1)
-            mixed = self.dropout(weights) @ value
+            mixed = self.dropout(weights, draws) @ value
         else:
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         shape = (rows * tokens,) if self.tp.sequence else (rows, tokens)
@@ -111,9 +116,14 @@ class Block(nn.Module):
         self.attention = Attention(config, tp=tp)
         self.feed_forward_norm = RMSNorm(config.dim, tp=tp)
         self.feed_forward = SwiGLU(config, tp=tp)
-        self.dropout = Dropout(config.dropout, tp=tp, split=tp.sequence)
+        self.attention_dropout = Dropout(config.dropout, place=2, channels=config.dim, tp=tp)
+        self.feed_forward_dropout = Dropout(config.dropout, place=3, channels=config.dim, tp=tp)
 
-    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), tables, mask))
+    def forward(
+        self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor, draws: Tensor | None = None
+    ) -> Tensor:
+        """``draws`` int64 [B, T]: what dropout makes masks of; may be missing where nothing is dropped."""
+        attended = self.attention(self.attention_norm(x), tables, mask, draws)
+        x = x + self.attention_dropout(attended, draws)
         tokens = mask.shape[0] * mask.shape[-1]
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x), tokens))
+        return x + self.feed_forward_dropout(self.feed_forward(self.feed_forward_norm(x), tokens), draws)

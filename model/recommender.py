@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hybridcomm.errors import UnsupportedError
 from model.computing import PLAIN, Computing
 from model.config import ModelConfig
-from model.dropout import Dropout
+from model.dropout import Dropout, derive_draws, fresh_draws
 from model.layers import Block, RMSNorm, rope_tables
 from model.linear import Linear
 from model.parts import Part
@@ -80,7 +80,7 @@ class Recommender(nn.Module):
         self.table = self.head = None
         if self.part.embeds or (self.part.scores and config.tied and not split_head):
             self.table = ItemTable(num_items, config.dim, features=features, tp=tp)
-        self.embedding_dropout = Dropout(config.dropout, tp=tp, split=tp.sequence)
+        self.embedding_dropout = Dropout(config.dropout, place=0, channels=config.dim, tp=tp)
         self.blocks = nn.ModuleDict({str(layer): Block(config, tp=tp) for layer in self.part.layers})
         for block in self.blocks.values():
             computing.prepare(block)
@@ -110,6 +110,7 @@ class Recommender(nn.Module):
         x: Tensor | None = None,
         *,
         negatives: Negatives | None = None,
+        draws: Tensor | None = None,
     ) -> Tensor:
         """Runs the part: from items, or ``x``, what the part before it gave; to the loss, scores, or what comes next.
 
@@ -120,10 +121,14 @@ class Recommender(nn.Module):
         `sampled_item_loss` has it); without them the scores of the items that this rank's table has, [N, rows]. With a
         split head it returns the picked tokens' states, [N, D].
 
+        ``draws`` int64 [B, T] are what dropout makes its masks of, a number for each token: with those of (step, user,
+        position) the masks are the same however users are shared out and models cut up. Without, they come from
+        torch's generator, which ranks that share layers refuse.
+
         A sum and not a mean: the caller divides once by the global number of predictions, so that the gradient of a
         ragged batch over any number of ranks is that of one process (a mean of means is not).
         """
-        x, rows = self._run(items, segments, positions, x)
+        x, rows = self._run(items, segments, positions, x, draws)
         if not self.part.scores:
             return x
         hidden = self._final(x, segments.numel(), picks)
@@ -154,18 +159,25 @@ class Recommender(nn.Module):
         return target_ranks(hidden, rows, targets, table.items, histories=histories)
 
     def _run(
-        self, items: Tensor, segments: Tensor, positions: Tensor, x: Tensor | None
+        self,
+        items: Tensor,
+        segments: Tensor,
+        positions: Tensor,
+        x: Tensor | None,
+        draws: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """What comes out of the part's last block, and the rows of its table."""
+        if draws is None and self.embedding_dropout.active:
+            draws = fresh_draws(segments, self.tp)
         with self.computing.precision(items):
             rows = None if self.table is None else self.table()
             if self.table is not None and rows is not None and self.part.embeds:
-                x = self.embedding_dropout(embed(items, rows, self.table.items))
+                x = self.embedding_dropout(embed(items, rows, self.table.items), draws)
             if x is None:
                 raise UnsupportedError(
                     f"the part {self.part} continues another one: give it that one's output"
                 )
-            return self._decode(x, segments, positions), rows
+            return self._decode(x, segments, positions, draws), rows
 
     def _scoring(self, rows: Tensor | None) -> tuple[ItemTable, Tensor]:
         """The table that items are scored with, and its rows: those of the input's, if the model is tied."""
@@ -175,14 +187,15 @@ class Recommender(nn.Module):
             raise UnsupportedError(f"the part {self.part} does not score")
         return self.table, rows
 
-    def _decode(self, x: Tensor, segments: Tensor, positions: Tensor) -> Tensor:
+    def _decode(self, x: Tensor, segments: Tensor, positions: Tensor, draws: Tensor | None) -> Tensor:
         tokens = segments.shape[1]
         causal = torch.ones(tokens, tokens, dtype=torch.bool, device=segments.device).tril()
         mask = ((segments[:, :, None] == segments[:, None, :]) & causal)[:, None]
         cos, sin = rope_tables(positions, self.config.dim // self.config.heads, self.config.rope_base)
         tables = cos.to(x.dtype), sin.to(x.dtype)
-        for block in self.blocks.values():
-            x = self.computing.run(block, x, tables, mask)
+        for layer, block in self.blocks.items():
+            drawn = None if draws is None else derive_draws(draws, 1 + int(layer))
+            x = self.computing.run(block, x, tables, mask, drawn)
         return x
 
     def _final(self, x: Tensor, tokens: int, picks: Tensor) -> Tensor:

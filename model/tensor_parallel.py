@@ -41,13 +41,11 @@ class TensorParallel:
     """The ranks that share each layer: a hybridcomm group (or context), None for one rank.
 
     ``sequence``: between the parallel layers each rank has a part of the tokens (`balanced`), instead of all ranks
-    having them all. ``generator`` is where dropout draws from, equally seeded on all ranks; None is torch's
-    own. Give one where ranks are threads.
+    having them all.
     """
 
     group: Grouping | None = None
     sequence: bool = False
-    generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
         if self.sequence and self.size == 1:
@@ -187,16 +185,14 @@ def sum_partial_gradients(module: nn.Module, tp: TensorParallel) -> None:
 
 
 def check_alike(module: nn.Module, tp: TensorParallel) -> None:
-    """Raises `UnsupportedError` on all ranks where they differ in what has to be alike: the state of the generator that
-    dropout draws from, and the parameters that are not split. All ranks call it, before training say.
-    """
+    """Raises `UnsupportedError` on all ranks where they differ in what is not split; all of them call it."""
     if tp.size == 1:
         return
     split = shardings(module)
-    state = torch.get_rng_state() if tp.generator is None else tp.generator.get_state()
-    kept = {"the generator": state} | {n: p for n, p in module.named_parameters() if n not in split}
+    kept = {n: p for n, p in module.named_parameters() if n not in split}
     own = torch.tensor(
-        [zlib.crc32(t.detach().cpu().contiguous().view(torch.uint8).numpy()) for t in kept.values()]
+        [zlib.crc32(t.detach().cpu().contiguous().view(torch.uint8).numpy()) for t in kept.values()],
+        dtype=torch.int64,
     )
     every = own.new_empty(tp.size, len(own))
     _group(tp).all_gather(every, own)

@@ -82,11 +82,6 @@ class Backend(ABC):
     def module(self) -> nn.Module:
         """This rank's share of the model."""
 
-    @property
-    def dropout_seed(self) -> int:
-        """Differs between ranks that must not draw the same masks, and only there."""
-        return self.rank
-
     @abstractmethod
     def sum(self, values: np.ndarray) -> np.ndarray:
         """Sum over replicas of a 1-D fp64 or int64 array that is equal on all ranks of each."""
@@ -143,7 +138,7 @@ class WholeModel(Backend):
 
     def forward(self, batch: Packed) -> Tensor:
         """The sum of losses."""
-        return self.model(*batch.inputs, batch.targets, negatives=batch.negatives)
+        return self.model(*batch.inputs, batch.targets, negatives=batch.negatives, draws=batch.draws)
 
     def accumulating(self, *, sync: bool) -> contextlib.AbstractContextManager[None]:
         """Put around forward and backward of a microbatch; with ``sync`` it is the step's last."""

@@ -75,7 +75,7 @@ class DDPBackend(WholeModel):
             self._ddp.register_comm_hook(*hooks[self._config.wire.ddp_hook])
 
     def forward(self, batch: Packed) -> Tensor:
-        return self._ddp(*batch.inputs, batch.targets, negatives=batch.negatives)
+        return self._ddp(*batch.inputs, batch.targets, negatives=batch.negatives, draws=batch.draws)
 
     def accumulating(self, *, sync: bool) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if sync else self._ddp.no_sync()

@@ -113,11 +113,6 @@ class HybridBackend(Backend):
     def module(self) -> nn.Module:
         return self._replica.module
 
-    @property
-    def dropout_seed(self) -> int:
-        place = self.mesh.at(self.rank)
-        return place.dp * self.mesh.pp + place.pp  # ranks that share layers draw alike
-
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         for reducer in self._reducers():
             reducer.attach(optimizer)

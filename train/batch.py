@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.dropout import derive_draws
 from model.vocab import Negatives
 from train.data import Dataset, Split
 
-__all__ = ["Packed", "epoch_order", "pack", "rank_share", "step_users", "train_batch"]
+__all__ = ["Packed", "epoch_order", "pack", "rank_share", "step_users", "train_batch", "user_draws"]
 
 _WIDTH = 64
 
@@ -27,7 +28,8 @@ class Packed:
     """Token tensors of packed sequences, all int64: three of [rows, width], and the N picked tokens.
 
     ``picks`` [N] are flat indices of the tokens to score and ``targets`` [N] the items that follow them. ``negatives``:
-    what the loss compares targets with; None: all items.
+    what the loss compares targets with; None: all items. ``draws``, int64 [rows, width]: what dropout makes masks of;
+    None: of torch's generator.
     """
 
     items: Tensor
@@ -36,6 +38,7 @@ class Packed:
     picks: Tensor
     targets: Tensor
     negatives: Negatives | None = None
+    draws: Tensor | None = None
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -58,11 +61,14 @@ def rank_share(users: np.ndarray, rank: int, world_size: int) -> np.ndarray:
     return users[len(users) * rank // world_size : len(users) * (rank + 1) // world_size]
 
 
-def pack(histories: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> Packed:
+def pack(
+    histories: Sequence[np.ndarray], targets: Sequence[np.ndarray], draws: np.ndarray | None = None
+) -> Packed:
     """Packs histories into rows, next-fit in the given order; targets[i] follow the last tokens of
     histories[i].
 
     ``len(targets[i])`` tokens of history i are picked: its last ones. Padding is item 0 in segment -1.
+    ``draws`` int64, one for each history: its tokens' count on from there.
     """
     width = max([_WIDTH, *(len(history) for history in histories)])
     total = sum(len(history) for history in histories)
@@ -78,12 +84,14 @@ def pack(histories: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> Pack
     items = np.zeros(rows * width, dtype=np.int64)
     segments = np.full(rows * width, -1, dtype=np.int64)
     positions = np.zeros(rows * width, dtype=np.int64)
+    numbers = np.zeros(rows * width, dtype=np.int64)
     picks = []
     for index, (spot, history, target) in enumerate(zip(spots, histories, targets, strict=True)):
         end = spot + len(history)
         items[spot:end] = history
         segments[spot:end] = index
         positions[spot:end] = np.arange(len(history))
+        numbers[spot:end] = positions[spot:end] + (0 if draws is None else draws[index])
         picks.append(np.arange(end - len(target), end))
     shape = (rows, width)
     none = np.zeros(0, dtype=np.int64)
@@ -93,15 +101,25 @@ def pack(histories: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> Pack
         positions=torch.from_numpy(positions.reshape(shape)),
         picks=torch.from_numpy(np.concatenate([none, *picks])),
         targets=torch.from_numpy(np.concatenate([none, *targets])),
+        draws=None if draws is None else torch.from_numpy(numbers.reshape(shape)),
     )
 
 
-def train_batch(data: Dataset, split: Split, users: np.ndarray, max_len: int) -> Packed:
-    """Every next-item prediction inside the users' training prefixes (the most recent ``max_len`` of
-    each)."""
+def user_draws(users: np.ndarray, *, seed: int, step: int) -> np.ndarray:
+    """What dropout makes its masks of in a step: int64, one for each user, whoever else is in the batch."""
+    return derive_draws(derive_draws(torch.from_numpy(users), seed), step).numpy()
+
+
+def train_batch(
+    data: Dataset, split: Split, users: np.ndarray, max_len: int, *, seed: int = 0, step: int = 0
+) -> Packed:
+    """Every next-item prediction inside the users' training prefixes (the most recent ``max_len`` of each).
+
+    ``seed`` and ``step``: dropout's masks are of these and of each user, whatever the batch they are in.
+    """
     histories, targets = [], []
     for user in users:
         prefix = data.sequence(user)[: split.train_ends[user]][-(max_len + 1) :]
         histories.append(prefix[:-1])
         targets.append(prefix[1:])
-    return pack(histories, targets)
+    return pack(histories, targets, user_draws(users, seed=seed, step=step))

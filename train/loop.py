@@ -54,7 +54,6 @@ class Trainer:
         self._backend.attach(self._optimizer)
         self._reporter.started(self._backend.describe(), self.total_steps)
         self._backend.module.train()
-        torch.manual_seed(self._config.seed * 1_000_003 + self._backend.dropout_seed + 1)
         for epoch in range(1, self._config.epochs + 1):
             for users in self._epoch_steps(epoch - 1):
                 self._timed_step(users)
@@ -94,11 +93,15 @@ class Trainer:
         config, backend = self._config, self._backend
         share = rank_share(users, backend.replica, backend.replicas)
         parts = (rank_share(share, part, config.pieces) for part in range(config.pieces))
-        batches = [train_batch(self._data, self._split, part, config.model.max_len) for part in parts]
+        step = self.outcome.steps
+        batches = [
+            train_batch(self._data, self._split, part, config.model.max_len, seed=config.seed, step=step)
+            for part in parts
+        ]
         if not config.negatives:
             return batches
         # By step alone: the same on all ranks, and so is the loss, whatever the mesh.
-        seed = int(np.random.SeedSequence((config.seed, self.outcome.steps)).generate_state(1)[0])
+        seed = int(np.random.SeedSequence((config.seed, step)).generate_state(1)[0])
         negatives = draw_negatives(self._data.num_items, config.negatives, seed=seed)
         return [replace(batch, negatives=negatives) for batch in batches]
 

@@ -26,7 +26,7 @@ from model.parts import Part
 from model.ranking import target_ranks
 from model.recommender import Recommender
 from model.sharding import balanced, shardings
-from model.tensor_parallel import TensorParallel, sum_partial_gradients
+from model.tensor_parallel import TensorParallel, check_alike, sum_partial_gradients
 from model.vocab import Items, ItemTable
 from model.weight_gradients import never_defer
 from train.batch import Packed
@@ -102,6 +102,7 @@ class Replica:
         self.module = nn.ModuleDict({str(stage): module for stage, module in self.stages.items()})
         if self.head is not None:
             self.module["head"] = self.head
+        check_alike(self.module, self.tp)
         self.reducers: dict[int, Reducer] = {}
         shared = None
         if mesh.dp > 1:

@@ -1,7 +1,7 @@
 """Does cutting the model up cost quality? One process against TP 2 x PP 2 x DP 2 on real data, in fp32.
 
-``python -m benchmarks.studies.parallel_quality --data DIR --seeds 5``. Both of a pair have the same initial weights and
-order of users; the cut model draws other dropout masks. Two questions, one table:
+``python -m benchmarks.studies.parallel_quality --data DIR --seeds 5``. Both of a pair have the same initial weights,
+order of users and dropout masks; sums are in another order. Two questions, one table:
 
 1. The loss of the first step, without dropout, is the same but for rounding (`benchmarks.tolerance`).
 2. NDCG@10 at the end differs by less than seeds do: the mean paired difference lies within the standard deviation of

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hybridcomm.context import Context
 from model.config import ModelConfig
-from model.dropout import Dropout
+from model.dropout import Dropout, derive_draws
 from model.layers import Block, RMSNorm, rope_tables
 from model.linear import Linear
 from model.sharding import draw_whole
@@ -38,7 +38,7 @@ class Decoder(nn.Module):
         features = torch.randn(ITEMS, FEATURES, generator=torch.Generator().manual_seed(8))
         self.table = ItemTable(ITEMS, config.dim, features=features if text else None, tp=tp)
         self.head = None if config.tied else ItemTable(ITEMS, config.dim, tp=tp)
-        self.embedding_dropout = Dropout(config.dropout, tp=tp, split=tp.sequence)
+        self.embedding_dropout = Dropout(config.dropout, place=0, channels=config.dim, tp=tp)
         self.blocks = nn.ModuleList(Block(config, tp=tp) for _ in range(config.layers))
         self.final_norm = RMSNorm(config.dim, tp=tp)
 
@@ -47,9 +47,10 @@ class Decoder(nn.Module):
         causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()
         mask = ((batch.segments[:, :, None] == batch.segments[:, None, :]) & causal)[:, None]
         tables = rope_tables(batch.positions, self.config.dim // self.config.heads, self.config.rope_base)
-        x = self.embedding_dropout(embed(batch.items, table, self.table.items))
-        for block in self.blocks:
-            x = block(x, tables, mask)
+        draws = torch.arange(batch.items.numel()).view(batch.items.shape)
+        x = self.embedding_dropout(embed(batch.items, table, self.table.items), draws)
+        for number, block in enumerate(self.blocks, 1):
+            x = block(x, tables, mask, derive_draws(draws, number))
         x = self.final_norm(x)
         if self.tp.sequence:
             x = through(x, GATHER, self.tp, tokens=rows * tokens)

@@ -22,13 +22,13 @@ from model.tensor_parallel import TensorParallel
 from model.vocab import draw_negatives
 from tests.numerics import gamma
 from tests.train.shape import FakeGroup
-from train.batch import Packed, pack, rank_share
+from train.batch import Packed, pack, rank_share, user_draws
 from train.mesh import Mesh
 from train.pipeline import check, lower, make_schedule
 from train.replica import ModelSpec, Replica
 
 ITEMS, USERS, MICROBATCHES = 37, 24, 4
-CONFIG = ModelConfig(dim=12, layers=4, heads=2, hidden=10, max_len=9, dropout=0.0, init_std=0.3)
+CONFIG = ModelConfig(dim=12, layers=4, heads=2, hidden=10, max_len=9, dropout=0.3, init_std=0.3)
 BUILDING = threading.Lock()
 
 
@@ -63,8 +63,10 @@ def microbatches(step: int, dp: int, size: int, count: int) -> list[Packed]:
     mine = rank_share(np.arange(USERS), dp, size)
     out = []
     for part in range(count):
-        chosen = [histories[user] for user in rank_share(mine, part, count)]
-        out.append(pack([h[:-1] for h in chosen], [h[1:] for h in chosen]))
+        share = rank_share(mine, part, count)
+        chosen = [histories[user] for user in share]
+        draws = user_draws(share, seed=0, step=step)
+        out.append(pack([h[:-1] for h in chosen], [h[1:] for h in chosen], draws))
     return out
 
 
@@ -127,6 +129,7 @@ def train(
         optimizer.step()
     named, batch = replica.named_parameters(), microbatches(99, 0, 1, 1)[0]
     nothing = [np.zeros(0, np.int64)] * len(batch.targets)
+    replica.module.eval()
     ranks = replica.target_ranks(batch, nothing).tolist()
     if node is not None:
         node.close()

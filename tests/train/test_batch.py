@@ -65,3 +65,21 @@ def test_a_step_holds_the_same_predictions_at_any_rank_count(world_size: int) ->
     whole = train_batch(data, split, users, 50).targets.tolist()
     shares = [train_batch(data, split, rank_share(users, r, world_size), 50) for r in range(world_size)]
     assert [target for share in shares for target in share.targets.tolist()] == whole
+
+
+def test_draws_follow_users_whatever_the_batch() -> None:
+    """What dropout makes masks of: the same for a user's token in any share, another in another step or run."""
+    data = random_dataset(40, 60)
+    split = split_leave_one_out(data)
+    users = epoch_order(40, 0, 0)[:13]
+
+    def draws(users: np.ndarray, **when: int) -> list[int]:
+        batch = train_batch(data, split, users, 50, **when)
+        assert batch.draws is not None
+        assert len(set(batch.draws.reshape(-1)[batch.picks].tolist())) == len(batch.picks)
+        return batch.draws.reshape(-1)[batch.picks].tolist()
+
+    whole = draws(users)
+    assert [number for rank in range(3) for number in draws(rank_share(users, rank, 3))] == whole
+    for when in ({"step": 1}, {"seed": 1}):
+        assert not set(draws(users, **when)) & set(whole)

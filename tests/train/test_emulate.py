@@ -33,7 +33,8 @@ def alike() -> list[Packed]:
     """Microbatches of one size, so that all messages are as large as the largest."""
     dice = np.random.default_rng(1)
     rows = [[dice.integers(0, ITEMS, 8) for _ in range(4)] for _ in range(COUNT)]
-    return [pack(users, [dice.integers(0, ITEMS, 8) for _ in users]) for users in rows]
+    draws = np.arange(4)
+    return [pack(users, [dice.integers(0, ITEMS, 8) for _ in users], draws) for users in rows]
 
 
 def on_mesh(

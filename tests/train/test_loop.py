@@ -26,7 +26,7 @@ from train.replica import ModelSpec
 from train.report import Reporter
 
 DATA = random_dataset(30, 40)
-MODEL = ModelConfig(dim=8, layers=1, heads=1, hidden=8, max_len=6, dropout=0.0)
+MODEL = ModelConfig(dim=8, layers=1, heads=1, hidden=8, max_len=6, dropout=0.3)
 
 
 class Alone(WholeModel):

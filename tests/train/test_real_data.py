@@ -63,11 +63,11 @@ class Job:
 
 @pytest.fixture(scope="module")
 def job() -> Job:
-    """amazon-scientific-2018 with the text of its items, without dropout, in fp64."""
+    """amazon-scientific-2018 with the text of its items, with dropout, in fp64."""
     data = load_directory(Path(os.environ["HYBRIDCOMM_DATA"]) / "amazon-scientific-2018")
     assert data.texts is not None
     spec = ModelSpec(
-        config=ModelConfig(layers=4, dropout=0.0),
+        config=ModelConfig(layers=4),
         num_items=data.num_items,
         features=text_features(data.texts, 64).double(),
         dtype=torch.float64,
@@ -96,7 +96,7 @@ def losses(
     for step, users in enumerate(job.users(steps)):
         share = rank_share(users, replica.place.dp, mesh.dp)
         batches = [
-            train_batch(job.data, job.split, rank_share(share, part, pieces), max_len)
+            train_batch(job.data, job.split, rank_share(share, part, pieces), max_len, step=step)
             for part in range(pieces)
         ]
         optimizer.zero_grad()

@@ -30,7 +30,7 @@ from train.replica import ModelSpec, Replica
 from train.report import Reporter
 
 DATA = random_dataset(30, 40)
-MODEL = ModelConfig(dim=12, layers=2, heads=2, hidden=10, max_len=6, dropout=0.0, init_std=0.3)
+MODEL = ModelConfig(dim=12, layers=2, heads=2, hidden=10, max_len=6, dropout=0.3, init_std=0.3)
 _BUILDING = threading.Lock()
 
 

@@ -121,7 +121,9 @@ class PipelineRuntime(ListRuntime[Packed]):
             step.inputs[place] = x = x.requires_grad_()
         scores = stage == self.schedule.last and self.head is None
         targets = batch.targets if scores else None
-        step.outputs[place] = out = self.stages[stage](*batch.inputs, targets, x, negatives=batch.negatives)
+        step.outputs[place] = out = self.stages[stage](
+            *batch.inputs, targets, x, negatives=batch.negatives, draws=batch.draws
+        )
         if scores:
             step.add_loss(out.detach())
 

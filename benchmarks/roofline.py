@@ -40,9 +40,8 @@ _METHOD = f"""
   bandwidth (an assumption; copies reach about that), less where the resident blocks have fewer bytes of loads under way
   than bandwidth x {LATENCY * 1e9:.0f} ns of loaded latency (Little's law).
 - **Instructions**: SASS of the cubin, static, per element, for code without loops; where there are loops, the kernel's
-  budget of executed instructions (warm), in the mix of the static code. Tests hold kernels in CUDA C++ to that budget;
-  nothing does those in Triton (gtop1's encoder, all that sum payloads) yet: for them it is a goal. Code for the edge of
-  a shard is counted as if it always ran.
+  budget of executed instructions (warm), in the mix of the static code. Tests execute the PTX of all kernels and hold
+  those with loops to that budget. Code for the edge of a shard is counted as if it always ran.
 - **Pipes**: results per clock and SM as in the CUDA C++ Programming Guide, "Arithmetic Instructions"; for 10.0 as for
   9.0. {ISSUE:.0%} of the issue slots and of each pipe are used at best. *alu*: 32-bit integers, logic, comparisons,
   minima; *fp32*: additions and multiplications; *imad*: integer multiplications, and moves that the compiler makes of

@@ -27,9 +27,9 @@ class Argument:
 class Budget:
     """What one element may cost.
 
-    ``nbytes``: of device memory read and written, per element of the gradient (or shard); ``instructions``: executed
-    by threads, per element, warm; ``cold``: likewise where a kernel starts from a worse guess; ``registers``: per
-    thread.
+    ``nbytes``: of device memory read and written per element of the gradient (or shard), in whole sectors of 32 bytes,
+    each once; ``instructions``: executed by threads, per element, warm; ``cold``: likewise where a kernel starts from a
+    worse guess; ``registers``: per thread.
     """
 
     nbytes: float

@@ -102,6 +102,7 @@ def soak() -> tuple[bool, str]:
     return run([sys.executable, "-m", "tests.soak", "--operations", str(SOAK_OPERATIONS)])
 
 
+DEVICE = ("kernels/triton", "kernels/cuda", "kernels/cubins", "kernels/device*.py")
 NATIVE = (
     ":(glob)hybridcomm/csrc/**",
     ":(exclude)hybridcomm/csrc/bind*",
@@ -117,7 +118,7 @@ LIBRARY = (
     "tests/*.py",
     "tests/csrc",
     "tests/hybridcomm",
-    "tests/kernels",
+    *(f":(exclude){path}" for path in DEVICE),
 )
 STEPS: dict[str, Step] = {
     "lint": Step(what="format, lint, types, import directions", run=lambda *_: run(["make", "lint"])),
@@ -144,6 +145,11 @@ STEPS: dict[str, Step] = {
     "framings": fuzz_step("likewise on all that is read from the network", "framings"),
     "planted": fuzz_step(
         "bugs planted in decoders and framings, which fuzzing must find", "none", planted="all"
+    ),
+    "mutants": Step(
+        what="bugs planted in the device kernels' PTX, executed on the CPU",
+        run=lambda *_: pytest("tests/kernels/test_device_mutants.py", env={"HYBRIDCOMM_MUTANTS": "25"}),
+        about=(*DEVICE, "tests/kernels", "tests/ptx"),
     ),
     "soak": Step(
         what=f"{SOAK_OPERATIONS:,} random operations, exact, nothing left behind",

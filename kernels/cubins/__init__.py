@@ -5,13 +5,20 @@ artefacts, ``check`` compares them with the sources, ``gate`` says what the mach
 package loads neither triton nor torch.
 """
 
-from hybridcomm.kernels.cubins.errors import ArchitectureError, ArtefactError, BuildError, KernelError
+from hybridcomm.kernels.cubins.errors import (
+    ArchitectureError,
+    ArtefactError,
+    BuildError,
+    DriverError,
+    KernelError,
+)
 from hybridcomm.kernels.cubins.load import Image, find, find_ptx, names
 
 __all__ = [
     "ArchitectureError",
     "ArtefactError",
     "BuildError",
+    "DriverError",
     "Image",
     "KernelError",
     "find",

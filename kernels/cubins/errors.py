@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ArchitectureError", "ArtefactError", "BuildError", "KernelError"]
+__all__ = ["ArchitectureError", "ArtefactError", "BuildError", "DriverError", "KernelError"]
 
 
 class KernelError(LookupError):
@@ -19,3 +19,7 @@ class ArtefactError(RuntimeError):
 
 class BuildError(RuntimeError):
     """A kernel cannot be built ahead of time."""
+
+
+class DriverError(RuntimeError):
+    """The CUDA driver is missing, or refuses a call."""

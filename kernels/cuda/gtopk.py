@@ -105,7 +105,7 @@ KERNELS: tuple[DeviceKernel, ...] = (
         pointers(values="fp32", indices="i32", e_out="fp32", payload="u8")
         + scalars(kept="i64", records_at="i64", counts_at="i64"),
         _RECORDS,
-        Budget(nbytes=SLACK * (20 * _SHARE + 2 * _PAYLOAD), instructions=4, registers=48),
+        Budget(nbytes=SLACK * (72 * _SHARE + 2 * _PAYLOAD), instructions=4, registers=48),
     ),
     _kernel(
         "withdraw",
@@ -127,7 +127,7 @@ KERNELS: tuple[DeviceKernel, ...] = (
         pointers(payload="u8", counts="i64", out="fp32")
         + scalars(records_at="i64", counts_at="i64", words="i32", weight="fp32"),
         _COUNTS,
-        Budget(nbytes=SLACK * (8 * _SHARE + 2 * _PAYLOAD), instructions=4, registers=48),
+        Budget(nbytes=SLACK * (64 * _SHARE + 2 * _PAYLOAD), instructions=4, registers=48),
     ),
     _kernel(
         "spoil",

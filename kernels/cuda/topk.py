@@ -18,8 +18,8 @@ SPEC = TopKSpec()
 _WARPS = 4
 _PAYLOAD = SPEC.nbytes(1 << 20) / (1 << 20)  # bytes per element
 _RECORD = (
-    8 * SPEC.layout[1] / SPEC.block
-)  # bytes per element to change what records name, 4 read and 4 written
+    64 * SPEC.layout[1] / SPEC.block
+)  # bytes per element to change what records name, 32 read, 32 written
 
 
 def _kernel(name: str, arguments: tuple[Argument, ...], budget: Budget) -> DeviceKernel:
@@ -84,7 +84,7 @@ KERNELS: tuple[DeviceKernel, ...] = (
     _withdraw("fp32"),
     _withdraw("bf16"),
     _decode("topk_decode_add", Budget(nbytes=SLACK * (_RECORD + _PAYLOAD), instructions=4, registers=32)),
-    _decode("topk_decode", Budget(nbytes=SLACK * (4 + _PAYLOAD), instructions=6, registers=32)),
+    _decode("topk_decode", Budget(nbytes=SLACK * (4 + _PAYLOAD), instructions=6, registers=48)),
     _reencode(),
 )
 """``encode`` by types of gradient and residual, ``withdraw``, ``decode_add`` into a shard, ``decode`` into one that

@@ -16,12 +16,12 @@ __all__ = ["MODULES", "encoder"]
 MODULES = MappingProxyType(
     {
         Codec.TOPK: "topk",
-        Codec.FP16: "casts",
-        Codec.BF16: "casts",
-        Codec.FP8: "quant",
-        Codec.INT8: "quant",
-        Codec.INT4: "quant",
-        Codec.SIGN1: "sign1",
+        Codec.FP16: "codes",
+        Codec.BF16: "codes",
+        Codec.FP8: "codes",
+        Codec.INT8: "codes",
+        Codec.INT4: "codes",
+        Codec.SIGN1: "codes",
         Codec.GTOP1: "gtop1",
     }
 )

@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 
 from hybridcomm.kernels.device import Argument, Budget, DeviceKernel
+from hybridcomm.kernels.device_tensors import GRADIENTS, check_vectors, need
 from hybridcomm.kernels.triton import bits
-from hybridcomm.kernels.triton.launch import GRADIENTS, LAUNCH, check_vectors, need
+from hybridcomm.kernels.triton.launch import LAUNCH
 
 __all__ = ["CHUNK", "KERNELS", "Bucket", "layout", "pack", "unpack"]
 

@@ -1,7 +1,7 @@
-"""Steps 4 and 6 of 7 on the device: fp16 and bf16, the oracle's bytes, as Triton kernels.
+"""Steps 4 and 6 of 7 on the device: fp16 and bf16, the oracle's bytes. `codes` has the kernels that call this.
 
-Phases of encode, in one pass
-    1  compensate   acc = grad + decay * e_in in registers; a non-finite value raises the payload's flag
+Phases of write
+    1  flag         a value that is not finite raises the payload's
     2  code         half to even, in integers (bf16) or by adding a power of two (fp16); too large takes the largest
     3  write        residual, codes; the program's share of the checksum by one atomic addition
 """
@@ -10,18 +10,12 @@ Phases of encode, in one pass
 
 from __future__ import annotations
 
-from functools import partial
-
 import triton
 import triton.language as tl
 
-from hybridcomm.kernels.payload import Codec
-from hybridcomm.kernels.specs.quant import CastSpec
-from hybridcomm.kernels.triton import bits, launch
-from hybridcomm.kernels.triton.launch import Family
-from hybridcomm.kernels.triton.shipped import shipped
+from hybridcomm.kernels.triton import bits
 
-__all__ = ["FAMILY", "KERNELS", "decode_add", "encode", "reencode"]
+__all__ = ["add", "write"]
 
 FP16_LARGEST = tl.constexpr(65504.0)
 FP16_LEAST_NORMAL = tl.constexpr((127 - 14) << 23)  # bits of fp32
@@ -63,7 +57,7 @@ def _word_places(payload, pid, codes, ELEMENTS: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def _write(  # noqa: PLR0917
+def write(  # noqa: PLR0917
     acc, flags, e_out, payload, pid, at, count, codes,
     ELEMENTS: tl.constexpr, MANTISSA: tl.constexpr, HAS_OUT: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
@@ -84,7 +78,7 @@ def _write(  # noqa: PLR0917
 
 
 @triton.jit
-def _sum(  # noqa: PLR0917
+def add(  # noqa: PLR0917
     x, payloads, pid, count, stride, inside, codes, weight,
     ELEMENTS: tl.constexpr, MANTISSA: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
@@ -95,69 +89,3 @@ def _sum(  # noqa: PLR0917
         code = tl.reshape(tl.join(word << 16, word & -65536), x.shape)
         x = x + _values(code, MANTISSA) * weight
     return x
-
-
-@triton.jit(do_not_specialize=["first", "codes"])
-def encode_kernel(  # noqa: PLR0917
-    grad, e_in, e_out, payload, numel, first, codes, decay,
-    ELEMENTS: tl.constexpr, MANTISSA: tl.constexpr,  # noqa: N803
-    VECTOR: tl.constexpr, HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, DECAYED: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
-):  # fmt: skip
-    """Programs ``first``, first + 1, ... of a region."""
-    pid = tl.program_id(0).to(tl.int64) + first
-    count = bits.count_in(numel, pid, ELEMENTS)
-    start = pid * ELEMENTS
-    at = bits.tile(ELEMENTS, VECTOR)
-    acc = bits.fetch(grad + start, at, count, WHOLE)
-    acc = bits.compensated(acc, e_in + start, decay, at, count, HAS_IN, DECAYED, WHOLE)
-    _write(acc, 0, e_out + start, payload, pid, at, count, codes, ELEMENTS, MANTISSA, HAS_OUT, WHOLE)
-
-
-@triton.jit(do_not_specialize=["count", "first", "codes"])
-def reencode_kernel(  # noqa: PLR0917
-    payloads, e_in, e_out, payload, count, stride, numel, first, codes, weight, decay,
-    ELEMENTS: tl.constexpr, MANTISSA: tl.constexpr,  # noqa: N803
-    VECTOR: tl.constexpr, HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, DECAYED: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
-):  # fmt: skip
-    """Likewise of the sum of payloads, which is nowhere written."""
-    pid = tl.program_id(0).to(tl.int64) + first
-    inside = bits.count_in(numel, pid, ELEMENTS)
-    start = pid * ELEMENTS
-    at = bits.tile(ELEMENTS, VECTOR)
-    acc = bits.zeros(ELEMENTS)
-    acc = _sum(acc, payloads, pid, count, stride, inside, codes, weight, ELEMENTS, MANTISSA, WHOLE)
-    acc = bits.compensated(acc, e_in + start, decay, at, inside, HAS_IN, DECAYED, WHOLE)
-    flags = bits.flagged(payloads, count, stride)
-    _write(acc, flags, e_out + start, payload, pid, at, inside, codes, ELEMENTS, MANTISSA, HAS_OUT, WHOLE)
-
-
-@triton.jit(do_not_specialize=["count", "first", "codes"])
-def decode_kernel(  # noqa: PLR0917
-    payloads, out, count, stride, numel, first, codes, weight,
-    ELEMENTS: tl.constexpr, MANTISSA: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
-):  # fmt: skip
-    """``out`` plus all payloads, or NaN if one is flagged."""
-    pid = tl.program_id(0).to(tl.int64) + first
-    inside = bits.count_in(numel, pid, ELEMENTS)
-    out += pid * ELEMENTS
-    at = bits.tile(ELEMENTS, 4)
-    if bits.flagged(payloads, count, stride) != 0:
-        bits.put(out, at, bits.as_float(at * 0 + bits.QUIET_NAN), inside, WHOLE)
-    else:
-        x = bits.fetch(out, at, inside, WHOLE)
-        x = _sum(x, payloads, pid, count, stride, inside, codes, weight, ELEMENTS, MANTISSA, WHOLE)
-        bits.put(out, at, x, inside, WHOLE)
-
-
-def _constants(spec: CastSpec) -> dict[str, int]:
-    return {"MANTISSA": 10 if spec.codec is Codec.FP16 else 7}
-
-
-FAMILY = Family(
-    encode=encode_kernel, reencode=reencode_kernel, decode=decode_kernel, constants=_constants
-)  # fmt: skip
-encode = partial(launch.encode, FAMILY)
-reencode = partial(launch.reencode, FAMILY)
-decode_add = partial(launch.decode_add, FAMILY)
-
-KERNELS = shipped("triton/casts.py", FAMILY, ("fp16", "bf16"), instructions=21)

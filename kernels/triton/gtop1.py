@@ -14,9 +14,8 @@ A column belongs to one thread, whatever the row, so payloads are added one afte
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
-import torch
 import triton
 import triton.language as tl
 
@@ -24,7 +23,7 @@ from hybridcomm.kernels.device import DeviceKernel
 from hybridcomm.kernels.specs.gtop1 import GTop1Spec
 from hybridcomm.kernels.triton import bits, launch, records
 
-__all__ = ["KERNELS", "decode_add", "encode", "reencode"]
+__all__ = ["FAMILY", "KERNELS", "decode_add", "encode", "reencode"]
 
 
 @triton.jit
@@ -174,29 +173,16 @@ def _constants(spec: GTop1Spec) -> dict[str, int]:
     }
 
 
-_FAMILY = launch.Family(
+FAMILY = launch.Family(
     encode=encode_kernel, reencode=reencode_kernel, decode=decode_kernel, constants=_constants
 )
 
 
-def encode(spec: GTop1Spec, *tensors: Any, **options: Any) -> None:
-    """``records.encode``: ``(grad, e_in, e_out, payload, digest=0, *, decay=1.0, header=None)``."""
-    records.encode(_FAMILY, spec, *tensors, **options)
-
-
-def reencode(spec: GTop1Spec, *tensors: Any, **options: Any) -> None:
-    """``records.reencode``: ``(payloads, numel, e_in, e_out, payload, digest=0, *, weight, decay, header, check)``."""
-    records.reencode(_FAMILY, spec, *tensors, **options)
-
-
-def decode_add(
-    spec: GTop1Spec, payloads: torch.Tensor, out: torch.Tensor, *rest: Any, **options: Any
-) -> None:
-    """``records.decode_add``: ``(payloads, out, weight=1.0, digest=0, *, clear=False, check=True)``."""
-    records.decode_add(_FAMILY, spec, payloads, out, *rest, **options)
-
+encode = partial(records.encode, FAMILY)
+reencode = partial(records.reencode, FAMILY)
+decode_add = partial(records.decode_add, FAMILY)
 
 KERNELS: tuple[DeviceKernel, ...] = records.shipped(
-    "triton/gtop1.py", "gtop1", _FAMILY, GTop1Spec(), instructions=18
+    "triton/gtop1.py", "gtop1", FAMILY, GTop1Spec(), instructions=18
 )
 """Of ``gtop1:0.01``: 100 rows of 32."""

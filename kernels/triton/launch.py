@@ -10,144 +10,40 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
-from hybridcomm.kernels import reference
-from hybridcomm.kernels.payload import (
-    FLAG_NONFINITE,
-    HEADER_DTYPE,
-    HEADER_NBYTES,
-    PayloadFormatError,
-    Status,
+from hybridcomm.kernels.device_tensors import (
+    GRADIENTS,
+    RESIDUALS,
+    Header,
+    check_payload,
+    check_payloads,
+    check_vectors,
+    make_header,
+    need,
 )
+from hybridcomm.kernels.payload import HEADER_NBYTES
 from hybridcomm.kernels.specs.quant import QuantSpec
 from hybridcomm.kernels.triton import bits, withdraw
 
-__all__ = [
-    "GRADIENTS",
-    "LAUNCH",
-    "RESIDUALS",
-    "Family",
-    "Header",
-    "check_payload",
-    "check_payloads",
-    "check_vectors",
-    "decode_add",
-    "encode",
-    "make_header",
-    "need",
-    "reencode",
-    "restore",
-    "signed",
-]
+__all__ = ["LAUNCH", "Family", "decode_add", "elements", "encode", "reencode", "restore", "warps"]
 
-GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)
-RESIDUALS = (torch.float32, torch.bfloat16)
 LAUNCH: Mapping[str, Any] = {"enable_fp_fusion": False}
 """A fused multiply-add would round once, the oracle rounds twice."""
 
-MAX_NBYTES = 1 << 32
-"""Of a payload: kernels count its half words in 31 bits."""
-
-FLAGS_FACTOR = 2 * 10 + 1  # what the flags word is multiplied with in the checksum
-
-
-def need(condition: bool, message: str) -> None:
-    """Raises ValueError unless ``condition``."""
-    if not condition:
-        raise ValueError(message)
-
-
-def signed(value: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit value."""
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >> 63 else value
-
-
-def check_vectors(
-    numel: int, device: torch.device, types: tuple[torch.dtype, ...], **tensors: torch.Tensor | None
-) -> None:
-    """Contiguous vectors of ``numel`` elements of one of ``types``, aligned to 16 bytes, on ``device``; None passes.
-
-    Raises:
-        ValueError: which one is not, and what is wrong with it.
-    """
-    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in types)
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            need(tensor.dtype in types, f"{name}: {names} wanted, got {tensor.dtype}")
-            need(tensor.is_contiguous() and tensor.ndim == 1, f"{name}: a contiguous vector wanted")
-            need(tensor.numel() == numel, f"{name}: as many elements as the others wanted")
-            need(tensor.device == device, f"{name}: on {tensor.device}, others elsewhere")
-            need(tensor.data_ptr() % 16 == 0, f"{name}: 16-byte alignment wanted")
-
-
-def check_payload(payload: torch.Tensor, nbytes: int, device: torch.device) -> None:
-    """One payload to write, (nbytes,) uint8.
-
-    Raises:
-        ValueError: a dtype, shape, device or alignment that the kernels cannot take.
-    """
-    need(payload.dtype == torch.uint8 and payload.is_contiguous(), "payload: contiguous uint8 wanted")
-    need(payload.shape == (nbytes,), "payload: spec.nbytes(numel) bytes wanted")
-    need(payload.device == device, f"payload: on {payload.device}, others elsewhere")
-    need(payload.data_ptr() % 16 == 0, "payload: 16-byte alignment wanted")
-    need(nbytes <= MAX_NBYTES, f"payload: at most {MAX_NBYTES} bytes, got {nbytes}: use more shards")
-
-
-def check_payloads(
-    spec: Any, payloads: torch.Tensor, numel: int, device: torch.device, digest: int, check: bool
-) -> None:
-    """Payloads to read, (count, spec.nbytes(numel)) uint8; ``check`` looks at their bytes, on the host.
-
-    Raises:
-        PayloadFormatError: a payload is not what spec, size and digest say.
-        ValueError: a dtype, shape, device or alignment that the kernels cannot take.
-    """
-    need(payloads.dtype == torch.uint8 and payloads.is_contiguous(), "payloads: contiguous uint8 wanted")
-    need(payloads.ndim == 2, "payloads: one row per payload wanted")
-    need(payloads.device == device, f"payloads: on {payloads.device}, others elsewhere")
-    need(payloads.data_ptr() % 16 == 0, "payloads: 16-byte alignment wanted")
-    if payloads.shape[0] and payloads.shape[1] != spec.nbytes(numel):
-        raise PayloadFormatError(Status.BAD_NBYTES)
-    need(payloads.shape[1] <= MAX_NBYTES, f"payloads: at most {MAX_NBYTES} bytes each")
-    if check:
-        for position, row in enumerate(payloads.cpu().numpy()):
-            status = reference.check(spec, np.ascontiguousarray(row), numel, digest)
-            if status is not Status.OK:
-                raise PayloadFormatError(status, position)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Header:
-    """What every payload of one (spec, numel, digest) begins with, made once.
-
-    ``template``: (64,) uint8 on the device, the checksum that of the header alone, to which kernels add theirs.
-    ``withdrawn``: the checksum of a flagged payload, whose body is zero, as int64.
-    """
-
-    template: torch.Tensor
-    withdrawn: int
-
-
-def make_header(spec: Any, numel: int, digest: int, device: torch.device, *, seed: int = 0) -> Header:
-    """Copies 64 bytes to the device, so it belongs before a graph's capture."""
-    head = reference.header(spec, numel, digest=digest, flags=0, seed=seed)
-    clean = reference.checksum(head)
-    head.view(HEADER_DTYPE)["checksum"] = clean
-    template = torch.from_numpy(head).to(device)
-    return Header(template=template, withdrawn=signed(clean + FLAG_NONFINITE * FLAGS_FACTOR))
-
 
 def restore(
-    e_in: torch.Tensor | None, e_out: torch.Tensor | None, payload: torch.Tensor, header: Header
+    family: Family,
+    e_in: torch.Tensor | None,
+    e_out: torch.Tensor | None,
+    payload: torch.Tensor,
+    header: Header,
 ) -> None:
     """The withdrawing pass behind an encoder; ``e_in`` is what the encoder read, and not ``e_out``."""
     numel = 0 if e_out is None else e_out.numel()
     nwords = (payload.numel() - HEADER_NBYTES) // 4
     grid = (max(-(-max(numel, nwords) // withdraw.ELEMENTS), 1),)
-    withdraw.withdraw_kernel[grid](
+    family.withdraw[grid](
         payload if e_in is None else e_in, payload if e_out is None else e_out, payload,
         nwords, numel, header.withdrawn, HAS_IN=e_in is not None, HAS_OUT=e_out is not None,
         num_warps=withdraw.WARPS, **LAUNCH,
@@ -156,12 +52,13 @@ def restore(
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Kernels of codecs that differ in constants only. ``constants``: those of a spec."""
+    """Kernels of codecs that differ in constants only, and the pass behind their encoders. ``constants``: of a spec."""
 
     encode: Any
     reencode: Any
     decode: Any
     constants: Callable[[Any], dict[str, int]]
+    withdraw: Any = withdraw.withdraw_kernel
 
 
 def elements(spec: QuantSpec) -> int:
@@ -169,9 +66,15 @@ def elements(spec: QuantSpec) -> int:
     return max(bits.TILE, spec.block)
 
 
+def warps(spec: QuantSpec, *, whole: bool, crowded: bool) -> int:
+    """Per program: one for each tile, or two where registers of one would not do, beside masks or where ``crowded``."""
+    return elements(spec) // bits.TILE * (1 if whole and not crowded else 2)
+
+
 def _run(
-    kernel: Any, spec: QuantSpec, numel: int, arguments: Mapping[str, Any], constants: Mapping[str, Any]
-) -> None:
+    kernel: Any, spec: QuantSpec, numel: int, arguments: Mapping[str, Any], constants: Mapping[str, Any],
+    crowded: bool = False,
+) -> None:  # fmt: skip
     """Whole programs without a mask, for bulk accesses of 128 bits, and one with it for what is left."""
     size = elements(spec)
     programs, left = divmod(numel, size)
@@ -179,7 +82,7 @@ def _run(
         if count:
             kernel[(count,)](
                 **arguments, numel=numel, first=first, codes=spec.codes_offset(numel) // 16,
-                ELEMENTS=size, WHOLE=whole, num_warps=size // bits.TILE, **constants, **LAUNCH,
+                ELEMENTS=size, WHOLE=whole, num_warps=warps(spec, whole=whole, crowded=crowded), **constants, **LAUNCH,
             )  # fmt: skip
 
 
@@ -221,8 +124,9 @@ def _emit(  # noqa: PLR0917
         **family.constants(spec), "VECTOR": 8 if half else 4,
         "HAS_IN": source is not None, "HAS_OUT": e_out is not None, "DECAYED": decay != 1.0,
     }  # fmt: skip
-    _run(kernel, spec, numel, arguments, constants)
-    restore(source, e_out, payload, header)
+    # A sum of payloads and a residual of 16 bits, whose lanes are exchanged, are more than a warp's registers hold.
+    _run(kernel, spec, numel, arguments, constants, crowded=kernel is family.reencode and half)
+    restore(family, source, e_out, payload, header)
 
 
 def encode(  # noqa: PLR0917

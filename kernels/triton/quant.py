@@ -1,7 +1,7 @@
-"""Steps 4 and 6 of 7 on the device: int8, int4 and fp8, the oracle's bytes, as Triton kernels.
+"""Steps 4 and 6 of 7 on the device: int8, int4 and fp8, the oracle's bytes. `codes` has the kernels that call this.
 
-Phases of encode, in one pass
-    1  compensate   acc = grad + decay * e_in in registers; a non-finite value raises the payload's flag
+Phases of write
+    1  flag         a value that is not finite raises the payload's
     2  scale        per group, the power of two that the largest magnitude's exponent says
     3  code         half to even, by adding a power of two whose last digit is worth one code
     4  write        residual, scales, codes; the program's share of the checksum by one atomic addition
@@ -11,17 +11,12 @@ Phases of encode, in one pass
 
 from __future__ import annotations
 
-from functools import partial
-
 import triton
 import triton.language as tl
 
-from hybridcomm.kernels.specs.quant import Fp8Spec, ScaledSpec
-from hybridcomm.kernels.triton import bits, launch
-from hybridcomm.kernels.triton.launch import Family
-from hybridcomm.kernels.triton.shipped import shipped
+from hybridcomm.kernels.triton import bits
 
-__all__ = ["FAMILY", "KERNELS", "decode_add", "encode", "reencode"]
+__all__ = ["add", "write"]
 
 MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23, bits 0x4B400000: what is added to it is rounded to an integer
 
@@ -69,7 +64,7 @@ def _floats(acc, scale_bits, MANTISSA: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def _write(  # noqa: PLR0917
+def write(  # noqa: PLR0917
     acc, flags, e_out, payload, pid, at, count, codes,
     ELEMENTS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr,  # noqa: N803
     HAS_OUT: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
@@ -162,7 +157,7 @@ def _values(packed, BITS: tl.constexpr, MANTISSA: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def _sum(  # noqa: PLR0917
+def add(  # noqa: PLR0917
     x, payloads, pid, count, stride, inside, codes, weight,
     ELEMENTS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
@@ -181,83 +176,3 @@ def _sum(  # noqa: PLR0917
         value = _values(packed.to(tl.int32), BITS, MANTISSA)
         x = x + value * bits.spread(bits.as_float(scale.to(tl.int32) << 23), ELEMENTS) * weight
     return x
-
-
-@triton.jit(do_not_specialize=["first", "codes"])
-def encode_kernel(  # noqa: PLR0917
-    grad, e_in, e_out, payload, numel, first, codes, decay,
-    ELEMENTS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr,  # noqa: N803
-    VECTOR: tl.constexpr, HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, DECAYED: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
-):  # fmt: skip
-    """Programs ``first``, first + 1, ... of a region."""
-    pid = tl.program_id(0).to(tl.int64) + first
-    count = bits.count_in(numel, pid, ELEMENTS)
-    start = pid * ELEMENTS
-    at = bits.tile(ELEMENTS, VECTOR)
-    acc = bits.fetch(grad + start, at, count, WHOLE)
-    acc = bits.compensated(acc, e_in + start, decay, at, count, HAS_IN, DECAYED, WHOLE)
-    _write(
-        acc, 0, e_out + start, payload, pid, at, count, codes,
-        ELEMENTS, GROUP, BITS, MANTISSA, HAS_OUT, WHOLE,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["count", "first", "codes"])
-def reencode_kernel(  # noqa: PLR0917
-    payloads, e_in, e_out, payload, count, stride, numel, first, codes, weight, decay,
-    ELEMENTS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr,  # noqa: N803
-    VECTOR: tl.constexpr, HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, DECAYED: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
-):  # fmt: skip
-    """Likewise of the sum of payloads, which is nowhere written."""
-    pid = tl.program_id(0).to(tl.int64) + first
-    inside = bits.count_in(numel, pid, ELEMENTS)
-    start = pid * ELEMENTS
-    at = bits.tile(ELEMENTS, VECTOR)
-    acc = _sum(
-        bits.zeros(ELEMENTS), payloads, pid, count, stride, inside, codes, weight,
-        ELEMENTS, GROUP, BITS, MANTISSA, WHOLE,
-    )  # fmt: skip
-    acc = bits.compensated(acc, e_in + start, decay, at, inside, HAS_IN, DECAYED, WHOLE)
-    _write(
-        acc, bits.flagged(payloads, count, stride), e_out + start, payload, pid, at, inside, codes,
-        ELEMENTS, GROUP, BITS, MANTISSA, HAS_OUT, WHOLE,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["count", "first", "codes"])
-def decode_kernel(  # noqa: PLR0917
-    payloads, out, count, stride, numel, first, codes, weight,
-    ELEMENTS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr,  # noqa: N803
-    WHOLE: tl.constexpr,  # noqa: N803
-):  # fmt: skip
-    """``out`` plus all payloads, or NaN if one is flagged."""
-    pid = tl.program_id(0).to(tl.int64) + first
-    inside = bits.count_in(numel, pid, ELEMENTS)
-    out += pid * ELEMENTS
-    at = bits.tile(ELEMENTS, 4)
-    if bits.flagged(payloads, count, stride) != 0:
-        bits.put(out, at, bits.as_float(at * 0 + bits.QUIET_NAN), inside, WHOLE)
-    else:
-        x = _sum(
-            bits.fetch(out, at, inside, WHOLE), payloads, pid, count, stride, inside, codes, weight,
-            ELEMENTS, GROUP, BITS, MANTISSA, WHOLE,
-        )  # fmt: skip
-        bits.put(out, at, x, inside, WHOLE)
-
-
-def _constants(spec: ScaledSpec) -> dict[str, int]:
-    return {
-        "GROUP": spec.block,
-        "BITS": spec.value_bits,
-        "MANTISSA": spec.mantissa if isinstance(spec, Fp8Spec) else 0,
-    }
-
-
-FAMILY = Family(
-    encode=encode_kernel, reencode=reencode_kernel, decode=decode_kernel, constants=_constants
-)  # fmt: skip
-encode = partial(launch.encode, FAMILY)
-reencode = partial(launch.reencode, FAMILY)
-decode_add = partial(launch.decode_add, FAMILY)
-
-KERNELS = shipped("triton/quant.py", FAMILY, ("int8", "int4", "fp8"), instructions=21)

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hybridcomm.kernels import device_tensors
 from hybridcomm.kernels.device import Argument, Budget, DeviceKernel
 from hybridcomm.kernels.payload import HEADER_NBYTES
 from hybridcomm.kernels.triton import bits, launch
@@ -100,14 +101,14 @@ def fill(out, word, left, SIZE: tl.constexpr):  # noqa: N803
 def _emit(  # noqa: PLR0917
     family: launch.Family, kernel: Any, spec: Any, inputs: Mapping[str, Any], numel: int,
     e_in: torch.Tensor | None, e_out: torch.Tensor | None, payload: torch.Tensor,
-    digest: int, decay: float, header: launch.Header | None,
+    digest: int, decay: float, header: device_tensors.Header | None,
 ) -> None:  # fmt: skip
     """What encode and reencode share."""
-    launch.check_vectors(numel, payload.device, launch.RESIDUALS, e_in=e_in, e_out=e_out)
+    device_tensors.check_vectors(numel, payload.device, device_tensors.RESIDUALS, e_in=e_in, e_out=e_out)
     if e_in is not None and e_out is not None:
-        launch.need(e_in.dtype == e_out.dtype, "e_in and e_out: one type wanted")
-    launch.check_payload(payload, spec.nbytes(numel), payload.device)
-    header = launch.make_header(spec, numel, digest, payload.device) if header is None else header
+        device_tensors.need(e_in.dtype == e_out.dtype, "e_in and e_out: one type wanted")
+    device_tensors.check_payload(payload, spec.nbytes(numel), payload.device)
+    header = device_tensors.make_header(spec, numel, digest, payload.device) if header is None else header
     payload[:HEADER_NBYTES].copy_(header.template)
     payload[HEADER_NBYTES:].zero_()  # what pads the sections
     if numel == 0:
@@ -121,15 +122,15 @@ def _emit(  # noqa: PLR0917
         **family.constants(spec),
         HAS_IN=source is not None, HAS_OUT=e_out is not None, DECAYED=decay != 1.0, **launch.LAUNCH,
     )  # fmt: skip
-    launch.restore(source, e_out, payload, header)
+    launch.restore(family, source, e_out, payload, header)
 
 
 def encode(  # noqa: PLR0917
     family: launch.Family, spec: Any, grad: torch.Tensor, e_in: torch.Tensor | None, e_out: torch.Tensor | None,
-    payload: torch.Tensor, digest: int = 0, *, decay: float = 1.0, header: launch.Header | None = None,
+    payload: torch.Tensor, digest: int = 0, *, decay: float = 1.0, header: device_tensors.Header | None = None,
 ) -> None:  # fmt: skip
     """``reference.encode`` on the device's current stream; shapes, types and errors as ``launch.encode``."""
-    launch.check_vectors(grad.numel(), payload.device, launch.GRADIENTS, grad=grad)
+    device_tensors.check_vectors(grad.numel(), payload.device, device_tensors.GRADIENTS, grad=grad)
     _emit(
         family, family.encode, spec, {"grad": grad}, grad.numel(), e_in, e_out, payload, digest, decay, header
     )  # fmt: skip
@@ -138,11 +139,11 @@ def encode(  # noqa: PLR0917
 def reencode(  # noqa: PLR0917
     family: launch.Family, spec: Any, payloads: torch.Tensor, numel: int, e_in: torch.Tensor | None,
     e_out: torch.Tensor, payload: torch.Tensor, digest: int = 0, *, weight: float = 1.0, decay: float = 1.0,
-    header: launch.Header | None = None, check: bool = True,
+    header: device_tensors.Header | None = None, check: bool = True,
 ) -> None:  # fmt: skip
     """Encodes the sum of payloads in one pass; as ``launch.reencode``, but e_out has to be there, and fp32."""
-    launch.check_payloads(spec, payloads, numel, payload.device, digest, check)
-    launch.need(e_out.dtype == torch.float32, f"e_out: float32 wanted, got {e_out.dtype}")
+    device_tensors.check_payloads(spec, payloads, numel, payload.device, digest, check)
+    device_tensors.need(e_out.dtype == torch.float32, f"e_out: float32 wanted, got {e_out.dtype}")
     inputs = {"payloads": payloads, "count": payloads.shape[0], "stride": payloads.shape[1], "weight": weight}
     _emit(family, family.reencode, spec, inputs, numel, e_in, e_out, payload, digest, decay, header)
 
@@ -156,8 +157,8 @@ def decode_add(
     ``clear``: out begins as zeros, whatever it holds.
     """
     numel = out.numel()
-    launch.check_vectors(numel, out.device, (torch.float32,), out=out)
-    launch.check_payloads(spec, payloads, numel, out.device, digest, check)
+    device_tensors.check_vectors(numel, out.device, (torch.float32,), out=out)
+    device_tensors.check_payloads(spec, payloads, numel, out.device, digest, check)
     if numel == 0 or (payloads.shape[0] == 0 and not clear):
         return
     family.decode[(spec.nblocks(numel),)](
@@ -233,7 +234,7 @@ def shipped(
         _kernel, source=source, name=name, family=family, spec=spec, instructions=instructions, cold=cold
     )
     each = spec.nbytes(spec.block << 10) / (spec.block << 10)
-    touched = 8 * spec.layout[1] / spec.block  # a record that is added: 4 bytes read, 4 written
+    touched = 64 * spec.layout[1] / spec.block  # a record that is added: 32 bytes read, 32 written
     feedback = {"HAS_IN": 1, "HAS_OUT": 1, "DECAYED": 0}
     summed = PAYLOADS * (each + touched)
     residual = {"e_in": "fp32", "e_out": "fp32", "payload": "u8"}
@@ -247,8 +248,8 @@ def shipped(
             )
             for grad, rest in (("fp32", "fp32"), ("bf16", "fp32"), ("fp16", "fp32"), ("bf16", "bf16"))
         ),
-        # The sum is written as zeros, and read, in e_out, before the new residual is written.
-        made("reencode", {"payloads": "u8", **residual}, 16 + each + summed, feedback, 2.0),
+        # The sum is formed in e_out, in the cache: device memory sees the new residual alone.
+        made("reencode", {"payloads": "u8", **residual}, 8 + (1 + PAYLOADS) * each, feedback, 2.0),
         made("decode", {"payloads": "u8", "out": "fp32"}, summed, {"CLEAR": 0}),
         made("decode", {"payloads": "u8", "out": "fp32"}, 4 + summed, {"CLEAR": 1}),
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import product
 
 from hybridcomm.kernels.device import Argument, Budget, DeviceKernel
 from hybridcomm.kernels.spec import parse
 from hybridcomm.kernels.specs.quant import QuantSpec
-from hybridcomm.kernels.triton.launch import Family, elements
+from hybridcomm.kernels.triton.launch import Family, elements, warps
 
 __all__ = ["shipped"]
 
@@ -16,6 +17,7 @@ REGISTERS = 224  # a warp is a block: nine of them on an SM have 144 KiB of load
 PAYLOADS = 2  # what budgets of kernels that read payloads are for
 HALVES = 16  # instructions per element more, at most, to widen and narrow types of 16 bits and exchange their lanes
 TAIL = 6  # and for masks
+ANEW = 2.5  # times the budget of encoding: sums of payloads, encoded; counted in PTX, which is more than machine code
 
 _NBYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _WORDS = ("numel", "first", "stride")
@@ -52,7 +54,7 @@ def _kernel(  # noqa: PLR0917
         function=f"{kind}_kernel",
         arguments=tuple(_argument(name, types) for name in names),
         constants=tuple((name, value) for name, value in constants.items()),
-        num_warps=1,
+        num_warps=warps(spec, whole=whole, crowded=kind == "reencode" and halves),
         elements=size,
         budget=Budget(
             nbytes=SLACK * (floats + payload),
@@ -63,16 +65,14 @@ def _kernel(  # noqa: PLR0917
     )
 
 
-def shipped(
-    source: str, family: Family, texts: tuple[str, ...], *, instructions: float
-) -> tuple[DeviceKernel, ...]:
-    """Kernels of the specs that ``texts`` name; ``instructions``: the budget per element where all is fp32.
+def shipped(source: str, family: Family, budgets: Mapping[str, float]) -> tuple[DeviceKernel, ...]:
+    """Kernels of the specs that ``budgets`` name: instructions per element where all is fp32.
 
     Whole programs take regions of a multiple of ``elements``; a tail's kernel takes any multiple of 16 from program
     ``first`` on. Other sizes, settings, and a decay, are left to Triton's own compiler.
     """
     kernels = []
-    for text, whole in product(texts, (True, False)):
+    for (text, instructions), whole in product(budgets.items(), (True, False)):
         spec = parse(text)
         if not isinstance(spec, QuantSpec):
             raise TypeError(f"{text}: no quantising codec")
@@ -89,7 +89,7 @@ def shipped(
             fixed = {**own, **feedback, "VECTOR": 4 if rest == "fp32" else 8}
             kernels.append(
                 _kernel(
-                    source, text, spec, "reencode", family.reencode, fixed, types, whole, 2 * instructions
+                    source, text, spec, "reencode", family.reencode, fixed, types, whole, ANEW * instructions
                 )
             )
         types = {"payloads": "*u8", "out": "*fp32"}

@@ -1,7 +1,7 @@
-"""Steps 4 and 6 of 7 on the device: one bit per element, the oracle's bytes, as Triton kernels.
+"""Steps 4 and 6 of 7 on the device: one bit per element, the oracle's bytes. `codes` has the kernels that call this.
 
-Phases of encode, in one pass
-    1  compensate   acc = grad + decay * e_in in registers; a non-finite value raises the payload's flag
+Phases of write
+    1  flag         a value that is not finite raises the payload's
     2  scale        per group, the mean magnitude: a sum of integers, cut to 8 binary digits
     3  pack         signs: four per vector, 32 per thread, then exchanged between lanes so that each holds one word
     4  write        residual, scales, words; the program's share of the checksum by one atomic addition
@@ -11,17 +11,12 @@ Phases of encode, in one pass
 
 from __future__ import annotations
 
-from functools import partial
-
 import triton
 import triton.language as tl
 
-from hybridcomm.kernels.specs.quant import SignSpec
-from hybridcomm.kernels.triton import bits, launch
-from hybridcomm.kernels.triton.launch import Family
-from hybridcomm.kernels.triton.shipped import shipped
+from hybridcomm.kernels.triton import bits
 
-__all__ = ["FAMILY", "KERNELS", "decode_add", "encode", "reencode"]
+__all__ = ["add", "write"]
 
 FIXED = tl.constexpr(22)  # as the oracle: bits of a magnitude that the mean takes in
 
@@ -73,6 +68,18 @@ def _sign_bits(words):
 
 
 @triton.jit
+def _quotient(total, size):
+    """``total // size``, below 2^(FIXED + 1), digit by digit: a division would begin with an approximate reciprocal."""
+    whole = total * 0
+    for i in tl.static_range(FIXED, -1, -1):
+        part = size.to(total.dtype) << i
+        more = part <= total
+        total = tl.where(more, total - part, total)
+        whole = tl.where(more, whole | (1 << i), whole)
+    return whole
+
+
+@triton.jit
 def _mean_bits(acc, largest, count, ELEMENTS: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr):  # noqa: N803
     """fp32 bits of the mean magnitude of each group, towards zero, in 8 binary digits."""
     n: tl.constexpr = ELEMENTS // GROUP
@@ -83,8 +90,10 @@ def _mean_bits(acc, largest, count, ELEMENTS: tl.constexpr, GROUP: tl.constexpr,
     if GROUP > 256:  # of 22 bits each
         fixed = fixed.to(tl.int64)
     total = tl.sum(bits.groups(fixed, n), 1)
-    size = GROUP if WHOLE else tl.minimum(tl.maximum(count - tl.arange(0, n) * GROUP, 1), GROUP)
-    whole = total // size
+    if WHOLE:
+        whole = total // GROUP
+    else:
+        whole = _quotient(total, tl.minimum(tl.maximum(count - tl.arange(0, n) * GROUP, 1), GROUP))
     digits = bits.as_float(bits.as_bits(whole.to(tl.int32).to(tl.float32)) & -65536)
     return bits.as_bits(digits * bits.as_float(exponent - ((FIXED - 1) << 23)))
 
@@ -99,7 +108,7 @@ def _word_places(payload, pid, codes, ELEMENTS: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def _write(  # noqa: PLR0917
+def write(  # noqa: PLR0917
     acc, flags, e_out, payload, pid, at, count, codes,
     ELEMENTS: tl.constexpr, GROUP: tl.constexpr, HAS_OUT: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
@@ -129,7 +138,7 @@ def _write(  # noqa: PLR0917
 
 
 @triton.jit
-def _sum(  # noqa: PLR0917
+def add(  # noqa: PLR0917
     x, payloads, pid, count, stride, inside, codes, weight,
     ELEMENTS: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
@@ -148,71 +157,3 @@ def _sum(  # noqa: PLR0917
         value = bits.as_float(scale.to(tl.int32) << 16) * weight  # rounding knows no sign: it may come later
         x = x + bits.as_float(_sign_bits(word) ^ bits.spread(bits.as_bits(value), ELEMENTS))
     return x
-
-
-@triton.jit(do_not_specialize=["first", "codes"])
-def encode_kernel(  # noqa: PLR0917
-    grad, e_in, e_out, payload, numel, first, codes, decay,
-    ELEMENTS: tl.constexpr, GROUP: tl.constexpr,  # noqa: N803
-    VECTOR: tl.constexpr, HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, DECAYED: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
-):  # fmt: skip
-    """Programs ``first``, first + 1, ... of a region."""
-    pid = tl.program_id(0).to(tl.int64) + first
-    count = bits.count_in(numel, pid, ELEMENTS)
-    start = pid * ELEMENTS
-    at = bits.tile(ELEMENTS, VECTOR)
-    acc = bits.fetch(grad + start, at, count, WHOLE)
-    acc = bits.compensated(acc, e_in + start, decay, at, count, HAS_IN, DECAYED, WHOLE)
-    _write(acc, 0, e_out + start, payload, pid, at, count, codes, ELEMENTS, GROUP, HAS_OUT, WHOLE)
-
-
-@triton.jit(do_not_specialize=["count", "first", "codes"])
-def reencode_kernel(  # noqa: PLR0917
-    payloads, e_in, e_out, payload, count, stride, numel, first, codes, weight, decay,
-    ELEMENTS: tl.constexpr, GROUP: tl.constexpr,  # noqa: N803
-    VECTOR: tl.constexpr, HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, DECAYED: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
-):  # fmt: skip
-    """Likewise of the sum of payloads, which is nowhere written."""
-    pid = tl.program_id(0).to(tl.int64) + first
-    inside = bits.count_in(numel, pid, ELEMENTS)
-    start = pid * ELEMENTS
-    at = bits.tile(ELEMENTS, VECTOR)
-    acc = bits.zeros(ELEMENTS)
-    acc = _sum(acc, payloads, pid, count, stride, inside, codes, weight, ELEMENTS, GROUP, WHOLE)
-    if not WHOLE:  # what is no element has a group's scale, but must not have a part in its mean
-        acc = tl.where(bits.tile(ELEMENTS, 4) < inside, acc, 0.0)
-    acc = bits.compensated(acc, e_in + start, decay, at, inside, HAS_IN, DECAYED, WHOLE)
-    flags = bits.flagged(payloads, count, stride)
-    _write(acc, flags, e_out + start, payload, pid, at, inside, codes, ELEMENTS, GROUP, HAS_OUT, WHOLE)
-
-
-@triton.jit(do_not_specialize=["count", "first", "codes"])
-def decode_kernel(  # noqa: PLR0917
-    payloads, out, count, stride, numel, first, codes, weight,
-    ELEMENTS: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
-):  # fmt: skip
-    """``out`` plus all payloads, or NaN if one is flagged."""
-    pid = tl.program_id(0).to(tl.int64) + first
-    inside = bits.count_in(numel, pid, ELEMENTS)
-    out += pid * ELEMENTS
-    at = bits.tile(ELEMENTS, 4)
-    if bits.flagged(payloads, count, stride) != 0:
-        bits.put(out, at, bits.as_float(at * 0 + bits.QUIET_NAN), inside, WHOLE)
-    else:
-        x = bits.fetch(out, at, inside, WHOLE)
-        x = _sum(x, payloads, pid, count, stride, inside, codes, weight, ELEMENTS, GROUP, WHOLE)
-        bits.put(out, at, x, inside, WHOLE)
-
-
-def _constants(spec: SignSpec) -> dict[str, int]:
-    return {"GROUP": spec.block}
-
-
-FAMILY = Family(
-    encode=encode_kernel, reencode=reencode_kernel, decode=decode_kernel, constants=_constants
-)  # fmt: skip
-encode = partial(launch.encode, FAMILY)
-reencode = partial(launch.reencode, FAMILY)
-decode_add = partial(launch.decode_add, FAMILY)
-
-KERNELS = shipped("triton/sign1.py", FAMILY, ("sign1",), instructions=23)

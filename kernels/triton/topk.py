@@ -14,17 +14,17 @@ takes a block. Phases of encode
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
-import torch
 import triton
 import triton.language as tl
 
+from hybridcomm.kernels import device_tensors
 from hybridcomm.kernels.device import DeviceKernel
 from hybridcomm.kernels.specs.topk import TopKSpec
 from hybridcomm.kernels.triton import bits, launch, records
 
-__all__ = ["KERNELS", "decode_add", "encode", "reencode"]
+__all__ = ["FAMILY", "KERNELS", "decode_add", "encode", "reencode"]
 
 
 @triton.jit
@@ -197,7 +197,9 @@ def decode_kernel(  # noqa: PLR0917
 
 
 def _constants(spec: TopKSpec) -> dict[str, int]:
-    launch.need(not spec.sign, f"{spec}: no device kernel for signs, whose scale is a mean: use topk:0.01")
+    device_tensors.need(
+        not spec.sign, f"{spec}: no device kernel for signs, whose scale is a mean: use topk:0.01"
+    )
     block, k, value_bits = spec.layout
     warps = max(block // 1024, 1)
     return {
@@ -211,31 +213,16 @@ def _constants(spec: TopKSpec) -> dict[str, int]:
     }
 
 
-_FAMILY = launch.Family(
+FAMILY = launch.Family(
     encode=encode_kernel, reencode=reencode_kernel, decode=decode_kernel, constants=_constants
 )
 
 
-def encode(spec: TopKSpec, *tensors: Any, **options: Any) -> None:
-    """``records.encode``: ``(grad, e_in, e_out, payload, digest=0, *, decay=1.0, header=None)``.
-
-    Raises:
-        ValueError: also for signs, which have no device kernel.
-    """
-    records.encode(_FAMILY, spec, *tensors, **options)
-
-
-def reencode(spec: TopKSpec, *tensors: Any, **options: Any) -> None:
-    """``records.reencode``: ``(payloads, numel, e_in, e_out, payload, digest=0, *, weight, decay, header, check)``."""
-    records.reencode(_FAMILY, spec, *tensors, **options)
-
-
-def decode_add(spec: TopKSpec, payloads: torch.Tensor, out: torch.Tensor, *rest: Any, **options: Any) -> None:
-    """``records.decode_add``: ``(payloads, out, weight=1.0, digest=0, *, clear=False, check=True)``."""
-    records.decode_add(_FAMILY, spec, payloads, out, *rest, **options)
-
+encode = partial(records.encode, FAMILY)
+reencode = partial(records.reencode, FAMILY)
+decode_add = partial(records.decode_add, FAMILY)
 
 KERNELS: tuple[DeviceKernel, ...] = records.shipped(
-    "triton/topk.py", "topk_triton", _FAMILY, TopKSpec(), instructions=80, cold=160
+    "triton/topk.py", "topk_triton", FAMILY, TopKSpec(), instructions=80, cold=160
 )
 """Of ``topk:0.01``; ``cuda/topk.py`` has those that are launched where they were built beforehand."""

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridcomm.kernels import PayloadFormatError, Spec, Status, parse, reference, triton
-from hybridcomm.kernels.triton import launch
+from hybridcomm.kernels.device_tensors import make_header
 from tests.kernels import cases, quant_cases
 from tests.kernels.cases import DIGEST, Bytes, Case, Floats
 
@@ -202,7 +202,7 @@ def test_wrong_tensors_are_refused() -> None:
 
 def test_a_header_made_before_is_the_same() -> None:
     spec, grad = parse("int8"), torch.from_numpy(cases.values("normal", 300, 1)[0])
-    header = launch.make_header(spec, 300, DIGEST, grad.device)
+    header = make_header(spec, 300, DIGEST, grad.device)
     made = [torch.full((spec.nbytes(300),), 7, dtype=torch.uint8) for _ in range(2)]
     triton.encoder(spec).encode(spec, grad, None, None, made[0], DIGEST)
     triton.encoder(spec).encode(spec, grad, None, None, made[1], header=header)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from hybridcomm.kernels import FLAG_NONFINITE, HEADER_NBYTES, Spec, reference
-from hybridcomm.kernels.cuda import gtopk, topk
+from hybridcomm.kernels import Spec
+from hybridcomm.kernels.cuda import gtopk, launch, topk
 from hybridcomm.kernels.device import DeviceKernel
-from hybridcomm.kernels.payload import HEADER_DTYPE
 from tests.kernels.cases import DIGEST, Bytes, Case, Floats
-from tests.ptx import Counters, Memory
-from tests.ptx.conformance import executable
+from tests.kernels.ptx_run import PtxRun
+from tests.ptx import Counters
+from tests.ptx.conformance import Executable, executable
 
-__all__ = ["Device", "inputs", "narrowed", "widened"]
+__all__ = ["Device", "inputs", "narrowed", "tensor", "widened"]
 
 KERNELS = {kernel.name: kernel for kernel in topk.KERNELS + gtopk.KERNELS}
 Array = npt.NDArray[Any]
@@ -44,6 +45,16 @@ def widened(values: Array, kind: str) -> Floats:
     return values.astype(np.float32)
 
 
+def tensor(values: Floats, kind: str) -> torch.Tensor:
+    """In a gradient's or residual's type."""
+    bits = narrowed(values, kind).copy()
+    return (
+        torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
+        if kind == "bf16"
+        else torch.from_numpy(bits)
+    )
+
+
 def inputs(case: Case) -> tuple[Floats, Floats]:
     """Besides what a case has: largest elements in few lanes, so that the lanes' maxima bound them badly."""
     if case.kind not in ("few lanes", "few lanes tied"):
@@ -60,20 +71,42 @@ def inputs(case: Case) -> tuple[Floats, Floats]:
 
 @dataclass(kw_only=True)
 class Device:
-    """Encoders and decoders for one architecture; ``launches`` keeps the counters of the last call, by kernel."""
+    """Encoders and decoders for one architecture.
+
+    ``load``: where executables come from, so that a test can plant bugs in them.
+    """
 
     arch: int
+    load: Callable[[DeviceKernel, int], Executable] = executable
     grad: str = "fp32"
     rest: str = "fp32"
     decay: float = 1.0
-    launches: dict[str, list[Counters]] = field(default_factory=dict)
+    run: PtxRun = field(init=False)
 
-    def run(self, kernel: DeviceKernel, memory: Memory, numel: int, *arguments: int | float) -> None:
-        names = [argument.name for argument in kernel.arguments]
-        counters = executable(kernel, self.arch).launch(
-            memory, numel, **dict(zip(names, arguments, strict=True))
-        )
-        self.launches.setdefault(kernel.name, []).append(counters)
+    def __post_init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> PtxRun:
+        """Forgets earlier launches, and what they wrote."""
+        self.run = PtxRun(arch=self.arch, load=self.load)
+        return self.run
+
+    @property
+    def launches(self) -> dict[str, list[Counters]]:
+        """The counters of the last call, by kernel."""
+        found: dict[str, list[Counters]] = {}
+        for kernel, _, counters in self.run.launches:
+            found.setdefault(kernel.name, []).append(counters)
+        return found
+
+    def workspace(self, spec: Spec, numel: int) -> torch.Tensor | None:
+        """Only what the host clears may be read before it is written."""
+        if spec == topk.SPEC:
+            return None
+        made = launch.make_workspace(numel, torch.device("cpu"))
+        made.fill_(0xA5)
+        self.run.hold(made, np.arange(made.numel()) < gtopk.workspace(numel)[1])
+        return made
 
     def encode(
         self,
@@ -85,94 +118,43 @@ class Device:
         digest: int = DIGEST,
     ) -> int:
         """``reference.encode`` of narrowed inputs; ``e_out`` as the residual's type has it, widened."""
-        self.launches.clear()
-        memory, start = Memory(), _empty(spec, grad.size, digest)
-        at = memory.place(start, name="payload")
-        given = memory.place(narrowed(grad, self.grad), name="grad")
-        source = 0 if e_in is None else memory.place(narrowed(e_in, self.rest), name="e_in")
-        rest = memory.reserve(topk.BYTES[self.rest] * grad.size, name="e_out")
-        if spec == topk.SPEC:
-            regions, sizes = (source, rest, at), (grad.size, topk.SPEC.records_offset(grad.size))
-            encode, withdraw = f"topk_encode_{self.grad}_{self.rest}", f"topk_withdraw_{self.rest}"
-            self.run(KERNELS[encode], memory, grad.size, given, *regions, *sizes, self.decay)
-            self.run(
-                KERNELS[withdraw], memory, grad.size, *regions, *sizes, _withdrawn(spec, grad.size, digest)
-            )
-        else:
-            steps = gtopk.encode_steps(
-                grad.size, self.grad, feedback=e_in is not None, decay=self.decay,
-                withdrawn=_withdrawn(spec, grad.size, digest),
-            )  # fmt: skip
-            nbytes, cleared = gtopk.workspace(grad.size)
-            space = memory.place(
-                np.zeros(nbytes, np.uint8), name="workspace", initialised=np.arange(nbytes) < cleared
-            )
-            buffers = {"grad": given, "e_in": source, "e_out": rest, "payload": at, "workspace": space}
-            self.enqueue(memory, steps, buffers, grad.size)
-        payload[:] = memory.read(at)
-        assert memory.written(rest).all()
-        e_out[:] = widened(memory.read(rest, np.uint16 if self.rest == "bf16" else np.float32), self.rest)
+        run = self.begin()
+        source = None if e_in is None else tensor(e_in, self.rest)
+        rest, made = (
+            tensor(np.full(grad.size, 77, np.float32), self.rest),
+            torch.zeros(payload.size, dtype=torch.uint8),
+        )
+        if spec == gtopk.SPEC:  # its kernels add to the payload's body, which the host clears
+            run.hold(made, np.ones(made.numel(), np.bool_))
+        launch.encode(
+            run, spec, tensor(grad, self.grad), source, rest, made, digest,
+            decay=self.decay, workspace=self.workspace(spec, grad.size),
+        )  # fmt: skip
+        assert grad.size == 0 or run.written(rest)
+        payload[:] = made.numpy()
+        e_out[:] = rest.float().numpy()
         return int(payload[40])
-
-    def enqueue(
-        self, memory: Memory, steps: Sequence[gtopk.Launch], buffers: dict[str, int], numel: int
-    ) -> None:
-        for step in steps:
-            assert step.programs == step.kernel.grid(numel)
-            self.run(
-                step.kernel,
-                memory,
-                numel,
-                *(
-                    0 if a is None else buffers[a.buffer] + a.offset if isinstance(a, gtopk.At) else a
-                    for a in step.arguments
-                ),
-            )
 
     def decode_add(
         self, spec: Spec, payloads: Sequence[Bytes], out: Floats, weight: float = 1.0, *, clear: bool = False
     ) -> None:
-        """``reference.decode_add`` of payloads that need no check; ``clear``: into zeros, whatever ``out`` holds."""
-        self.launches.clear()
-        memory = Memory()
-        at = memory.place(np.stack(payloads), name="payloads")
-        target = memory.reserve(out.nbytes, name="out") if clear else memory.place(out, name="out")
-        stride = payloads[0].size
-        if spec == topk.SPEC:
-            kernel = KERNELS["topk_decode" if clear else "topk_decode_add"]
-            sizes = (len(payloads), stride, out.size, topk.SPEC.records_offset(out.size))
-            self.run(kernel, memory, out.size, at, target, *sizes, weight)
-        else:
-            space = memory.reserve(gtopk.workspace(out.size)[0], name="workspace")
-            steps = gtopk.decode_steps(out.size, len(payloads), weight=weight)
-            self.enqueue(memory, steps, {"payloads": at, "out": target, "workspace": space}, out.size)
-        out[:] = memory.read(target, np.float32)
+        """``reference.decode_add`` of payloads; ``clear``: into zeros, whatever ``out`` holds."""
+        run, made, given = self.begin(), torch.from_numpy(out.copy()), torch.from_numpy(np.stack(payloads))
+        run.hold(given, np.ones(given.numel(), np.bool_))
+        if clear:
+            run.hold(made, np.zeros(out.nbytes, np.bool_))
+        launch.decode_add(
+            run, spec, given, made, weight, DIGEST,
+            clear=clear, workspace=self.workspace(spec, out.size),
+        )  # fmt: skip
+        out[:] = made.numpy()
 
     def reencode(self, payloads: Sequence[Bytes], e_in: Floats, e_out: Floats, payload: Bytes) -> None:
         """Decoding into zeros and encoding anew, in one kernel."""
-        self.launches.clear()
-        spec, memory, numel = topk.SPEC, Memory(), e_in.size
-        at = memory.place(_empty(spec, numel, DIGEST), name="payload")
-        source, rest = memory.place(e_in, name="e_in"), memory.reserve(e_out.nbytes, name="e_out")
-        given, start = memory.place(np.stack(payloads), name="payloads"), spec.records_offset(numel)
-        sizes = (len(payloads), payloads[0].size, numel, start)
-        self.run(KERNELS["topk_reencode"], memory, numel, given, source, rest, at, *sizes, 0.25, self.decay)
-        withdrawn = _withdrawn(spec, numel, DIGEST)
-        self.run(KERNELS["topk_withdraw_fp32"], memory, numel, source, rest, at, numel, start, withdrawn)
-        payload[:] = memory.read(at)
-        e_out[:] = memory.read(rest, np.float32)
-
-
-def _empty(spec: Spec, numel: int, digest: int) -> Bytes:
-    """What the host writes before a kernel runs."""
-    payload = np.zeros(spec.nbytes(numel), np.uint8)
-    payload[:HEADER_NBYTES] = reference.header(spec, numel, digest=digest, flags=0)
-    payload[:HEADER_NBYTES].view(HEADER_DTYPE)["checksum"] = reference.checksum(payload)
-    return payload
-
-
-def _withdrawn(spec: Spec, numel: int, digest: int) -> int:
-    """The checksum of a payload with the flag up and no body."""
-    payload = np.zeros(spec.nbytes(numel), np.uint8)
-    payload[:HEADER_NBYTES] = reference.header(spec, numel, digest=digest, flags=FLAG_NONFINITE)
-    return reference.checksum(payload)
+        run, rest, made = self.begin(), torch.zeros(e_in.size), torch.zeros(payload.size, dtype=torch.uint8)
+        launch.reencode(
+            run, topk.SPEC, torch.from_numpy(np.stack(payloads)), e_in.size, torch.from_numpy(e_in.copy()), rest, made,
+            DIGEST, weight=0.25, decay=self.decay,
+        )  # fmt: skip
+        payload[:] = made.numpy()
+        e_out[:] = rest.numpy()

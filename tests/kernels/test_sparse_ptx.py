@@ -122,7 +122,7 @@ def within(device: Device, numel: int, *, cold: bool = False) -> None:
         figures = Figures.of(numel, *launches)
         print(f"{name}, sm_{device.arch}: {figures}")
         # Every launch of a kernel that has several has the budget for itself.
-        assert figures.nbytes <= budget.nbytes * len(launches), name
+        assert figures.moved <= budget.nbytes * len(launches), name
         most = budget.cold if cold and budget.cold is not None else budget.instructions
         assert figures.instructions <= most * len(launches), name
 
@@ -138,6 +138,14 @@ def test_budgets_hold(device: Device) -> None:
         encoded(device, case_of(kind, 4096))
         within(device, 4096, cold=True)
     encoded(device, case_of("normal", numel, gtopk.SPEC))
+    within(device, numel)
+    for spec in (topk.SPEC, gtopk.SPEC):
+        size = numel if spec == topk.SPEC else 8 * numel  # one program of gtopk's stands for millions
+        for clear in (False, True) if spec == topk.SPEC else (False,):
+            device.decode_add(spec, payloads_of(spec, size, "normal"), old(size), clear=clear)
+            within(device, size)
+    rest, payload = np.zeros(numel, np.float32), np.zeros(topk.SPEC.nbytes(numel), np.uint8)
+    device.reencode(payloads_of(topk.SPEC, numel, "normal"), old(numel), rest, payload)
     within(device, numel)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from tests.ptx import types
 from tests.ptx.errors import AccessError, Reason
 from tests.ptx.frame import SHARED_BASE, Frame, Step, put
-from tests.ptx.memory import Offsets, Region
+from tests.ptx.memory import SECTOR, Offsets, Region
 from tests.ptx.operands import Address, Operand, Register, Sink, Symbol, Vector
 from tests.ptx.parse import Instruction
 from tests.ptx.types import Array, Bools
@@ -35,7 +35,6 @@ _CACHE = {
 }
 _CACHE |= {"L1::evict_last", "L1::no_allocate", "L2::cache_hint", "L2::64B", "L2::128B", "L2::256B"}
 SPACES = {"global": "global", "shared": "shared", "shared::cta": "shared", "param": "param"}
-SECTOR = 32
 
 
 @dataclass(kw_only=True)

@@ -63,11 +63,12 @@ def executable(kernel: DeviceKernel, arch: int) -> Executable:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Per element: bytes that threads loaded and stored (an atomic does both), the same as whole 32-byte sectors,
-    instructions of PTX that threads executed, barriers of CTAs."""
+    """Per element: bytes between device memory and caches that forget nothing while the kernel runs, in whole 32-byte
+    sectors; bytes that threads asked for (an atomic for two accesses); instructions of PTX that threads executed;
+    barriers of CTAs."""
 
+    moved: float
     nbytes: float
-    sector_nbytes: float
     instructions: float
     barriers: float
 
@@ -79,14 +80,14 @@ class Figures:
         atomics = [launch.traffic["atom.global"] for launch in launches if "atom.global" in launch.traffic]
         both = traffic + atomics
         return cls(
+            moved=sum(launch.moved for launch in launches) / numel,
             nbytes=sum(t.nbytes for t in both) / numel,
-            sector_nbytes=32 * sum(t.sectors for t in both) / numel,
             instructions=sum(launch.instructions for launch in launches) / numel,
             barriers=sum(launch.barriers for launch in launches) / numel,
         )
 
     def __str__(self) -> str:
         return (
-            f"{self.nbytes:.3f} bytes ({self.sector_nbytes:.3f} in sectors), {self.instructions:.1f} instructions "
-            f"per element"
+            f"{self.moved:.3f} bytes moved ({self.nbytes:.3f} asked for), {self.instructions:.1f} instructions per "
+            f"element"
         )

@@ -148,8 +148,9 @@ class Scheduler:
             return self._go(mask, None, number + 1, number + 1)
         taken = mask if instruction.guard is None else self._guarded(instruction, mask)
         if block.ending == "branch":
-            assert block.target is not None
-            return self._go(mask, taken, block.target, number + 1)
+            return self._go(mask, taken, block.targets[0], number + 1)
+        if block.ending == "index":
+            return self._jump(block, mask, taken, number + 1)
         if block.ending == "exit":
             return self._go(mask, taken, _EXITED, number + 1)
         return self._barrier(instruction, number, mask, taken)
@@ -165,6 +166,24 @@ class Scheduler:
         else:
             self._at[mask] = other
         self._at[slice(None) if taken is None and mask is None else mask if taken is None else taken] = target
+        return None
+
+    def _jump(self, block: Block, mask: Bools | None, taken: Bools | None, other: int) -> int | None:
+        """Lanes of ``taken`` (None: all) go where their index says, the rest of ``mask`` to ``other``."""
+        instruction = self.program.entry.instructions[block.last - 1]
+        index = np.broadcast_to(
+            self.frame.source(instruction, instruction.operands[0], "u32"), (self.frame.lanes,)
+        )
+        lanes = np.ones(self.frame.lanes, np.bool_) if taken is None else taken
+        beyond = lanes & (index >= len(block.targets))
+        if beyond.any():
+            message = f"an index of more than the {len(block.targets)} targets"
+            raise self._error(block.last - 1, Reason.UNDEFINED, message, int(beyond.argmax()))
+        if mask is None:
+            self._at[:] = other
+        else:
+            self._at[mask] = other
+        self._at[lanes] = np.array(block.targets, np.int32)[index[lanes]]
         return None
 
     def _barrier(

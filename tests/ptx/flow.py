@@ -22,11 +22,12 @@ __all__ = [
     "sources",
 ]
 
-Ending = Literal["fall", "branch", "exit", "barrier"]
+Ending = Literal["fall", "branch", "index", "exit", "barrier"]
 _WITHOUT_RESULT = {
     "st",
     "red",
     "bra",
+    "brx",
     "ret",
     "exit",
     "bar",
@@ -45,13 +46,14 @@ _BARRIERS |= {"barrier.cta.sync.aligned"}
 class Block:
     """Instructions ``first`` to ``last`` (exclusive), run by lanes together. The last one is the ending, if not "fall".
 
-    ``collective``: begins with an instruction where lanes of a warp meet. ``target``: block of a branch.
+    ``collective``: begins with an instruction where lanes of a warp meet. ``targets``: blocks of a branch, of an
+    indexed one as many as its table has.
     """
 
     first: int
     last: int
     ending: Ending
-    target: int | None
+    targets: tuple[int, ...]
     collective: bool
 
 
@@ -59,6 +61,8 @@ def ending_of(instruction: Instruction) -> Ending:
     """How an instruction leaves the straight line."""
     if instruction.mnemonic in ("bra", "bra.uni"):
         return "branch"
+    if instruction.mnemonic in ("brx.idx", "brx.idx.uni"):
+        return "index"
     if instruction.mnemonic in ("ret", "ret.uni", "exit"):
         return "exit"
     if instruction.mnemonic in _BARRIERS:
@@ -84,19 +88,33 @@ def blocks_of(entry: Entry) -> tuple[Block, ...]:
     blocks = []
     for first, last in zip(order, [*order[1:], len(code)], strict=True):
         instruction = code[last - 1]
-        ending, target = ending_of(instruction), None
-        if ending == "branch":
-            name = instruction.operands[0] if len(instruction.operands) == 1 else None
-            if not isinstance(name, Symbol) or entry.labels.get(name.name, len(code)) >= len(code):
-                raise instruction.error(Reason.SYNTAX, "a branch to no label of this entry")
-            target = number[entry.labels[name.name]]
         blocks.append(
-            Block(first=first, last=last, ending=ending, target=target, collective=is_collective(code[first]))
+            Block(
+                first=first,
+                last=last,
+                ending=ending_of(instruction),
+                targets=tuple(number[start] for start in _targets(entry, instruction)),
+                collective=is_collective(code[first]),
+            )
         )
     final = code[-1]
-    if blocks[-1].ending not in ("exit", "branch") or final.guard is not None:
+    if blocks[-1].ending not in ("exit", "branch", "index") or final.guard is not None:
         raise final.error(Reason.SYNTAX, "the end of the text is reached")
     return tuple(blocks)
+
+
+def _targets(entry: Entry, instruction: Instruction) -> tuple[int, ...]:
+    """The instructions that a branch may lead to, none for anything else."""
+    ending, operands = ending_of(instruction), instruction.operands
+    if ending not in ("branch", "index"):
+        return ()
+    last = operands[-1] if len(operands) == (1 if ending == "branch" else 2) else None
+    name = last.name if isinstance(last, Symbol) else ""
+    labels = (name,) if ending == "branch" else entry.tables.get(name, ())
+    found = tuple(entry.labels.get(label, len(entry.instructions)) for label in labels)
+    if not found or max(found) >= len(entry.instructions):
+        raise instruction.error(Reason.SYNTAX, "a branch to no label of this entry")
+    return found
 
 
 def destinations(instruction: Instruction) -> tuple[str, ...]:
@@ -119,8 +137,8 @@ def successors(blocks: tuple[Block, ...], entry: Entry, number: int) -> tuple[in
     block = blocks[number]
     guarded = entry.instructions[block.last - 1].guard is not None
     after = (number + 1,)
-    if block.ending == "branch" and block.target is not None:
-        return (block.target, *after) if guarded else (block.target,)
+    if block.targets:
+        return (*block.targets, *after) if guarded else block.targets
     if block.ending == "exit":
         return after if guarded else ()
     return after

@@ -29,11 +29,12 @@ LANES = 8192  # of a frame: what numpy gains by length, caches lose
 class Counters:
     """What a launch did. ``opcodes``: instructions executed by threads, by spelling, those under a false guard
     included; ``traffic``: by ``ld.global``, ``st.global``, ``atom.global``, ``ld.shared``, ...; ``barriers``:
-    of CTAs."""
+    of CTAs; ``moved``: `Memory.moved`."""
 
     opcodes: Counter[str] = field(default_factory=Counter)
     traffic: dict[str, Traffic] = field(default_factory=dict)
     barriers: int = 0
+    moved: int = 0
 
     @property
     def instructions(self) -> int:
@@ -151,4 +152,5 @@ class Kernel:
                 scheduler.run()
                 counters.opcodes += scheduler.opcodes()
                 counters.barriers += scheduler.barriers
+        counters.moved = memory.moved()
         return counters

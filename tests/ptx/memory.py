@@ -12,9 +12,10 @@ from tests.ptx.errors import AccessError, Reason
 from tests.ptx.races import Shadow, Stamps
 from tests.ptx.types import Array, Bools
 
-__all__ = ["Memory", "Offsets", "Region"]
+__all__ = ["SECTOR", "Memory", "Offsets", "Region"]
 
 Offsets = npt.NDArray[np.int64]
+SECTOR = 32  # bytes that device memory moves at least
 _LARGEST = (
     32  # bytes of the widest access: regions are padded to it, so that they can be seen as rows of any width
 )
@@ -37,6 +38,8 @@ class Region:
             self.initialised[: data.size] = initialised
         self.what = what
         self.shadow: Shadow | None = None
+        self.touched: npt.NDArray[np.bool_] | None = None
+        """Of each 32 bytes, whether they were read and whether they were written, (2, sectors); None: not recorded."""
 
     def _rows(self, data: npt.NDArray[np.uint8], width: int) -> Array:
         """``data`` as rows of ``width`` bytes, each one number where there is such a type."""
@@ -53,6 +56,9 @@ class Region:
         at = offsets // width
         if self.initialised is not None:
             self._refuse_uninitialised(at, width)
+        if self.touched is not None:  # what this launch wrote is in the cache
+            sectors = offsets // SECTOR
+            self.touched[0, sectors] |= ~self.touched[1, sectors]
         if self.shadow is not None:
             self.shadow.read(offsets, width, stamps)
         return np.ascontiguousarray(self._rows(self.data, width)[at]).view(np.uint8).reshape(-1, width)
@@ -78,6 +84,8 @@ class Region:
         at, values = offsets // width, self._rows(np.ascontiguousarray(rows).reshape(-1), width)
         data = self._rows(self.data, width)
         data[at] = values
+        if self.touched is not None:
+            self.touched[1, offsets // SECTOR] = True
         if self.initialised is not None:
             self._rows(self.initialised, width)[at] = np.array(-1, np.int64).astype(data.dtype)
         if self.shadow is not None:
@@ -91,6 +99,8 @@ class Region:
         """The words there, to be changed in place by the caller at ``offsets // width``."""
         if self.initialised is not None:
             self._refuse_uninitialised(offsets // width, width)
+        if self.touched is not None:
+            self.touched[:, offsets // SECTOR] = True
         if self.shadow is not None:
             self.shadow.atomic(offsets, width, stamps)
         return self._rows(self.data, width)
@@ -150,6 +160,14 @@ class Memory:
         """A launch begins: all that happened before is ordered before it."""
         for buffer in self._buffers:
             buffer.shadow = Shadow(buffer.data.size, Reason.GLOBAL_RACE)
+            buffer.touched = np.zeros((2, buffer.data.size // SECTOR), np.bool_)
+
+    def moved(self) -> int:
+        """Bytes between device memory and a cache that forgets nothing during a launch, since it began: every 32
+        bytes that were read, unless written before, and every 32 that were written, once."""
+        return SECTOR * sum(
+            int(np.count_nonzero(buffer.touched)) for buffer in self._buffers if buffer.touched is not None
+        )
 
     def locate(self, addresses: npt.NDArray[np.uint64], width: int) -> Iterator[tuple[Region, Any, Offsets]]:
         """Buffers that are touched: region, which lanes (a slice or indices), their offsets.

@@ -82,6 +82,8 @@ class Entry:
     static_shared: int
     instructions: tuple[Instruction, ...]
     labels: Mapping[str, int] = field(default_factory=dict)
+    tables: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Labels that an indexed branch chooses from."""
     block: int | None = None
 
 
@@ -132,6 +134,7 @@ class _Body:
         self.registers: dict[str, str] = {}
         self.instructions: list[Instruction] = []
         self.labels: dict[str, int] = {}
+        self.tables: dict[str, tuple[str, ...]] = {}
         self.shared: dict[str, SharedVariable] = {}
         self.static = 0
         self._scopes: list[dict[str, str]] = [{}]
@@ -178,8 +181,10 @@ class _Body:
         return next((scope[name] for scope in reversed(self._scopes) if name in scope), None)
 
     def statement(self, text: str, line: int) -> None:
+        label = ""
         while match := _LABEL.match(text):
-            self.labels[match[1]] = len(self.instructions)
+            label = match[1]
+            self.labels[label] = len(self.instructions)
             line += text[: match.end()].count("\n")
             text = text[match.end() :]
         line += len(text) - len(text.lstrip()) and text[: len(text) - len(text.lstrip())].count("\n")
@@ -190,6 +195,9 @@ class _Body:
             self._declare(match[1], match[2], line)
         elif match := _SHARED.fullmatch(text):
             self._declare_shared(match, line)
+        elif text.startswith(".branchtargets ") and label:
+            del self.labels[label]
+            self.tables[label] = tuple(split(text.removeprefix(".branchtargets ")))
         elif text.startswith("."):
             raise _error("a directive that is not understood", line, text)
         else:
@@ -276,6 +284,7 @@ def parse(text: str, entry: str | None = None) -> Entry:
         static_shared=body.static,
         instructions=tuple(body.instructions),
         labels=body.labels,
+        tables=body.tables,
         block=int(block[1]) if block else None,
     )
 

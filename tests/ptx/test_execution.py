@@ -53,6 +53,34 @@ L2: shfl.sync.bfly.b32 %r1, %r3, 1, 31, -1;
     assert _results(body) == [(t ^ 1) + (100 if (t ^ 1) & 1 else 200) for t in range(64)]
 
 
+_INDEXED = """
+TABLE: .branchtargets L1, L2, L3;
+    rem.u32 %r2, %t, {count};
+    brx.idx %r2, TABLE;
+L1: mov.u32 %r1, 10;
+    bra.uni L4;
+L2: mov.u32 %r1, 20;
+    bra.uni L4;
+L3: mov.u32 %r1, 30;
+L4: add.s32 %r1, %r1, %r2;
+"""
+
+
+def test_an_index_chooses_where_threads_go() -> None:
+    for count in (3, 2, 1):
+        assert _results(_INDEXED.replace("{count}", str(count))) == [
+            (10, 21, 32)[t % count] for t in range(64)
+        ]
+
+
+def test_an_index_beyond_its_table_is_reported() -> None:
+    with pytest.raises(PtxError, match="more than the 3 targets") as caught:
+        _results(_INDEXED.replace("{count}", "4"))
+    assert (caught.value.reason, caught.value.thread) == (Reason.UNDEFINED, 3)
+    with pytest.raises(PtxError, match="no label"):
+        _results(_INDEXED.replace("L1, L2, L3", "L1, L9"))
+
+
 def test_ctas_loop_past_barriers_at_their_own_pace() -> None:
     body = """
     mov.u32 %r9, smem;
@@ -165,6 +193,16 @@ def test_sectors_are_counted_once_per_warp() -> None:
             arguments=[source],
         )
         assert (counters.loaded.nbytes, counters.loaded.sectors) == (256, sectors)
+
+
+def test_device_memory_moves_each_sector_once() -> None:
+    """64 threads read words a stride apart, twice, and write one sector: whatever was asked for, again and again."""
+    for stride, sectors in ((4, 8), (8, 16), (32, 64), (0, 1)):
+        body = f"mad.wide.u32 %d0, %t, {stride}, %a0;\nld.global.u32 %r1, [%d0];\nld.global.u32 %r2, [%d0];"
+        body += "\natom.global.add.u32 %r3, [%a1], 1;"
+        memory = Memory()
+        source, out = memory.place(np.zeros(64 * 8, np.uint32)), memory.place(np.zeros(16, np.uint32))
+        assert run(body, memory=memory, arguments=[source, out]).moved == 32 * (sectors + 2)
 
 
 def test_instructions_and_barriers_are_counted() -> None:

@@ -1,0 +1,1 @@
+"""Checks to run on one's own machine: ``python -m hybridcomm.selftest kernels``."""

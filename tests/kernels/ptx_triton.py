@@ -1,0 +1,96 @@
+"""Triton's kernels as they are shipped, behind their own host code, as tests call them; the oracle likewise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hybridcomm.kernels import parse, reference
+from hybridcomm.kernels.cubins.launcher import Run, family_of
+from hybridcomm.kernels.device import DeviceKernel
+from hybridcomm.kernels.triton import codes, gtop1, launch, records, topk
+from tests.kernels import cases
+from tests.kernels.cases import DIGEST, Case, Floats
+from tests.kernels.ptx_sparse import narrowed, tensor, widened
+
+__all__ = ["CODECS", "Codec", "encoded", "floats", "inputs", "payloads_of", "reencoded", "wanted"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codec:
+    """A spec's text, its host code, and what is shipped of it."""
+
+    text: str
+    host: Any
+    functions: launch.Family
+    kernels: tuple[DeviceKernel, ...]
+
+    @property
+    def spec(self) -> Any:
+        return parse(self.text)
+
+    def on(self, run: Run) -> launch.Family:
+        """What is shipped, launched by ``run``."""
+        return family_of(self.functions, self.kernels, run, otherwise=False)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+CODECS = (
+    *(
+        Codec(text=text, host=launch, functions=codes.FAMILY, kernels=codes.KERNELS)
+        for text in ("int8", "int4", "fp8", "sign1", "fp16", "bf16")
+    ),
+    Codec(text="gtop1:0.01", host=records, functions=gtop1.FAMILY, kernels=gtop1.KERNELS),
+    Codec(text="topk:0.01", host=records, functions=topk.FAMILY, kernels=topk.KERNELS),
+)
+
+
+def floats(made: torch.Tensor) -> Floats:
+    return made.float().numpy()
+
+
+def inputs(codec: Codec, kind: str, numel: int, types: tuple[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
+    grad, e_in = Case(spec=codec.spec, kind=kind, numel=numel, seed=7).inputs()
+    assert e_in is not None
+    return tensor(grad, types[0]), tensor(e_in, types[1])
+
+
+def encoded(
+    codec: Codec, functions: launch.Family, grad: torch.Tensor, e_in: torch.Tensor
+) -> tuple[bytes, bytes]:
+    payload = torch.full((codec.spec.nbytes(grad.numel()),), 0xA5, dtype=torch.uint8)
+    e_out = torch.full_like(e_in, 77.0)
+    codec.host.encode(functions, codec.spec, grad, e_in, e_out, payload, DIGEST)
+    return payload.numpy().tobytes(), floats(e_out).tobytes()
+
+
+def wanted(codec: Codec, grad: torch.Tensor, e_in: torch.Tensor) -> tuple[bytes, bytes]:
+    """The oracle on widened inputs; its residual rounded half to even."""
+    payload, e_out = np.zeros(codec.spec.nbytes(grad.numel()), np.uint8), np.zeros(grad.numel(), np.float32)
+    reference.encode(codec.spec, floats(grad), floats(e_in), e_out, payload, DIGEST)
+    kind = "bf16" if e_in.dtype == torch.bfloat16 else "fp32"
+    return payload.tobytes(), widened(narrowed(e_out, kind), kind).tobytes()
+
+
+def payloads_of(codec: Codec, kinds: tuple[str, ...], numel: int) -> torch.Tensor:
+    made = [
+        cases.encoded(Case(spec=codec.spec, kind=kind, numel=numel, seed=i))[1]
+        for i, kind in enumerate(kinds)
+    ]
+    return torch.from_numpy(np.stack(made))
+
+
+def reencoded(
+    codec: Codec, functions: launch.Family, payloads: torch.Tensor, e_in: torch.Tensor
+) -> tuple[bytes, bytes]:
+    payload = torch.full((codec.spec.nbytes(e_in.numel()),), 0xA5, dtype=torch.uint8)
+    e_out = torch.full_like(e_in, 77.0)
+    codec.host.reencode(
+        functions, codec.spec, payloads, e_in.numel(), e_in, e_out, payload, DIGEST, weight=0.25
+    )
+    return payload.numpy().tobytes(), floats(e_out).tobytes()

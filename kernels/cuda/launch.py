@@ -80,7 +80,7 @@ def _begin(
     check_vectors(numel, device, RESIDUALS, e_in=e_in, e_out=e_out)
     if e_in is not None:
         need(e_in.dtype == e_out.dtype, "e_in and e_out: one type wanted")
-        need(e_in.data_ptr() != e_out.data_ptr(), "e_out: another buffer than e_in wanted")
+        need(numel == 0 or e_in.data_ptr() != e_out.data_ptr(), "e_out: another buffer than e_in wanted")
     check_payload(payload, spec.nbytes(numel), device)
     payload[:HEADER_NBYTES].copy_(header.template)
     payload[HEADER_NBYTES:].zero_()
@@ -112,6 +112,8 @@ def encode(  # noqa: PLR0917
     check_vectors(numel, payload.device, GRADIENTS, grad=grad)
     header = make_header(spec, numel, digest, payload.device) if header is None else header
     _begin(spec, numel, e_in, e_out, payload, header)
+    if numel == 0:
+        return
     if spec == topk.SPEC:
         kernel = _TOPK[f"topk_encode_{_NAMES[grad.dtype]}_{_NAMES[e_out.dtype]}"]
         _launch(run, kernel, numel, grad, e_in, e_out, payload, numel, spec.records_offset(numel), decay)
@@ -165,6 +167,8 @@ def reencode(  # noqa: PLR0917
     need(e_out.dtype == torch.float32, f"e_out: float32 wanted, got {e_out.dtype}")
     header = make_header(spec, numel, digest, payload.device) if header is None else header
     _begin(spec, numel, e_in, e_out, payload, header)
+    if numel == 0:
+        return
     sizes = payloads.shape[0], payloads.shape[1], numel, spec.records_offset(numel)
     _launch(run, _TOPK["topk_reencode"], numel, payloads, e_in, e_out, payload, *sizes, weight, decay)
     _withdraw(run, e_in, e_out, payload, header)

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from hybridcomm.kernels import SpecError, reference
-from hybridcomm.kernels.cuda import gtopk, topk
+from hybridcomm.kernels import PayloadFormatError, SpecError, parse, reference
+from hybridcomm.kernels.cuda import gtopk, launch, topk
 from tests.kernels import cases, mutants
 from tests.kernels.cases import DIGEST, Case, Floats
 from tests.kernels.ptx_sparse import KERNELS, Device, inputs, narrowed, widened
@@ -76,6 +77,38 @@ def test_gtopk_equals_the_oracle(device: Device) -> None:
     for i, case in enumerate(corpus(gtopk.SPEC)):
         device.grad, device.decay = ("fp32", "bf16", "fp16")[i % 3], (1.0, 0.9)[i % 2]
         assert encoded(device, case) == wanted(device, case), (case, device)
+
+
+@pytest.mark.parametrize("spec", [topk.SPEC, gtopk.SPEC], ids=str)
+def test_nothing_is_launched_for_an_empty_region(spec: Any) -> None:
+    device = Device(arch=90)
+    case = case_of("normal", 0, spec)
+    assert encoded(device, case) == wanted(device, case)
+    assert not device.launches
+
+
+@pytest.mark.parametrize("spec", [topk.SPEC, gtopk.SPEC], ids=str)
+def test_what_does_not_fit_is_refused(spec: Any) -> None:
+    run, device = Device(arch=90).run, torch.device("cpu")
+    grad, rest = torch.zeros(48), torch.zeros(48)
+    payload = torch.zeros(spec.nbytes(48), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        launch.encode(run, spec, grad[:40], None, rest[:40], payload)
+    with pytest.raises(ValueError, match="another buffer"):
+        launch.encode(run, spec, grad, rest, rest, payload)
+    with pytest.raises(ValueError, match="nbytes"):
+        launch.encode(run, spec, grad, None, rest, payload[:-16])
+    with pytest.raises(ValueError, match="CUDA kernels are there for"):
+        launch.encode(run, parse("int8"), grad, None, rest, payload)
+    with pytest.raises(PayloadFormatError):
+        launch.decode_add(run, spec, payload[None], rest)
+    if spec == gtopk.SPEC:
+        short = launch.make_workspace(48, device)[:-16]
+        with pytest.raises(ValueError, match="workspace: "):
+            launch.encode(run, spec, grad, None, rest, payload, workspace=short)
+        with pytest.raises(ValueError, match="alone"):
+            launch.reencode(run, spec, payload[None], 48, None, rest, payload)
+    assert not run.launches
 
 
 def payloads_of(spec: Any, numel: int, *kinds: str) -> list[Any]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from hybridcomm.kernels import Spec, host, reference
 from hybridcomm.kernels.spec import parse
+from hybridcomm.kernels.vectors import NONFINITE
 from tests.kernels import cases
 from tests.kernels.cases import DIGEST, Bytes, Case, Floats
 
@@ -41,7 +42,7 @@ TEXTS = (
 )
 SPECS = {text: parse(text) for text in TEXTS}
 ISAS = host.available_isas()
-FINITE = tuple(kind for kind in cases.KINDS if kind not in cases.NONFINITE)
+FINITE = tuple(kind for kind in cases.KINDS if kind not in NONFINITE)
 
 
 def sizes(spec: Spec) -> tuple[int, ...]:

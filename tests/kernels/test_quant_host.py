@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridcomm.kernels import FLAG_NONFINITE, Spec, host, parse, reference
+from hybridcomm.kernels.vectors import NONFINITE
 from tests.kernels import cases, quant_cases
 from tests.kernels.cases import DIGEST, Case
 from tests.kernels.quant_cases import FEW, SPECS
@@ -124,7 +125,7 @@ def test_nothing_beyond_the_buffers_is_touched(isa: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("spec", FEW, ids=str)
-@pytest.mark.parametrize("kind", cases.NONFINITE)
+@pytest.mark.parametrize("kind", NONFINITE)
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_non_finite_shard_is_flagged_and_loses_nothing(spec: Spec, kind: str, in_place: bool) -> None:
     for isa in ISAS:

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridcomm.kernels import Codec, Spec, SpecError, host, parse
+from hybridcomm.kernels.vectors import NONFINITE
 from tests.kernels import cases, quant_cases
 from tests.kernels.cases import DIGEST, Case, Floats
 from tests.kernels.quant_cases import FEW
 
-FINITE = tuple(kind for kind in cases.KINDS if kind not in cases.NONFINITE)
+FINITE = tuple(kind for kind in cases.KINDS if kind not in NONFINITE)
 GROUPED = tuple(spec for spec in quant_cases.SPECS if spec.codec not in (Codec.FP16, Codec.BF16))
 
 

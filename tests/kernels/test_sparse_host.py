@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hybridcomm.kernels import FLAG_NONFINITE, PayloadFormatError, Status, host, reference
 from hybridcomm.kernels.spec import parse
+from hybridcomm.kernels.vectors import NONFINITE
 from tests.kernels import cases, sparse_cases
 from tests.kernels.cases import DIGEST, Bytes, Case
 from tests.kernels.sparse_cases import ISAS, SPECS, TEXTS, any_case, case, encoder
@@ -87,7 +88,7 @@ def test_no_buffer_needs_an_alignment_and_nothing_beyond_is_touched(isa: str, te
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("kind", cases.NONFINITE)
+@pytest.mark.parametrize("kind", NONFINITE)
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_non_finite_region_is_flagged_and_loses_nothing(
     isa: str, text: str, kind: str, in_place: bool

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridcomm.kernels import FLAG_NONFINITE, TopKSpec, host, reference
+from hybridcomm.kernels.vectors import NONFINITE
 from tests.kernels import cases, mutants
 from tests.kernels.cases import DIGEST, Case
 
@@ -98,7 +99,7 @@ def test_nothing_beyond_the_buffers_is_touched(isa: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("kind", cases.NONFINITE)
+@pytest.mark.parametrize("kind", NONFINITE)
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_non_finite_shard_is_flagged_and_loses_nothing(isa: str, kind: str, in_place: bool) -> None:
     spec = TopKSpec(block=64, k=3)

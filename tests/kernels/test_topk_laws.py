@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridcomm.kernels import TopKSpec, host
+from hybridcomm.kernels.vectors import NONFINITE
 from tests.kernels import cases
 from tests.kernels.cases import DIGEST, Bytes, Case, Floats
 from tests.numerics import topk_error_bound
 
-FINITE = tuple(kind for kind in cases.KINDS if kind not in cases.NONFINITE)
+FINITE = tuple(kind for kind in cases.KINDS if kind not in NONFINITE)
 
 
 def compress(case: Case) -> tuple[Floats, Bytes, Floats, Floats]:

@@ -46,7 +46,9 @@ def spiked(numel: int, group: int, seed: int) -> Any:
 def edges() -> Any:
     """Every sign, exponent and leading digits, each on and next to what lies between two codes, in no order; finite."""
     high = np.arange(1 << 12, dtype=np.uint32) << np.uint32(20)
-    low = np.array([0x0, 0x7FFF, 0x8000, 0x8001, 0x17FFF, 0x18000, 0x7FFFF, 0x80000, 0xF8000], np.uint32)
+    low = np.array(
+        [0x0, 0x7FFF, 0x8000, 0x8001, 0x17FFF, 0x18000, 0x27FFF, 0x7FFFF, 0x80000, 0xF8000], np.uint32
+    )
     values = (high[:, None] | low).reshape(-1).view(np.float32)
     return np.random.default_rng(0).permutation(values[np.isfinite(values)])
 

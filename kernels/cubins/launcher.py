@@ -90,11 +90,15 @@ def family_of(family: Family, kernels: Sequence[DeviceKernel], run: Run, *, othe
 
 
 def on_cuda(driver: Driver, arch: int, stream: Callable[[], int]) -> Run:
-    """Launches on a device of compute capability ``arch`` (80: 8.0), on what ``stream`` says when asked."""
+    """Launches on a device of compute capability ``arch`` (80: 8.0), on what ``stream`` says when asked.
+
+    An image is read, unpacked and verified when it is first launched.
+    """
+    image = functools.cache(lambda name: find(name, arch))
 
     def run(kernel: DeviceKernel, programs: int, arguments: Mapping[str, Any]) -> None:
         values = {name: _address(value) for name, value in arguments.items()}
-        driver.launch(find(kernel.name, arch), programs, stream(), **values)
+        driver.launch(image(kernel.name), programs, stream(), **values)
 
     return run
 

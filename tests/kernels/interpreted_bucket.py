@@ -34,10 +34,8 @@ def as_bits(tensor: torch.Tensor) -> bytes:
     return wide.numpy().tobytes()
 
 
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize(("gap", "scale"), [(0, 1.0), (3, float(np.float32(1 / 3)))])
-def test_pack_and_unpack_equal_torch(dtype: torch.dtype, gap: int, scale: float) -> None:
-    made = tensors()
+def check_pack_and_unpack(made: list[torch.Tensor], dtype: torch.dtype, gap: int, scale: float) -> None:
+    """Into a bucket of ``dtype`` with gaps and out of it again, as torch would."""
     places = offsets(made, gap)
     where = bucket.layout(made, places)
     got = torch.full((where.end + 5,), FILL).to(dtype)
@@ -53,6 +51,12 @@ def test_pack_and_unpack_equal_torch(dtype: torch.dtype, gap: int, scale: float)
     bucket.unpack(where, got, scale)
     for tensor, wanted in zip(made, expected, strict=True):
         assert as_bits(tensor) == as_bits(wanted)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(("gap", "scale"), [(0, 1.0), (3, float(np.float32(1 / 3)))])
+def test_pack_and_unpack_equal_torch(dtype: torch.dtype, gap: int, scale: float) -> None:
+    check_pack_and_unpack(tensors(), dtype, gap, scale)
 
 
 @pytest.mark.parametrize("dtype", TYPES[1:], ids=str)

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed: its kernels' host
 
 from hybridcomm.kernels.cubins.launcher import Launcher
 from hybridcomm.kernels.triton import bucket
-from tests.kernels.interpreted_bucket import FILL, TYPES, as_bits, offsets, tensors
+from tests.kernels.interpreted_bucket import TYPES, check_pack_and_unpack, tensors
 from tests.kernels.ptx_run import PtxRun
 from tests.ptx.conformance import Figures
 
@@ -25,23 +25,9 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> P
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_pack_and_unpack_equal_torch(device: PtxRun, dtype: torch.dtype) -> None:
-    scale = float(np.float32(1 / 3))
     device.beside = made = tensors()
-    places = offsets(made, 3)
-    where = bucket.layout(made, places)
-    got = torch.full((where.end + 5,), FILL).to(dtype)
-    want = got.clone()
-    for tensor, place in zip(made, places, strict=True):
-        want[place : place + tensor.numel()] = (tensor.float() * np.float32(scale)).reshape(-1).to(dtype)
-    bucket.pack(where, got, scale)
-    assert as_bits(got) == as_bits(want)
-    expected = [
-        (want[p : p + t.numel()].float() * np.float32(scale)).to(t.dtype).reshape(t.shape)
-        for t, p in zip(made, places, strict=True)
-    ]
-    bucket.unpack(where, got, scale)
-    for tensor, wanted in zip(made, expected, strict=True):
-        assert as_bits(tensor) == as_bits(wanted)
+    check_pack_and_unpack(made, dtype, 3, float(np.float32(1 / 3)))
+    assert len(device.launches) == 2
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

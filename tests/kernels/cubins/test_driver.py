@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed: its kernels' host code is not there")
 
 from hybridcomm.kernels import parse, reference
-from hybridcomm.kernels.cubins import DriverError, find
+from hybridcomm.kernels.cubins import DriverError, find, launcher
 from hybridcomm.kernels.cubins.driver import Driver
 from hybridcomm.kernels.cubins.launcher import on_cuda
 from hybridcomm.kernels.cubins.registry import gather
@@ -97,8 +97,11 @@ class FakeCuda:
 
 
 @pytest.mark.parametrize("text", ["int8", "sign1", "gtop1:0.01", "topk:0.01"])
-def test_encoding_and_decoding_through_the_driver_equal_the_oracle(text: str) -> None:
-    spec, cuda = parse(text), FakeCuda()
+def test_encoding_and_decoding_through_the_driver_equal_the_oracle(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, cuda, read = parse(text), FakeCuda(), list[str]()
+    monkeypatch.setattr(launcher, "find", lambda name, arch: read.append(name) or find(name, arch))
     codec = device_codec(spec, on_cuda(Driver(cuda), 80, lambda: STREAM), jit=False)
     grad, e_in = (torch.from_numpy(each) for each in values("heavy", NUMEL, 3))
     e_out, payload = torch.empty(NUMEL), torch.empty(spec.nbytes(NUMEL), dtype=torch.uint8)
@@ -119,6 +122,7 @@ def test_encoding_and_decoding_through_the_driver_equal_the_oracle(text: str) ->
     loads = len(cuda.loaded)
     codec.encode(grad, e_in, e_out, payload, DIGEST)
     assert len(cuda.loaded) == loads == len(set(cuda.loaded))  # a module is loaded once
+    assert read == cuda.loaded  # and an artefact is read once, however often its kernel is launched
     assert cuda.streams == {STREAM}
 
 

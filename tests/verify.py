@@ -149,7 +149,7 @@ STEPS: dict[str, Step] = {
     "mutants": Step(
         what="bugs planted in the device kernels' PTX, executed on the CPU",
         run=lambda *_: pytest("tests/kernels/test_device_mutants.py", env={"HYBRIDCOMM_MUTANTS": "25"}),
-        about=(*DEVICE, "tests/kernels", "tests/ptx"),
+        about=("kernels", "tests/kernels", "tests/ptx"),
     ),
     "soak": Step(
         what=f"{SOAK_OPERATIONS:,} random operations, exact, nothing left behind",

@@ -1,30 +1,26 @@
 """What the device kernels' machine code lets one expect of them on three GPUs: ``python -m benchmarks.roofline``.
 
 Writes docs/roofline.md from the figures in the manifest of the cubins; ``--print`` only prints it. Nothing is measured:
-time per element is the longest of what memory, issue slots and each pipe need, as if all overlapped (Williams,
-Waterman, Patterson 2009, doi 10.1145/1498765.1498785).
+see `hybridcomm.kernels.cubins.roof`.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.table import table
 from hybridcomm.kernels import spec
-from hybridcomm.kernels.cubins import gate
+from hybridcomm.kernels.cubins import roof
 from hybridcomm.kernels.cubins.gpu import GPUS, LATENCY, Gpu
-from hybridcomm.kernels.cubins.manifest import Build, Manifest
+from hybridcomm.kernels.cubins.manifest import Manifest
+from hybridcomm.kernels.cubins.roof import DRAM, ISSUE, OVERHEAD
 from hybridcomm.kernels.device import DeviceKernel
 
-__all__ = ["Prediction", "page", "predict"]
+__all__ = ["page"]
 
 PAGE = Path(__file__).parents[1] / "docs" / "roofline.md"
-DRAM = 0.92  # of the bandwidth on the data sheet, for reads and writes mixed
-ISSUE = 0.90  # of the issue slots and of each pipe
-OVERHEAD = 1.02  # by which the byte budgets exceed what must be moved
 GOALS = {"gtop1": 0.85, "sign1": 0.85, "int8": 0.85, "topk": 0.75}
 
 _HEAD = """# Roofline: what to expect on a GPU
@@ -39,7 +35,8 @@ _METHOD = f"""
 - **Memory**: the kernel's byte budget per element, {OVERHEAD} times what must move, at {DRAM:.0%} of the data sheet's
   bandwidth (an assumption; copies reach about that), less where the resident blocks have fewer bytes of loads under way
   than bandwidth x {LATENCY * 1e9:.0f} ns of loaded latency (Little's law).
-- **Instructions**: SASS of the cubin, static, per element, for code without loops; where there are loops, the kernel's
+- **Instructions**: SASS of the cubin, static, per element, for code without loops; where there are loops, or cases of
+  which a program runs one, the kernel's
   budget of executed instructions (warm), in the mix of the static code. Tests execute the PTX of all kernels and hold
   those with loops to that budget. Code for the edge of a shard is counted as if it always ran.
 - **Pipes**: results per clock and SM as in the CUDA C++ Programming Guide, "Arithmetic Instructions"; for 10.0 as for
@@ -51,40 +48,6 @@ _METHOD = f"""
   wave of blocks, bank conflicts, barriers, contention of atomics.
 - **Roof**: the data sheet's bandwidth over the bytes that must be moved. *Share* is the predicted rate over that roof.
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """``rate``: elements/s; ``share``: of the roof; ``limit``: what sets the rate."""
-
-    rate: float
-    share: float
-    limit: str
-
-
-def _work(kernel: DeviceKernel, build: Build) -> dict[str, float]:
-    """Instructions of a thread per element, by pipe; ``issue`` is all of them."""
-    figures = build.figures
-    total = kernel.budget.instructions if figures.loops else figures.instructions
-    scale = total / figures.instructions
-    return {**{name: count * scale for name, count in figures.pipes.items()}, "issue": total}
-
-
-def predict(kernel: DeviceKernel, build: Build) -> Prediction:
-    """A streaming kernel on the GPU that stands for the architecture of ``build``."""
-    gpu = GPUS[build.arch]
-    loads = gate.under_way(kernel, build)
-    kept_busy = min(1.0, loads / gpu.in_flight) if loads else 1.0
-    seconds = {
-        "memory" if kept_busy == 1.0 else "latency": kernel.budget.nbytes / (gpu.bandwidth * DRAM * kept_busy)
-    }
-    for name, count in _work(kernel, build).items():
-        per_clock = gpu.issue if name == "issue" else gpu.rates[name]
-        seconds[name] = count / (per_clock * gpu.sms * gpu.clock * ISSUE)
-    limit = max(seconds, key=lambda name: seconds[name])
-    rate = 1 / seconds[limit]
-    roof = gpu.bandwidth / (kernel.budget.nbytes / OVERHEAD)
-    return Prediction(rate=rate, share=rate / roof, limit=limit)
 
 
 def goal(kernel: DeviceKernel) -> float | None:
@@ -113,9 +76,9 @@ def _rates(manifest: Manifest, gpu: Gpu) -> str:
     for entry in manifest.entries:
         kernel = entry.kernel
         for build in entry.builds:
-            if build.arch != gpu.arch or not gate.streamed(kernel, build):
+            if build.arch != gpu.arch or not roof.streamed(kernel, build):
                 continue
-            predicted, wanted = predict(kernel, build), goal(kernel)
+            predicted, wanted = roof.predict(kernel, build), goal(kernel)
             met = (
                 "" if wanted is None else f"{wanted:.0%}: {'met' if predicted.share >= wanted else 'missed'}"
             )
@@ -123,8 +86,8 @@ def _rates(manifest: Manifest, gpu: Gpu) -> str:
                 [
                     kernel.name,
                     f"{kernel.budget.nbytes:.2f}",
-                    f"{_work(kernel, build)['issue']:.1f}",
-                    f"{gate.resident(kernel, build).share:.0%}",
+                    f"{roof.work(kernel, build)['issue']:.1f}",
+                    f"{roof.resident(kernel, build).share:.0%}",
                     f"{predicted.rate / 1e9:,.0f}",
                     f"{predicted.share:.0%}",
                     predicted.limit,
@@ -145,7 +108,7 @@ def _rates(manifest: Manifest, gpu: Gpu) -> str:
 
 
 def _not_streaming(manifest: Manifest) -> str:
-    names = [e.kernel.name for e in manifest.entries if not gate.streamed(e.kernel, e.builds[0])]
+    names = [e.kernel.name for e in manifest.entries if not roof.streamed(e.kernel, e.builds[0])]
     if not names:
         return ""
     listed = "\n".join(f"- `{name}`" for name in names)

@@ -29,7 +29,7 @@ class Budget:
 
     ``nbytes``: of device memory read and written per element of the gradient (or shard), in whole sectors of 32 bytes,
     each once; ``instructions``: executed by threads, per element, warm; ``cold``: likewise where a kernel starts from a
-    worse guess; ``registers``: per thread.
+    worse guess, or the code of all cases of which each program runs one; ``registers``: per thread.
     """
 
     nbytes: float
@@ -45,7 +45,9 @@ class DeviceKernel:
     ``source``: file in this package that defines ``function``; a ``.py`` is Triton, a ``.cu`` is CUDA C++.
     ``constants``: Triton's constexpr arguments (or a CUDA template's, for the record). ``elements``: gradient (or
     shard) elements per program, so that the grid is ceil(numel / elements). ``codec``: the spec's text whose payload it
-    reads or writes, empty where there is none. ``archs``: compute capabilities it is built for.
+    reads or writes, empty where there is none. ``archs``: compute capabilities it is built for. ``touched``: arrays of
+    which it reads or writes a few elements here and there; what it takes of the others, it streams. ``tail``: its one
+    program takes what whole programs leave of a region, so nobody asks how well it keeps a device busy.
     """
 
     name: str
@@ -58,6 +60,8 @@ class DeviceKernel:
     budget: Budget
     codec: str = ""
     archs: tuple[int, ...] = (80, 90, 100)
+    touched: tuple[str, ...] = ()
+    tail: bool = False
 
     def grid(self, numel: int) -> int:
         """Programs for ``numel`` elements."""

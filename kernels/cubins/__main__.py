@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 
-from hybridcomm.kernels.cubins import gate, lock
+from hybridcomm.kernels.cubins import gate, lock, roof
 from hybridcomm.kernels.cubins.errors import ArtefactError, BuildError
 from hybridcomm.kernels.cubins.manifest import ARTEFACTS, Manifest
 from hybridcomm.kernels.cubins.ptx import OLDEST_CUDA
@@ -43,7 +43,7 @@ def _gate(arguments: argparse.Namespace) -> int:
             print(
                 f"{entry.kernel.name} sm_{build.arch}: {build.registers} registers,"
                 f" {build.static_shared + build.dynamic_shared} bytes shared,"
-                f" {gate.resident(entry.kernel, build).blocks} blocks per SM,"
+                f" {roof.resident(entry.kernel, build).blocks} blocks per SM,"
                 f" {build.figures.instructions:.1f} instructions per element, {build.figures.loops} loops"
             )
             for violation in violations:

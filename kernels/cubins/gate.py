@@ -6,7 +6,7 @@ Needs nvdisasm (in Triton's wheel), no GPU. Rules
     shared         at most what a block gets without asking
     wide           arrays of floats that the byte budget allows to be streamed are, in accesses of 128 bits or more
     narrow         smaller accesses to them that always run move no more than the budget leaves beside the streams
-    occupancy      resident blocks have enough loads under way to keep the memory busy, by Little's law
+    occupancy      resident blocks have so many loads under way that latency is not what sets the rate (`roof.predict`)
     instructions   straight-line code has no more than the budget, per element; what loops execute is not seen here
     contraction, approximate, flush, rounding, float atomic
                    no instruction whose result is not the oracle's, or depends on order or compiler
@@ -18,19 +18,15 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from hybridcomm.kernels.cubins import elf, sass, streams, tools
-from hybridcomm.kernels.cubins.gpu import GPUS, Occupancy, occupancy
+from hybridcomm.kernels.cubins import elf, roof, sass, streams, tools
+from hybridcomm.kernels.cubins.gpu import GPUS
 from hybridcomm.kernels.cubins.manifest import Build, Figures, Stream
 from hybridcomm.kernels.device import DeviceKernel
 
-__all__ = ["Violation", "forbidden", "judge", "measure", "resident", "streamed", "under_way"]
+__all__ = ["Violation", "forbidden", "judge", "measure"]
 
 SHARED = 48 * 1024  # bytes per block that need no attribute to be set
 WIDE = 16  # bytes of one access
-_RARE = (
-    "withdraw",
-    "spoil",
-)  # functions that return at once, unless a payload is flagged: nobody waits for them
 _FLOATS = {"*fp32": 4, "*fp16": 2, "*bf16": 2}
 _FLOAT = r"(?:f16|f16x2|bf16|bf16x2|f32|f32x2|f64)"
 _PTX = {
@@ -92,7 +88,9 @@ def _streams(kernel: DeviceKernel, ptx: str) -> tuple[Stream, ...]:
         )
         for i, argument in enumerate(kernel.arguments)
         for store in (False, True)
-        if argument.type in _FLOATS and any(moved[i, store, kind] for kind in ("wide", "narrow", "guarded"))
+        if argument.type in _FLOATS
+        and argument.name not in kernel.touched
+        and any(moved[i, store, kind] for kind in ("wide", "narrow", "guarded"))
     )
 
 
@@ -116,28 +114,9 @@ def measure(kernel: DeviceKernel, cubin: bytes, ptx: str) -> Figures:
     )
 
 
-def resident(kernel: DeviceKernel, build: Build) -> Occupancy:
-    """Blocks of a kernel that an SM of its architecture holds at once."""
-    shared = build.static_shared + build.dynamic_shared
-    return occupancy(GPUS[build.arch], registers=build.registers, warps=kernel.num_warps, shared=shared)
-
-
-def under_way(kernel: DeviceKernel, build: Build) -> float:
-    """Bytes that the resident blocks of an SM load from arrays in wide accesses, each of its blocks all at once."""
-    loads = sum(stream.wide for stream in build.figures.streams if not stream.store) * kernel.elements
-    return loads * resident(kernel, build).blocks
-
-
-def streamed(kernel: DeviceKernel, build: Build) -> int:
-    """Bytes per element of the arrays of floats that a kernel normally reads or writes as a whole; 0 if it does not."""
-    ideal = sum(stream.itemsize for stream in build.figures.streams)
-    rare = any(word in kernel.function for word in _RARE)
-    return ideal if ideal <= kernel.budget.nbytes and not rare else 0
-
-
 def _judge_streams(kernel: DeviceKernel, build: Build) -> list[Violation]:
     """Arrays that do not fit into the byte budget are not streamed, but touched here and there: nothing to ask."""
-    figures, ideal = build.figures, streamed(kernel, build)
+    figures, ideal = build.figures, roof.streamed(kernel, build)
     left = kernel.budget.nbytes - ideal
     if not ideal:
         return []
@@ -156,9 +135,8 @@ def _judge_streams(kernel: DeviceKernel, build: Build) -> list[Violation]:
     narrow = sum(stream.narrow for stream in figures.streams)
     if narrow > left:
         found.append(Violation(rule="narrow", detail=f"{narrow:.2f} bytes per element, {left:.2f} are left"))
-    got, wanted = under_way(kernel, build), GPUS[build.arch].in_flight
-    alone = dict(kernel.constants).get("WHOLE") == 0  # the one program of a region's tail
-    if 0 < got < wanted and not alone:
+    if roof.predict(kernel, build).limit == "latency" and not kernel.tail:
+        got, wanted = roof.under_way(kernel, build), GPUS[build.arch].in_flight
         detail = f"{got:.0f} bytes under way per SM, {wanted:.0f} keep the memory busy"
         found.append(Violation(rule="occupancy", detail=detail))
     return found

@@ -55,14 +55,22 @@ class Launcher:
 
     def chosen(self, given: Mapping[str, Any]) -> DeviceKernel | None:
         """What is shipped for a call's arguments, constants and ``num_warps``; None if nothing is."""
-        for kernel in self.kernels:
-            if kernel.function != self.function.__name__ or given.get("num_warps", 1) != kernel.num_warps:
-                continue
-            if all(
-                _fits(argument.type, argument.aligned, given[argument.name]) for argument in kernel.arguments
-            ) and all(int(given[name]) == value for name, value in kernel.constants):
-                return kernel
+        for names, instances in self._instances.items():
+            key = given.get("num_warps", 1), *(int(given[name]) for name in names)
+            for kernel in instances.get(key, ()):
+                if all(_fits(each.type, each.aligned, given[each.name]) for each in kernel.arguments):
+                    return kernel
         return None
+
+    @functools.cached_property
+    def _instances(self) -> Mapping[tuple[str, ...], Mapping[tuple[int, ...], Sequence[DeviceKernel]]]:
+        """What is shipped of the function, by names of its constants, then by ``num_warps`` and their values."""
+        found: dict[tuple[str, ...], dict[tuple[int, ...], list[DeviceKernel]]] = {}
+        for kernel in self.kernels:
+            if kernel.function == self.function.__name__:
+                names, values = zip(*kernel.constants, strict=True) if kernel.constants else ((), ())
+                found.setdefault(names, {}).setdefault((kernel.num_warps, *values), []).append(kernel)
+        return found
 
 
 def _fits(kind: str, aligned: bool, value: Any) -> bool:

@@ -42,6 +42,18 @@ class Image:
         """Blocks for ``numel`` elements."""
         return -(-numel // self.elements)
 
+    @functools.cached_property
+    def _layout(self) -> np.dtype[Any]:
+        last = self.parameters[-1]
+        return np.dtype(
+            {
+                "names": [p.name for p in self.parameters],
+                "formats": [_format(p) for p in self.parameters],
+                "offsets": [p.offset for p in self.parameters],
+                "itemsize": last.offset + last.nbytes,
+            }
+        )
+
     def pack(self, **arguments: Any) -> bytes:
         """The parameter buffer (``CU_LAUNCH_PARAM_BUFFER_POINTER``): pointers as integers; hidden ones are null.
 
@@ -53,16 +65,7 @@ class Image:
             raise TypeError(
                 f"{self.name}: takes {', '.join(wanted)}; got {', '.join(arguments) or 'nothing'}"
             )
-        last = self.parameters[-1]
-        layout = np.dtype(
-            {
-                "names": [p.name for p in self.parameters],
-                "formats": [_format(p) for p in self.parameters],
-                "offsets": [p.offset for p in self.parameters],
-                "itemsize": last.offset + last.nbytes,
-            }
-        )
-        buffer = np.zeros((), layout)
+        buffer = np.zeros((), self._layout)
         for name, value in arguments.items():
             buffer[name] = value
         return buffer.tobytes()

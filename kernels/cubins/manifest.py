@@ -161,7 +161,7 @@ def _kernel(data: Mapping[str, Any]) -> DeviceKernel:
     fields["arguments"] = tuple(Argument(**argument) for argument in data["arguments"])
     fields["constants"] = tuple((name, value) for name, value in data["constants"])
     fields["budget"] = Budget(**data["budget"])
-    fields["archs"] = tuple(data["archs"])
+    fields["archs"], fields["touched"] = tuple(data["archs"]), tuple(data.get("touched", ()))
     return DeviceKernel(**fields)
 
 

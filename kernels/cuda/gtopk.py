@@ -50,7 +50,9 @@ class Launch:
     arguments: tuple[At | int | float | None, ...]
 
 
-def _kernel(name: str, arguments: tuple[Argument, ...], elements: int, budget: Budget) -> DeviceKernel:
+def _kernel(
+    name: str, arguments: tuple[Argument, ...], elements: int, budget: Budget, touched: tuple[str, ...] = ()
+) -> DeviceKernel:
     block, k, value_bits = SPEC.topk.layout
     return DeviceKernel(
         name=f"gtopk_{name}",
@@ -62,6 +64,7 @@ def _kernel(name: str, arguments: tuple[Argument, ...], elements: int, budget: B
         elements=elements,
         budget=budget,
         codec=str(SPEC),
+        touched=touched,
     )
 
 
@@ -99,6 +102,7 @@ KERNELS: tuple[DeviceKernel, ...] = (
         pointers(acc="fp32", found="i64", counts="i64", values="fp32", indices="i32") + NUMEL,
         _TILE,
         Budget(nbytes=SLACK * (8 + 8 * _SHARE) + 24 * _EACH, instructions=45, registers=64),
+        touched=("values",),
     ),
     _kernel(
         "pack",

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import triton
@@ -158,35 +159,35 @@ def layout(tensors: Sequence[torch.Tensor], offsets: Sequence[int]) -> Bucket:
     return Bucket(tensors=tuple(tensors), table=table, end=ends[-1])
 
 
-def _launch(where: Bucket, bucket: torch.Tensor, scale: float, into: bool) -> None:
+def _launch(where: Bucket, bucket: torch.Tensor, scale: float, into: bool, kernel: Any) -> None:
     check_vectors(bucket.numel(), where.table.device, GRADIENTS, bucket=bucket)
     need(bucket.numel() >= where.end, f"bucket: {where.end} elements wanted, got {bucket.numel()}")
     if where.table.shape[0]:
-        bucket_kernel[(where.table.shape[0],)](
+        kernel[(where.table.shape[0],)](
             where.table, bucket, scale, CHUNK=CHUNK, INTO=into, num_warps=WARPS, **LAUNCH
         )
 
 
-def pack(where: Bucket, bucket: torch.Tensor, scale: float = 1.0) -> None:
+def pack(where: Bucket, bucket: torch.Tensor, scale: float = 1.0, *, kernel: Any = bucket_kernel) -> None:
     """Every tensor times ``scale`` into its place, on the device's current stream.
 
     bucket: (at least ``where.end``,) fp32, bf16 or fp16, contiguous, 16-byte aligned. Products are rounded to fp32,
     then to the bucket's type, half to even; what is too large becomes infinite, NaN stays. Elements between tensors
-    are left as they are.
+    are left as they are. ``kernel``: a `cubins.launcher.Launcher` of KERNELS runs what is shipped.
 
     Raises:
         ValueError: a dtype, shape, device or alignment that the kernel cannot take.
     """
-    _launch(where, bucket, scale, True)
+    _launch(where, bucket, scale, True, kernel)
 
 
-def unpack(where: Bucket, bucket: torch.Tensor, scale: float = 1.0) -> None:
+def unpack(where: Bucket, bucket: torch.Tensor, scale: float = 1.0, *, kernel: Any = bucket_kernel) -> None:
     """The reverse: every tensor's place, times ``scale``, into the tensor, rounded to its type likewise."""
-    _launch(where, bucket, scale, False)
+    _launch(where, bucket, scale, False, kernel)
 
 
 def _shipped(into: bool, name: str) -> DeviceKernel:
-    """Budgets are for tensors of fp32; ``instructions`` has the code of all six cases, of which a program runs one."""
+    """Budgets are for tensors of fp32; ``cold`` has the code of all six cases, of which a program runs one."""
     size = 4 if name == "fp32" else 2
     return DeviceKernel(
         name=f"bucket_{'pack' if into else 'unpack'}_{name}",
@@ -200,7 +201,7 @@ def _shipped(into: bool, name: str) -> DeviceKernel:
         constants=(("CHUNK", CHUNK), ("INTO", int(into))),
         num_warps=WARPS,
         elements=CHUNK,
-        budget=Budget(nbytes=1.02 * (4 + size), instructions=120, registers=128),
+        budget=Budget(nbytes=1.02 * (4 + size), instructions=20, cold=120, registers=128),
     )
 
 

@@ -62,6 +62,7 @@ def _kernel(  # noqa: PLR0917
             registers=REGISTERS,
         ),
         codec=str(spec),
+        tail=not whole,
     )
 
 

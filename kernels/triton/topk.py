@@ -1,12 +1,12 @@
 """Steps 4 and 6 of 7 on the device: block-wise top-k, the oracle's bytes, as Triton kernels.
 
-For all settings but signs, and all architectures; ``cuda/topk.cu`` has a faster encoder for the default. A program
-takes a block. Phases of encode
+For all settings and architectures; ``cuda/topk.cu`` has a faster encoder for the default. A program takes a block.
+Phases of encode
     1  compensate   acc = grad + decay * e_in in registers; a non-finite value raises the payload's flag
     2  bound        the k-th largest of the maxima of four neighbours: k elements reach it, rarely many more
     3  select       bisect all elements to the k-th; ties to the lowest index
     4  gather       indices of the kept to where their records belong, then these elements alone once more
-    5  quantise     power-of-two scale; rounding by adding 1.5 * 2^23
+    5  quantise     power-of-two scale; rounding by adding 1.5 * 2^23. Signs: the scale by the mean, in integers
     6  write        residual, scale, records; the block's share of the checksum by one atomic addition
 """
 
@@ -19,12 +19,13 @@ from functools import partial
 import triton
 import triton.language as tl
 
-from hybridcomm.kernels import device_tensors
 from hybridcomm.kernels.device import DeviceKernel
-from hybridcomm.kernels.specs.topk import TopKSpec
+from hybridcomm.kernels.specs.topk import SIGN_BITS, TopKSpec
 from hybridcomm.kernels.triton import bits, launch, records
 
 __all__ = ["FAMILY", "KERNELS", "decode_add", "encode", "reencode"]
+
+SIGNS = tl.constexpr(SIGN_BITS)
 
 
 @triton.jit
@@ -79,6 +80,23 @@ def _place(key, threshold, n, to, K: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
+def _signed(acc, largest):
+    """The scale's exponent, -1, 0 or 1 as int32, and values: as ``oracles.topk.quantise_signs``."""
+    key = bits.magnitude(acc)
+    exponent = tl.maximum(largest >> 23, 1)
+    mantissa = (key & 0x7FFFFF) | (tl.minimum(key >> 23, 1) << 23)
+    lost = tl.minimum(exponent - tl.maximum(key >> 23, 1), 63)
+    total = 4 * tl.sum((mantissa.to(tl.int64) << 16) >> lost.to(tl.int64), 0)
+    mean = (3 * tl.maximum(tl.sum((key > 0).to(tl.int32), 0), 1)).to(tl.int64) << 39
+    while (exponent > 1) & (mean > total):
+        exponent -= 1
+        mean = mean >> 1  # 39 steps are more than the largest of all leaves to take
+    half = tl.where(exponent > 1, (exponent - 1) << 23, 1 << 22)
+    code = tl.where(key > half, tl.where(acc < 0, -1, 1), 0)
+    return exponent, code, code.to(tl.float32) * bits.as_float(exponent << 23)
+
+
+@triton.jit
 def _encode(  # noqa: PLR0917
     grad, e_in, e_out, payload, pid, left, records_half, decay,
     BLOCK: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, VALUE_BITS: tl.constexpr,  # noqa: N803
@@ -111,7 +129,10 @@ def _encode(  # noqa: PLR0917
             kept = tl.load(e_out + index, mask=real, other=0.0)
         else:
             kept = records.compensated(grad, e_in, index, real, decay, HAS_IN, DECAYED)
-        exponent, code, value = records.coded(kept, largest, VALUE_BITS)
+        if VALUE_BITS == SIGNS:
+            exponent, code, value = _signed(kept, largest)
+        else:
+            exponent, code, value = records.coded(kept, largest, VALUE_BITS)
         tl.debug_barrier()  # all have read what is overwritten now
         if HAS_OUT:
             records.store_rest(e_out, index, kept - value, real)
@@ -197,9 +218,6 @@ def decode_kernel(  # noqa: PLR0917
 
 
 def _constants(spec: TopKSpec) -> dict[str, int]:
-    device_tensors.need(
-        not spec.sign, f"{spec}: no device kernel for signs, whose scale is a mean: use topk:0.01"
-    )
     block, k, value_bits = spec.layout
     warps = max(block // 1024, 1)
     return {
@@ -222,7 +240,12 @@ encode = partial(records.encode, FAMILY)
 reencode = partial(records.reencode, FAMILY)
 decode_add = partial(records.decode_add, FAMILY)
 
-KERNELS: tuple[DeviceKernel, ...] = records.shipped(
-    "triton/topk.py", "topk_triton", FAMILY, TopKSpec(), instructions=80, cold=160
+KERNELS: tuple[DeviceKernel, ...] = (
+    *records.shipped(
+        "triton/topk.py", "topk_sign", FAMILY, TopKSpec.parse("topk:0.01+sign"), instructions=80, cold=160
+    ),
+    *records.shipped(
+        "triton/topk.py", "topk_int8", FAMILY, TopKSpec.parse("topk:0.01+int8"), instructions=80, cold=160
+    ),
 )
-"""Of ``topk:0.01``; ``cuda/topk.py`` has those that are launched where they were built beforehand."""
+"""Of ``topk:0.01+sign`` and ``topk:0.01+int8``; ``cuda/topk.py`` has those of ``topk:0.01``."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import roofline
+from hybridcomm.kernels.cubins import roof
 from hybridcomm.kernels.cubins.gpu import GPUS
 from hybridcomm.kernels.cubins.manifest import Build, Manifest, Stream
 from tests.kernels.cubins.fakes import FIGURES, KERNEL, make_artefacts, make_sources
@@ -29,13 +30,13 @@ def test_the_page_in_the_repository_is_the_generators() -> None:
 
 
 def test_memory_sets_the_rate_of_a_light_kernel(built: Build) -> None:
-    kernel = replace(KERNEL, elements=4096, budget=replace(KERNEL.budget, nbytes=8 * roofline.OVERHEAD))
-    predicted = roofline.predict(kernel, built)
+    kernel = replace(KERNEL, elements=4096, budget=replace(KERNEL.budget, nbytes=8 * roof.OVERHEAD))
+    predicted = roof.predict(kernel, built)
     assert predicted.limit == "memory"
     assert predicted.rate == pytest.approx(
-        rel=ROUNDINGS, expected=GPUS[90].bandwidth * roofline.DRAM / (8 * roofline.OVERHEAD)
+        rel=ROUNDINGS, expected=GPUS[90].bandwidth * roof.DRAM / (8 * roof.OVERHEAD)
     )
-    assert predicted.share == pytest.approx(rel=ROUNDINGS, expected=roofline.DRAM / roofline.OVERHEAD)
+    assert predicted.share == pytest.approx(rel=ROUNDINGS, expected=roof.DRAM / roof.OVERHEAD)
 
 
 def test_a_pipe_or_the_issue_slots_set_the_rate_of_a_heavy_one(built: Build) -> None:
@@ -43,30 +44,30 @@ def test_a_pipe_or_the_issue_slots_set_the_rate_of_a_heavy_one(built: Build) -> 
     heavy = replace(
         built, figures=replace(built.figures, instructions=400.0, pipes={"alu": 300.0, "lsu": 100.0})
     )
-    predicted = roofline.predict(kernel, heavy)
+    predicted = roof.predict(kernel, heavy)
     assert predicted.limit == "alu"
     assert predicted.rate == pytest.approx(
-        rel=ROUNDINGS, expected=64 * gpu.sms * gpu.clock * roofline.ISSUE / 300
+        rel=ROUNDINGS, expected=64 * gpu.sms * gpu.clock * roof.ISSUE / 300
     )
     mixed = replace(heavy.figures, pipes={"alu": 150.0, "imad": 100.0, "fp32": 150.0})
-    assert roofline.predict(kernel, replace(heavy, figures=mixed)).limit == "issue"
+    assert roof.predict(kernel, replace(heavy, figures=mixed)).limit == "issue"
 
 
 def test_loops_count_as_budgeted(built: Build) -> None:
     kernel = replace(KERNEL, elements=4096, budget=replace(KERNEL.budget, instructions=4000))
     looping = replace(built, figures=replace(built.figures, loops=1))
-    straight = roofline.predict(kernel, built)
-    assert roofline.predict(kernel, looping).rate < straight.rate
-    assert roofline.predict(kernel, looping).limit == "alu"
+    straight = roof.predict(kernel, built)
+    assert roof.predict(kernel, looping).rate < straight.rate
+    assert roof.predict(kernel, looping).limit == "alu"
 
 
 def test_few_loads_under_way_leave_the_memory_idle(built: Build) -> None:
     kernel = replace(KERNEL, elements=128)
-    predicted = roofline.predict(kernel, built)
+    predicted = roof.predict(kernel, built)
     assert predicted.limit == "latency"
     resident = 16 * 128 * 4  # blocks of 4 warps, 4 bytes per element each
     assert predicted.rate == pytest.approx(
-        rel=ROUNDINGS, expected=resident / 800e-9 * GPUS[90].sms * roofline.DRAM / 8
+        rel=ROUNDINGS, expected=resident / 800e-9 * GPUS[90].sms * roof.DRAM / 8
     )
 
 
@@ -75,6 +76,6 @@ def test_every_assumption_is_printed() -> None:
     for gpu in GPUS.values():
         for figure in (f"{gpu.bandwidth / 1e9:,.0f}", str(gpu.sms), f"{gpu.clock / 1e9:g}", gpu.name):
             assert figure in text
-    for share in (roofline.DRAM, roofline.ISSUE):
+    for share in (roof.DRAM, roof.ISSUE):
         assert f"{share:.0%}" in text
     assert "*prediction*" in text

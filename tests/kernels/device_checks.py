@@ -56,7 +56,7 @@ def edges() -> Any:
 def triton_check(codec: ptx_triton.Codec) -> Callable[[Load], bool]:
     """Encoding, decoding and encoding anew, whole programs and a tail, of values that take every path."""
     size = codec.kernels[0].elements
-    many = 32 * size + 48
+    many = 32 * min(size, 2048) + 48
 
     def spikes(seed: int, numel: int = many) -> torch.Tensor:
         return torch.from_numpy(spiked(numel, min(codec.spec.block, 256), seed))
@@ -78,13 +78,13 @@ def triton_check(codec: ptx_triton.Codec) -> Callable[[Load], bool]:
             given.append(ptx_triton.inputs(codec, kind, numel, ("fp32", "fp32")))
         encodes = [(*each, ptx_triton.wanted(codec, *each)) for each in given]
         totals = []
-        for summed in (
-            payloads(spikes(3), spikes(4), spikes(6)),
-            ptx_triton.payloads_of(codec, ("tied", "nan"), size + 16),
+        for summed, numel, rest in (
+            (payloads(spikes(3), spikes(4), spikes(6)), many, spikes(5)),
+            (ptx_triton.payloads_of(codec, ("tied", "nan"), size + 16), size + 16, spikes(5, size + 16)),
+            (ptx_triton.payloads_of(codec, ("zero",), 2 * size), 2 * size, torch.zeros(2 * size)),  # all tie
         ):
-            total = np.zeros(many if len(summed) == 3 else size + 16, np.float32)
+            total = np.zeros(numel, np.float32)
             reference.decode_add(codec.spec, list(summed.numpy()), total, 0.25, DIGEST)
-            rest = spikes(5, total.size)
             totals.append((summed, total, rest, ptx_triton.wanted(codec, torch.from_numpy(total), rest)))
         return encodes, totals
 

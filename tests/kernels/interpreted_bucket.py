@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -34,7 +36,9 @@ def as_bits(tensor: torch.Tensor) -> bytes:
     return wide.numpy().tobytes()
 
 
-def check_pack_and_unpack(made: list[torch.Tensor], dtype: torch.dtype, gap: int, scale: float) -> None:
+def check_pack_and_unpack(
+    made: list[torch.Tensor], dtype: torch.dtype, gap: int, scale: float, kernel: Any = bucket.bucket_kernel
+) -> None:
     """Into a bucket of ``dtype`` with gaps and out of it again, as torch would."""
     places = offsets(made, gap)
     where = bucket.layout(made, places)
@@ -42,13 +46,13 @@ def check_pack_and_unpack(made: list[torch.Tensor], dtype: torch.dtype, gap: int
     want = got.clone()
     for tensor, place in zip(made, places, strict=True):
         want[place : place + tensor.numel()] = (tensor.float() * np.float32(scale)).reshape(-1).to(dtype)
-    bucket.pack(where, got, scale)
+    bucket.pack(where, got, scale, kernel=kernel)
     assert as_bits(got) == as_bits(want)
     expected = [
         (want[p : p + t.numel()].float() * np.float32(scale)).to(t.dtype).reshape(t.shape)
         for t, p in zip(made, places, strict=True)
     ]
-    bucket.unpack(where, got, scale)
+    bucket.unpack(where, got, scale, kernel=kernel)
     for tensor, wanted in zip(made, expected, strict=True):
         assert as_bits(tensor) == as_bits(wanted)
 

@@ -17,6 +17,7 @@ from tests.kernels.cases import DIGEST, Case
 from tests.kernels.triton_sparse import encoder, matches_decoding, matches_reencoding
 
 SMALL = [spec for spec in cases.SPECS if spec.block <= 64]
+SIGNS = [TopKSpec(block=16, k=3, sign=True), TopKSpec(block=4096, k=41, sign=True)]
 FEW = (TopKSpec(block=16, k=1), TopKSpec(block=32, k=12, value_bits=4))
 
 
@@ -27,7 +28,7 @@ def test_the_interpreter_runs() -> None:
     assert os.environ["TRITON_INTERPRET"] == "1"
 
 
-@pytest.mark.parametrize("spec", cases.SPECS, ids=str)
+@pytest.mark.parametrize("spec", [*cases.SPECS, *SIGNS], ids=str)
 def test_encode_equals_the_oracle_at_the_edges(spec: TopKSpec) -> None:
     sizes = (spec.block + 1, spec.block - 1, spec.layout[1] - 1, 0)
     for i, kind in enumerate(
@@ -59,9 +60,10 @@ def test_decode_equals_the_oracle(data: st.DataObject, first: Case) -> None:
     assert matches_decoding(topk, first, data)
 
 
+@pytest.mark.parametrize("spec", [TopKSpec(), SIGNS[0]], ids=str)
 @pytest.mark.parametrize("kinds", [("normal", "heavy", "tied"), ("normal", "inf")], ids=["finite", "flagged"])
-def test_reencoding_is_decoding_and_encoding(kinds: tuple[str, ...]) -> None:
-    assert matches_reencoding(topk, TopKSpec(), 1024 + 48, kinds)
+def test_reencoding_is_decoding_and_encoding(kinds: tuple[str, ...], spec: TopKSpec) -> None:
+    assert matches_reencoding(topk, spec, spec.block + 48, kinds)
 
 
 def test_a_damaged_payload_is_refused() -> None:
@@ -86,9 +88,6 @@ def test_wrong_tensors_are_refused() -> None:
         topk.encode(spec, grad, grad[1:], None, payload)
     with pytest.raises(ValueError, match="alignment"):
         topk.encode(spec, grad, None, None, torch.zeros(payload.numel() + 1, dtype=torch.uint8)[1:])
-    signs = TopKSpec(sign=True)
-    with pytest.raises(ValueError, match="no device kernel for signs"):
-        topk.encode(signs, grad, None, None, torch.zeros(signs.nbytes(40), dtype=torch.uint8))
 
 
 # The host wrapper takes the header from the oracle, so a wrong header would be wrong on both sides.

@@ -46,7 +46,15 @@ CODECS = (
         for text in ("int8", "int4", "fp8", "sign1", "fp16", "bf16")
     ),
     Codec(text="gtop1:0.01", host=records, functions=gtop1.FAMILY, kernels=gtop1.KERNELS),
-    Codec(text="topk:0.01", host=records, functions=topk.FAMILY, kernels=topk.KERNELS),
+    *(
+        Codec(
+            text=text,
+            host=records,
+            functions=topk.FAMILY,
+            kernels=tuple(kernel for kernel in topk.KERNELS if kernel.codec == str(parse(text))),
+        )
+        for text in ("topk:0.01+sign", "topk:0.01+int8")
+    ),
 )
 
 

@@ -102,7 +102,7 @@ def built(kernel: DeviceKernel, arch: int) -> Build:
 @over_codecs
 def test_budgets_hold(codec: Codec, device: PtxRun) -> None:
     """Of every kernel that is shipped, each run on a grid whose share of header and checksum is that of a bucket."""
-    functions, numel = codec.on(device), 64 * codec.kernels[0].elements
+    functions, numel = codec.on(device), 64 * min(codec.kernels[0].elements, 2048)
     for size in (numel, 48):
         for types in TYPES:
             encoded(codec, functions, *inputs(codec, "normal", size, types))
@@ -118,7 +118,11 @@ def test_budgets_hold(codec: Codec, device: PtxRun) -> None:
         figures = Figures.of(elements, counters)
         print(f"{kernel.name}, sm_{device.arch}: {figures}; budget {kernel.budget}")
         straight = not built(kernel, device.arch).figures.loops  # then the gate has counted, in machine code
-        many = not straight and figures.instructions > kernel.budget.instructions
+        padded = (
+            elements == kernel.elements
+        )  # a block of 48 elements and zeros, which tie: a bad guess to start from
+        most = kernel.budget.cold if padded and kernel.budget.cold is not None else kernel.budget.instructions
+        many = not straight and figures.instructions > most
         if figures.moved > kernel.budget.nbytes or many:
             over.append(f"{kernel.name}: {figures}; budget {kernel.budget}")
     assert not over, "\n".join(over)

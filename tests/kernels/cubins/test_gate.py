@@ -93,6 +93,20 @@ def test_too_few_loads_under_way() -> None:
         "occupancy",
         "shared",
     }
+    heavy = replace(FIGURES, instructions=400.0, pipes={"alu": 300.0}, streams=(_stream(),))
+    busy = replace(kernel, budget=replace(kernel.budget, instructions=400))
+    assert rules(busy, replace(_BUILD, figures=heavy)) == set(), "memory is not what it waits for"
+    tail = replace(kernel, tail=True)
+    assert rules(tail, with_streams(_stream())) == set(), "one program of a region"
+
+
+def test_arrays_that_are_touched_here_and_there_are_no_streams() -> None:
+    pytest.importorskip("triton", reason="triton is not installed: the gate has nothing to compile with")
+    from tests.kernels.cubins import planted
+
+    function, kernel = planted.PLANTED["wide"]
+    touched = replace(kernel, touched=tuple(argument.name for argument in kernel.arguments))
+    assert rules(touched, built(touched, 90, function)) == set()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,76 @@
+"""How fast a kernel can stream its arrays on the GPU that stands for an architecture, from its machine code.
+
+Time per element is the longest of what memory, issue slots and each pipe need, as if all overlapped (Williams,
+Waterman, Patterson 2009, doi 10.1145/1498765.1498785). Nothing is measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hybridcomm.kernels.cubins.gpu import GPUS, Occupancy, occupancy
+from hybridcomm.kernels.cubins.manifest import Build
+from hybridcomm.kernels.device import DeviceKernel
+
+__all__ = ["DRAM", "ISSUE", "OVERHEAD", "Prediction", "predict", "resident", "streamed", "under_way", "work"]
+
+DRAM = 0.92  # of the bandwidth on the data sheet, for reads and writes mixed
+ISSUE = 0.90  # of the issue slots and of each pipe
+OVERHEAD = 1.02  # by which the byte budgets exceed what must be moved
+_RARE = ("withdraw", "spoil")
+"""Functions that return at once, unless a payload is flagged: nobody waits for them."""
+
+
+def resident(kernel: DeviceKernel, build: Build) -> Occupancy:
+    """Blocks of a kernel that an SM of its architecture holds at once."""
+    shared = build.static_shared + build.dynamic_shared
+    return occupancy(GPUS[build.arch], registers=build.registers, warps=kernel.num_warps, shared=shared)
+
+
+def under_way(kernel: DeviceKernel, build: Build) -> float:
+    """Bytes that the resident blocks of an SM load from arrays in wide accesses, each of its blocks all at once."""
+    loads = sum(stream.wide for stream in build.figures.streams if not stream.store) * kernel.elements
+    return loads * resident(kernel, build).blocks
+
+
+def streamed(kernel: DeviceKernel, build: Build) -> int:
+    """Bytes per element of the arrays of floats that a kernel normally reads or writes as a whole; 0 if it does not."""
+    ideal = sum(stream.itemsize for stream in build.figures.streams)
+    rare = any(word in kernel.function for word in _RARE)
+    return ideal if ideal <= kernel.budget.nbytes and not rare else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """``rate``: elements/s; ``share``: of the roof; ``limit``: what sets the rate."""
+
+    rate: float
+    share: float
+    limit: str
+
+
+def work(kernel: DeviceKernel, build: Build) -> dict[str, float]:
+    """Instructions of a thread per element, by pipe; ``issue`` is all of them."""
+    figures = build.figures
+    budget = kernel.budget
+    counted = not figures.loops and (budget.cold is None or figures.instructions <= budget.instructions)
+    total = figures.instructions if counted else budget.instructions
+    scale = total / figures.instructions
+    return {**{name: count * scale for name, count in figures.pipes.items()}, "issue": total}
+
+
+def predict(kernel: DeviceKernel, build: Build) -> Prediction:
+    """A streaming kernel on the GPU that stands for the architecture of ``build``."""
+    gpu = GPUS[build.arch]
+    loads = under_way(kernel, build)
+    kept_busy = min(1.0, loads / gpu.in_flight) if loads else 1.0
+    seconds = {
+        "memory" if kept_busy == 1.0 else "latency": kernel.budget.nbytes / (gpu.bandwidth * DRAM * kept_busy)
+    }
+    for name, count in work(kernel, build).items():
+        per_clock = gpu.issue if name == "issue" else gpu.rates[name]
+        seconds[name] = count / (per_clock * gpu.sms * gpu.clock * ISSUE)
+    limit = max(seconds, key=lambda name: seconds[name])
+    rate = 1 / seconds[limit]
+    roof = gpu.bandwidth / (kernel.budget.nbytes / OVERHEAD)
+    return Prediction(rate=rate, share=rate / roof, limit=limit)

@@ -7,6 +7,7 @@ pasted into a report.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from hybridcomm.selftest import kernels
@@ -20,7 +21,10 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser(
         "kernels", help="device kernels against the oracle, byte for byte, and their speed"
     )
-    command.add_argument("--device", type=int, default=0, help="number of the GPU (default 0)")
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    command.add_argument(
+        "--device", type=int, default=rank, help="number of the GPU (default 0; under torchrun, the rank's)"
+    )
     command.add_argument("--numel", type=int, default=1 << 24, help="elements that are timed (default 2^24)")
     command.add_argument("--only", nargs="+", default=list(kernels.SPECS), help="codecs (default: all)")
     command.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,19 @@ if TYPE_CHECKING:
 
 __all__ = ["SPECS", "Vector", "check", "differences", "report", "run", "vectors"]
 
-SPECS = ("topk:0.01", "gtopk:0.01", "gtop1:0.01", "sign1", "int8", "int4", "fp8", "fp16", "bf16")
+SPECS = (
+    "topk:0.01",
+    "topk:0.01+sign",
+    "topk:0.01+int8",
+    "gtopk:0.01",
+    "gtop1:0.01",
+    "sign1",
+    "int8",
+    "int4",
+    "fp8",
+    "fp16",
+    "bf16",
+)
 DIGEST = 0xFEDCBA9876543210
 SIZES = (3 * 4096, 2048 + 1040, 48)
 """Whole programs, some and a tail, a tail alone: multiples of 16, as what is shipped takes."""
@@ -182,22 +195,29 @@ def run(texts: Sequence[str], *, device: int, numel: int, jit: bool) -> int:
     if not torch.cuda.is_available():
         print("no CUDA device: nothing was checked. docs/architecture.md says what was checked without one")
         return 2
+    from hybridcomm import default, device_kernels
     from hybridcomm.kernels.cubins.driver import Driver
     from hybridcomm.kernels.cubins.launcher import on_cuda
-    from hybridcomm.kernels.device_codec import device_codec, jit_codec
 
     place = torch.device("cuda", device)
     torch.cuda.set_device(place)
     torch.zeros(1, device=place)  # makes the context that the driver launches in
     major, minor = torch.cuda.get_device_capability(place)
     launch = on_cuda(Driver(), 10 * major + minor, lambda: torch.cuda.current_stream(place).cuda_stream)
-    print(f"{torch.cuda.get_device_name(place)}, sm_{major}{minor}, torch {torch.__version__}, "
-          f"{'kernels compiled by Triton' if jit else 'kernels as shipped'}")  # fmt: skip
-    codecs = [
-        jit_codec(parse(text)) if jit else device_codec(parse(text), launch, jit=False)
-        for text in texts
-        if not (jit and text.startswith("gtopk"))  # which is CUDA C++ alone
-    ]
+    group = default.init() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+    route, codecs = device_kernels.prepare(
+        group,
+        [parse(text) for text in texts if not (jit and text.startswith("gtopk"))],  # which is CUDA C++ alone
+        run=launch,
+        arch=10 * major + minor,
+        device=place,
+        wanted="jit" if jit else "auto",
+        grad=torch.float32,
+        rest=torch.float32,
+    )
+    print(
+        f"{torch.cuda.get_device_name(place)}, sm_{major}{minor}, torch {torch.__version__}, kernels {route.reason}"
+    )
     return report(codecs, place, numel)
 
 

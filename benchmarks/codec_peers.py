@@ -20,7 +20,8 @@ Code = tuple[Any, ...]
 
 
 class Peer(NamedTuple):
-    """``encode(grad, e_in, e_out) -> code``; ``decode_add(code, out)`` adds half of it. Tensors (numel,) fp32."""
+    """``encode(grad, e_in, e_out) -> code``; ``decode_add(code, out)`` adds half of it. Tensors (numel,) fp32, on
+    any device."""
 
     name: str
     encode: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Code]
@@ -90,12 +91,13 @@ def _sign_encode(grad: torch.Tensor, e_in: torch.Tensor, e_out: torch.Tensor) ->
     scale = acc.abs().mean(1, keepdim=True)
     negative = acc < 0
     torch.sub(acc, torch.where(negative, -scale, scale), out=e_out.view(-1, SIGN_GROUP))
-    return (negative.view(-1, 8).to(torch.uint8) * _BITS).sum(1, dtype=torch.uint8), scale
+    bits = _BITS.to(grad.device)
+    return (negative.view(-1, 8).to(torch.uint8) * bits).sum(1, dtype=torch.uint8), scale
 
 
 def _sign_decode(code: Code, out: torch.Tensor) -> None:
     bits, scale = code
-    negative = (bits[:, None] & _BITS).bool().view(-1, SIGN_GROUP)
+    negative = (bits[:, None] & _BITS.to(bits.device)).bool().view(-1, SIGN_GROUP)
     out.view(-1, SIGN_GROUP).add_(torch.where(negative, -scale, scale), alpha=0.5)
 
 
@@ -116,20 +118,20 @@ def _one_of_each(pick: Callable[[torch.Tensor], torch.Tensor], lanes: int) -> Pe
 
     def decode(code: Code, out: torch.Tensor) -> None:
         rows, sent = code
-        dense = torch.zeros(len(rows), ROWS, lanes).scatter_(1, rows, sent)
+        dense = sent.new_zeros(len(rows), ROWS, lanes).scatter_(1, rows, sent)
         out.add_(dense.view(-1)[: out.numel()], alpha=0.5)
 
     return Peer("torch max of groups" if lanes > 1 else "torch.randint", encode, decode)
 
 
 def _draw(groups: torch.Tensor) -> torch.Tensor:
-    return torch.randint(ROWS, (len(groups), 1, groups.shape[-1]))
+    return torch.randint(ROWS, (len(groups), 1, groups.shape[-1]), device=groups.device)
 
 
 def _low_rank(rank: int) -> Peer:
     def encode(grad: torch.Tensor, e_in: torch.Tensor, e_out: torch.Tensor) -> Code:
         matrix = (grad + e_in).view(-1, COLUMNS)
-        left = torch.linalg.qr(matrix @ torch.randn(COLUMNS, rank)).Q
+        left = torch.linalg.qr(matrix @ torch.randn(COLUMNS, rank, device=grad.device)).Q
         right = matrix.T @ left
         torch.addmm(matrix, left, right.T, alpha=-1, out=e_out.view(-1, COLUMNS))
         return left, right

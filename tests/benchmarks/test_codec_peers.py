@@ -46,5 +46,14 @@ def test_control_a_lost_part_is_noticed(codec: str) -> None:
 
 
 @pytest.mark.parametrize("codec", PEERS)
+def test_nothing_leaves_the_device(codec: str) -> None:
+    """On torch's device without memory, which refuses tensors of others."""
+    grad, e_in, e_out, out = (torch.empty(NUMEL, device="meta") for _ in range(4))
+    code = PEERS[codec].encode(grad, e_in, e_out)
+    PEERS[codec].decode_add(code, out)
+    assert {each.device.type for each in (*code, out, e_out)} == {"meta"}
+
+
+@pytest.mark.parametrize("codec", PEERS)
 def test_every_row_is_a_codec_of_ours(codec: str) -> None:
     assert parse(codec).nbytes(1 << 20) < 1 << 22

@@ -25,7 +25,6 @@ from hybridcomm.errors import UnsupportedError
 from hybridcomm.kernels.cubins.errors import ArtefactError
 from hybridcomm.kernels.cubins.manifest import Manifest, digest
 from hybridcomm.kernels.device_codec import DeviceCodec, device_codec, jit_codec
-from hybridcomm.kernels.specs.quant import QuantSpec
 
 if TYPE_CHECKING:
     import torch
@@ -203,7 +202,7 @@ def warm_up(
     made.encode(source, e_in, e_out, payload, decay=decay)
     payloads = torch.stack([payload, payload])
     made.decode_add(payloads, torch.zeros(numel, device=device))
-    if made.reencode is not None and (rest == torch.float32 or isinstance(spec, QuantSpec)):
+    if made.reencode is not None:
         made.reencode(payloads, numel, e_in, e_out, payload, decay=decay)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

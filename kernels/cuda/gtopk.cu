@@ -1,7 +1,7 @@
 // Steps 4 and 6 of 7 for gtopk, the exact top-k of a region: the oracle's bytes, in passes over the region.
 //
 // Phases of encode, a kernel each; sizes are fixed, so that no pass waits for the host
-//   1  first       acc = grad + decay * e_in to e_out; a histogram of the magnitudes' highest 11 bits
+//   1  first       acc = grad + decay * e_in to memory; a histogram of the magnitudes' highest 11 bits
 //   2  narrow      the bin in which the k-th largest lies, and its place in there: one program
 //      histogram   of the next 10 bits of those in that bin; narrow, histogram and narrow again: the k-th largest key
 //   3  count       per tile, how many exceed the k-th largest and how many equal it
@@ -9,6 +9,7 @@
 //   4  collect     the kept values and their indices, in index order
 //   5  pack        16 at a time: power-of-two scale, records, residual; counts per block in unary, bit by bit
 //   6  withdraw    normally empty: where a value was not finite, clears the body and restores the residual
+//   7  settle      where residuals are bf16, from acc, which then is not the residual itself
 // Histograms are of integers and added atomically, so the order cannot matter. Keys of NaN are keys like others: no
 // pass needs to know whether the flag is up.
 //
@@ -94,11 +95,11 @@ __device__ __forceinline__ void flush(const uint32_t* bins, uint32_t* to) {
   }
 }
 
-template <class G>
-__device__ __forceinline__ void first(const G* grad, const float* e_in, float* e_out, uint8_t* payload,
+template <class G, class R>
+__device__ __forceinline__ void first(const G* grad, const R* e_in, float* to_acc, uint8_t* payload,
                                       uint32_t* to, long long numel, float decay) {
   __shared__ uint32_t bins[kBins];
-  constexpr int kChunk = 16 / sizeof(G);
+  constexpr int kChunk = 16 / (sizeof(G) < sizeof(R) ? sizeof(G) : sizeof(R));
   clear(bins);
   int largest = 0;
   const long long begin = static_cast<long long>(blockIdx.x) * kSpan;
@@ -109,16 +110,16 @@ __device__ __forceinline__ void first(const G* grad, const float* e_in, float* e
 #pragma unroll
     for (int c = 0; c < kChunk; ++c) acc.at[c] = widened(g.at[c]);
     if (e_in != nullptr) {
-      const auto e = *reinterpret_cast<const Pack<float, kChunk>*>(e_in + begin + at);
+      const auto e = *reinterpret_cast<const Pack<R, kChunk>*>(e_in + begin + at);
 #pragma unroll
-      for (int c = 0; c < kChunk; ++c) acc.at[c] = __fadd_rn(acc.at[c], __fmul_rn(decay, e.at[c]));
+      for (int c = 0; c < kChunk; ++c) acc.at[c] = __fadd_rn(acc.at[c], __fmul_rn(decay, widened(e.at[c])));
     }
 #pragma unroll
     for (int c = 0; c < kChunk; ++c) {
       largest = max(largest, key_of(acc.at[c]));
       atomicAdd(bins + (key_of(acc.at[c]) >> 2 * kLow), 1u);
     }
-    *reinterpret_cast<Pack<float, kChunk>*>(e_out + begin + at) = acc;
+    *reinterpret_cast<Pack<float, kChunk>*>(to_acc + begin + at) = acc;
   }
   if (__reduce_max_sync(kAll, largest) >= kInfKey && threadIdx.x % 32 == 0) atomicOr(flags_of(payload), 1u);
   flush(bins, to);
@@ -129,16 +130,19 @@ __device__ __forceinline__ void first(const G* grad, const float* e_in, float* e
 
 using namespace hybridcomm;
 
-#define FIRST(NAME, G)                                                                       \
-  extern "C" __global__ void __launch_bounds__(kThreads)                                     \
-      NAME(const G* grad, const float* e_in, float* e_out, uint8_t* payload, uint32_t* bins, \
-           long long numel, float decay) {                                                   \
-    first<G>(grad, e_in, e_out, payload, bins, numel, decay);                                \
+#define FIRST(NAME, G, R)                                                                               \
+  extern "C" __global__ void __launch_bounds__(kThreads)                                                \
+      NAME(const G* grad, const R* e_in, float* acc, uint8_t* payload, uint32_t* bins, long long numel, \
+           float decay) {                                                                               \
+    first<G, R>(grad, e_in, acc, payload, bins, numel, decay);                                          \
   }
 
-FIRST(gtopk_first_fp32, float)
-FIRST(gtopk_first_bf16, __nv_bfloat16)
-FIRST(gtopk_first_fp16, __half)
+FIRST(gtopk_first_fp32_fp32, float, float)
+FIRST(gtopk_first_bf16_fp32, __nv_bfloat16, float)
+FIRST(gtopk_first_fp16_fp32, __half, float)
+FIRST(gtopk_first_fp32_bf16, float, __nv_bfloat16)
+FIRST(gtopk_first_bf16_bf16, __nv_bfloat16, __nv_bfloat16)
+FIRST(gtopk_first_fp16_bf16, __half, __nv_bfloat16)
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     gtopk_histogram(const float* acc, const Found* found, uint32_t* to, int shift, long long numel) {
@@ -268,7 +272,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
 // A thread has a record, half a warp those that share a scale.
 extern "C" __global__ void __launch_bounds__(kThreads)
-    gtopk_pack(const float* values, const uint32_t* indices, float* e_out, uint8_t* payload, long long kept,
+    gtopk_pack(const float* values, const uint32_t* indices, float* rest, uint8_t* payload, long long kept,
                long long records_at, long long counts_at) {
   __shared__ u64 shares[kWarps];
   const long long r = static_cast<long long>(blockIdx.x) * kThreads + threadIdx.x;
@@ -284,7 +288,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const float q = code_of<kBits>(acc, exponent);
     const uint32_t record =
         (static_cast<uint32_t>(static_cast<int>(q)) << (16 - kBits) & 0xFFFF) | index % kBlock;
-    e_out[index] = __fsub_rn(acc, __fmul_rn(q, power_of(exponent)));
+    rest[index] = __fsub_rn(acc, __fmul_rn(q, power_of(exponent)));
     *reinterpret_cast<uint16_t*>(payload + records_at + 2 * r) = static_cast<uint16_t>(record);
     share = share_of(record, records_at + 2 * r);
     if (r % kGroup == 0) {
@@ -319,6 +323,27 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     reinterpret_cast<uint32_t*>(payload + kHeader)[i] = 0;
   }
   if (begin == 0 && threadIdx.x == 0) *checksum_of(payload) = checksum;
+}
+
+// Behind withdraw, which has not touched a residual: what is left of acc, or the residual as it was.
+extern "C" __global__ void __launch_bounds__(kThreads)
+    gtopk_settle(const float* acc, const __nv_bfloat16* e_in, __nv_bfloat16* e_out, const uint8_t* payload,
+                 long long numel) {
+  using Chunk = Pack<__nv_bfloat16, 8>;
+  const bool flagged = *flags_of(const_cast<uint8_t*>(payload)) != 0;
+  const long long begin = static_cast<long long>(blockIdx.x) * kTile;
+  const int left = left_from(begin, numel, kTile);
+  for (int at = threadIdx.x * 8; at < left; at += kThreads * 8) {
+    Chunk chunk = {};
+    if (!flagged) {
+      const auto from = *reinterpret_cast<const Pack<float, 8>*>(acc + begin + at);
+#pragma unroll
+      for (int c = 0; c < 8; ++c) chunk.at[c] = narrowed<__nv_bfloat16>(from.at[c]);
+    } else if (e_in != nullptr) {
+      chunk = *reinterpret_cast<const Chunk*>(e_in + begin + at);
+    }
+    *reinterpret_cast<Chunk*>(e_out + begin + at) = chunk;
+  }
 }
 
 // Of a payload's counts: how many bits are set in each tile of words.

@@ -1,7 +1,8 @@
 """What ``gtopk.cu`` defines, for ``gtopk:0.01``, and the order in which its kernels are launched.
 
 The sizes of all passes follow from the spec and the region's size, so a sequence of launches is data: made once, then
-enqueued or captured. Residuals are fp32, and e_out has to be there: it holds acc between the passes.
+enqueued or captured. Between the passes acc lies in e_out, which has to be there; where residuals are bf16, in the
+workspace.
 """
 
 from __future__ import annotations
@@ -68,21 +69,21 @@ def _kernel(
     )
 
 
-def _first(grad: str) -> DeviceKernel:
+def _first(grad: str, rest: str) -> DeviceKernel:
     return _kernel(
-        f"first_{grad}",
-        pointers(grad=grad, e_in="fp32", e_out="fp32", payload="u8", bins="i32")
-        + NUMEL
-        + scalars(decay="fp32"),
+        f"first_{grad}_{rest}",
+        pointers(grad=grad, e_in=rest, acc="fp32", payload="u8", bins="i32") + NUMEL + scalars(decay="fp32"),
         _SPAN,
-        Budget(nbytes=SLACK * (BYTES[grad] + 8) + 4 * _BINS / _SPAN, instructions=20, registers=48),
+        Budget(
+            nbytes=SLACK * (BYTES[grad] + BYTES[rest] + 4) + 4 * _BINS / _SPAN, instructions=20, registers=48
+        ),
     )
 
 
 _ONE = Budget(nbytes=1, instructions=4, registers=48)  # of a single program, whatever the region's size
 
 KERNELS: tuple[DeviceKernel, ...] = (
-    *(_first(grad) for grad in BYTES),
+    *(_first(grad, rest) for rest in ("fp32", "bf16") for grad in BYTES),
     _kernel(
         "histogram",
         pointers(acc="fp32", found="i64", bins="i32") + scalars(shift="i32") + NUMEL,
@@ -106,7 +107,7 @@ KERNELS: tuple[DeviceKernel, ...] = (
     ),
     _kernel(
         "pack",
-        pointers(values="fp32", indices="i32", e_out="fp32", payload="u8")
+        pointers(values="fp32", indices="i32", rest="fp32", payload="u8")
         + scalars(kept="i64", records_at="i64", counts_at="i64"),
         _RECORDS,
         Budget(nbytes=SLACK * (72 * _SHARE + 2 * _PAYLOAD), instructions=4, registers=48),
@@ -119,6 +120,13 @@ KERNELS: tuple[DeviceKernel, ...] = (
         + scalars(checksum="i64"),
         _TILE,
         Budget(nbytes=SLACK * (8 + _PAYLOAD), instructions=8, registers=32),
+    ),
+    _kernel(
+        "settle",
+        pointers(acc="fp32", e_in="bf16", e_out="bf16", payload="u8") + NUMEL,
+        _TILE,
+        Budget(nbytes=SLACK * 6, instructions=8, registers=48),
+        touched=("e_in",),
     ),
     _kernel(
         "ones",
@@ -155,10 +163,11 @@ class _Workspace:
     counts: int
     values: int
     indices: int
+    acc: int
     nbytes: int
 
 
-def _layout(numel: int) -> _Workspace:
+def _layout(numel: int, rest: str = "fp32") -> _Workspace:
     kept = SPEC.kept(numel)
     cleared = 3 * 4 * _BINS
     counts = cleared + 3 * 16
@@ -170,20 +179,21 @@ def _layout(numel: int) -> _Workspace:
         counts=counts,
         values=values,
         indices=indices,
-        nbytes=indices + align(4 * kept),
+        acc=indices + align(4 * kept),
+        nbytes=indices + align(4 * kept) + (4 * numel if rest == "bf16" else 0),
     )
 
 
-def workspace(numel: int) -> tuple[int, int]:
+def workspace(numel: int, rest: str = "fp32") -> tuple[int, int]:
     """Bytes of device memory that a sequence needs under the name ``workspace``, and how many of them, from the first
-    on, have to be zero before ``encode_steps``.
+    on, have to be zero before ``encode_steps``. ``rest``: the residual's type, of which decoding has none.
 
     Raises:
         SpecError: the region is no multiple of 16 elements, or has 2^32 or more, whose indices need more bits.
     """
     if numel % 16 or numel >> 32:
         raise SpecError(f"gtopk of {numel} elements: pad to a multiple of 16, below 2^32")
-    layout = _layout(numel)
+    layout = _layout(numel, rest)
     return layout.nbytes, layout.cleared
 
 
@@ -193,7 +203,13 @@ def _launch(name: str, numel: int, *arguments: At | int | float | None) -> Launc
 
 
 def encode_steps(
-    numel: int, grad: str = "fp32", *, feedback: bool = True, decay: float = 1.0, withdrawn: int
+    numel: int,
+    grad: str = "fp32",
+    rest: str = "fp32",
+    *,
+    feedback: bool = True,
+    decay: float = 1.0,
+    withdrawn: int,
 ) -> tuple[Launch, ...]:
     """What compresses ``numel`` elements, in order, on one stream.
 
@@ -209,23 +225,31 @@ def encode_steps(
     at, kept = _layout(numel), SPEC.kept(numel)
     records_at, counts_at, nbytes = SPEC.offsets(numel)
     e_in, e_out, payload = At(buffer="e_in") if feedback else None, At(buffer="e_out"), At(buffer="payload")
+    acc = e_out if rest == "fp32" else At(buffer="workspace", offset=at.acc)
     bins = [At(buffer="workspace", offset=4 * _BINS * i) for i in range(3)]
     found = [At(buffer="workspace", offset=at.found + 16 * i) for i in range(3)]
     counts, values, indices = (
         At(buffer="workspace", offset=offset) for offset in (at.counts, at.values, at.indices)
     )
     return (
-        _launch(f"first_{grad}", numel, At(buffer="grad"), e_in, e_out, payload, bins[0], numel, decay),
+        _launch(f"first_{grad}_{rest}", numel, At(buffer="grad"), e_in, acc, payload, bins[0], numel, decay),
         _launch("narrow", numel, bins[0], None, found[0], kept),
-        _launch("histogram", numel, e_out, found[0], bins[1], 10, numel),
+        _launch("histogram", numel, acc, found[0], bins[1], 10, numel),
         _launch("narrow", numel, bins[1], found[0], found[1], kept),
-        _launch("histogram", numel, e_out, found[1], bins[2], 0, numel),
+        _launch("histogram", numel, acc, found[1], bins[2], 0, numel),
         _launch("narrow", numel, bins[2], found[1], found[2], kept),
-        _launch("count", numel, e_out, found[2], counts, numel),
+        _launch("count", numel, acc, found[2], counts, numel),
         _launch("scan", numel, counts, _BY_NAME["count"].grid(numel)),
-        _launch("collect", numel, e_out, found[2], counts, values, indices, numel),
-        _launch("pack", numel, values, indices, e_out, payload, kept, records_at, counts_at),
-        _launch("withdraw", numel, e_in, e_out, payload, nbytes, numel, withdrawn),
+        _launch("collect", numel, acc, found[2], counts, values, indices, numel),
+        _launch("pack", numel, values, indices, acc, payload, kept, records_at, counts_at),
+        *(
+            [_launch("withdraw", numel, e_in, acc, payload, nbytes, numel, withdrawn)]
+            if rest == "fp32"
+            else [
+                _launch("withdraw", numel, None, acc, payload, nbytes, numel, withdrawn),
+                _launch("settle", numel, acc, e_in, e_out, payload, numel),
+            ]
+        ),
     )
 
 

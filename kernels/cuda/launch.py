@@ -35,9 +35,10 @@ _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _TOPK: Mapping[str, DeviceKernel] = {kernel.name: kernel for kernel in topk.KERNELS}
 
 
-def make_workspace(numel: int, device: torch.device) -> torch.Tensor:
-    """Device memory for gtopk over ``numel`` elements, (nbytes,) uint8; calls on one stream may share it."""
-    nbytes, _ = gtopk.workspace(numel)
+def make_workspace(numel: int, device: torch.device, rest: torch.dtype = torch.float32) -> torch.Tensor:
+    """Device memory for gtopk over ``numel`` elements with residuals of type ``rest``, (nbytes,) uint8; calls on one
+    stream may share it."""
+    nbytes, _ = gtopk.workspace(numel, _NAMES[rest])
     return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
@@ -101,7 +102,7 @@ def encode(  # noqa: PLR0917
 ) -> None:
     """``reference.encode`` of ``topk:0.01`` or ``gtopk:0.01``; the flag is in the payload, not returned.
 
-    Shapes: grad (numel,) fp32, bf16 or fp16; e_in, e_out (numel,), two buffers, fp32, for topk also bf16; payload
+    Shapes: grad (numel,) fp32, bf16 or fp16; e_in, e_out (numel,), two buffers, fp32 or bf16; payload
     (spec.nbytes(numel),) uint8; numel a multiple of 16; all contiguous and aligned to 16 bytes.
 
     Raises:
@@ -119,13 +120,13 @@ def encode(  # noqa: PLR0917
         _launch(run, kernel, numel, grad, e_in, e_out, payload, numel, spec.records_offset(numel), decay)
         _withdraw(run, e_in, e_out, payload, header)
         return
-    need(e_out.dtype == torch.float32, f"e_out: float32 wanted, got {e_out.dtype}")
-    workspace = make_workspace(numel, payload.device) if workspace is None else workspace
-    nbytes, cleared = gtopk.workspace(numel)
+    rest = _NAMES[e_out.dtype]
+    workspace = make_workspace(numel, payload.device, e_out.dtype) if workspace is None else workspace
+    nbytes, cleared = gtopk.workspace(numel, rest)
     need(workspace.numel() >= nbytes, f"workspace: {nbytes} bytes wanted, got {workspace.numel()}")
     workspace[:cleared].zero_()
     steps = gtopk.encode_steps(
-        numel, _NAMES[grad.dtype], feedback=e_in is not None, decay=decay, withdrawn=header.withdrawn
+        numel, _NAMES[grad.dtype], rest, feedback=e_in is not None, decay=decay, withdrawn=header.withdrawn
     )
     _enqueue(
         run, steps, {"grad": grad, "e_in": e_in, "e_out": e_out, "payload": payload, "workspace": workspace}
@@ -155,7 +156,7 @@ def reencode(  # noqa: PLR0917
     header: Header | None = None,
     check: bool = True,
 ) -> None:
-    """Encodes the sum of payloads of ``topk:0.01`` in one pass; the sum is not written. Residuals are fp32.
+    """Encodes the sum of payloads of ``topk:0.01`` in one pass; the sum is not written. The rest as in ``encode``.
 
     Raises:
         PayloadFormatError: a payload is not what spec, size and digest say; nothing is written then.
@@ -164,13 +165,13 @@ def reencode(  # noqa: PLR0917
     need(spec == topk.SPEC, f"{spec}: sums are encoded anew for {topk.SPEC} alone")
     _check(spec, numel)
     check_payloads(spec, payloads, numel, payload.device, digest, check)
-    need(e_out.dtype == torch.float32, f"e_out: float32 wanted, got {e_out.dtype}")
     header = make_header(spec, numel, digest, payload.device) if header is None else header
     _begin(spec, numel, e_in, e_out, payload, header)
     if numel == 0:
         return
     sizes = payloads.shape[0], payloads.shape[1], numel, spec.records_offset(numel)
-    _launch(run, _TOPK["topk_reencode"], numel, payloads, e_in, e_out, payload, *sizes, weight, decay)
+    kernel = _TOPK[f"topk_reencode_{_NAMES[e_out.dtype]}"]
+    _launch(run, kernel, numel, payloads, e_in, e_out, payload, *sizes, weight, decay)
     _withdraw(run, e_in, e_out, payload, header)
 
 

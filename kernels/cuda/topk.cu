@@ -126,11 +126,11 @@ __device__ __forceinline__ void decode(const uint8_t* payloads, float* out, int 
 }
 
 // The second stage of a two-stage exchange: the sum of payloads, from zero, is the gradient; it never reaches memory.
-template <int kBlock, int kK, int kBits>
-__device__ __forceinline__ void reencode(const uint8_t* payloads, const float* e_in, float* e_out,
-                                         uint8_t* payload, int count, long long stride, long long numel,
-                                         long long records_at, float weight, float decay) {
-  using Codec = TopK<float, float, kBlock, kK, kBits>;
+template <class R, int kBlock, int kK, int kBits>
+__device__ __forceinline__ void reencode(const uint8_t* payloads, const R* e_in, R* e_out, uint8_t* payload,
+                                         int count, long long stride, long long numel, long long records_at,
+                                         float weight, float decay) {
+  using Codec = TopK<float, R, kBlock, kK, kBits>;
   __shared__ typename Codec::Shared shared[kWarps];
   __shared__ float4 sums[kWarps][kBlock / 4];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -176,6 +176,13 @@ using namespace hybridcomm;
            long long records_at, float weight) {                                              \
     decode<CLEAR, 1024, 10, 6>(payloads, out, count, stride, numel, records_at, weight);      \
   }
+#define REENCODE(NAME, R)                                                                                   \
+  extern "C" __global__ void __launch_bounds__(32 * kWarps)                                                 \
+      NAME(const uint8_t* payloads, const R* e_in, R* e_out, uint8_t* payload, int count, long long stride, \
+           long long numel, long long records_at, float weight, float decay) {                              \
+    reencode<R, 1024, 10, 6>(payloads, e_in, e_out, payload, count, stride, numel, records_at, weight,      \
+                             decay);                                                                        \
+  }
 
 ENCODE(topk_encode_fp32_fp32, float, float)
 ENCODE(topk_encode_bf16_fp32, __nv_bfloat16, float)
@@ -187,9 +194,5 @@ WITHDRAW(topk_withdraw_fp32, float)
 WITHDRAW(topk_withdraw_bf16, __nv_bfloat16)
 DECODE(topk_decode_add, false)
 DECODE(topk_decode, true)
-
-extern "C" __global__ void __launch_bounds__(32 * kWarps)
-    topk_reencode(const uint8_t* payloads, const float* e_in, float* e_out, uint8_t* payload, int count,
-                  long long stride, long long numel, long long records_at, float weight, float decay) {
-  reencode<1024, 10, 6>(payloads, e_in, e_out, payload, count, stride, numel, records_at, weight, decay);
-}
+REENCODE(topk_reencode_fp32, float)
+REENCODE(topk_reencode_bf16, __nv_bfloat16)

@@ -68,14 +68,15 @@ def _decode(name: str, budget: Budget) -> DeviceKernel:
     )
 
 
-def _reencode() -> DeviceKernel:
+def _reencode(rest: str) -> DeviceKernel:
+    nbytes = SLACK * (2 * BYTES[rest] + 2 * _PAYLOAD)
     return _kernel(
-        "topk_reencode",
-        pointers(payloads="u8", e_in="fp32", e_out="fp32", payload="u8")
+        f"topk_reencode_{rest}",
+        pointers(payloads="u8", e_in=rest, e_out=rest, payload="u8")
         + scalars(count="i32", stride="i64")
         + NUMEL
         + scalars(records_at="i64", weight="fp32", decay="fp32"),
-        Budget(nbytes=SLACK * (8 + 2 * _PAYLOAD), instructions=40, cold=80, registers=80),
+        Budget(nbytes=nbytes, instructions=40 if rest == "fp32" else 48, cold=80, registers=80),
     )
 
 
@@ -85,7 +86,8 @@ KERNELS: tuple[DeviceKernel, ...] = (
     _withdraw("bf16"),
     _decode("topk_decode_add", Budget(nbytes=SLACK * (_RECORD + _PAYLOAD), instructions=4, registers=32)),
     _decode("topk_decode", Budget(nbytes=SLACK * (4 + _PAYLOAD), instructions=6, registers=48)),
-    _reencode(),
+    _reencode("fp32"),
+    _reencode("bf16"),
 )
 """``encode`` by types of gradient and residual, ``withdraw``, ``decode_add`` into a shard, ``decode`` into one that
 need not be cleared first, ``reencode`` of a sum for the second stage of an exchange."""

@@ -2,7 +2,7 @@
 
 A program takes a block, of any size: regions that end inside a block are masked, which costs no bulk access as long as
 their size is a multiple of 16. Reencoding forms the sum where the new residual will be, a block of it in a program's
-cache, so that residual is fp32.
+cache; where that is bf16, in a buffer of its own.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-unimported"
@@ -141,10 +141,17 @@ def reencode(  # noqa: PLR0917
     e_out: torch.Tensor, payload: torch.Tensor, digest: int = 0, *, weight: float = 1.0, decay: float = 1.0,
     header: device_tensors.Header | None = None, check: bool = True,
 ) -> None:  # fmt: skip
-    """Encodes the sum of payloads in one pass; as ``launch.reencode``, but e_out has to be there, and fp32."""
+    """Encodes the sum of payloads in one pass; as ``launch.reencode``, but e_out has to be there."""
     device_tensors.check_payloads(spec, payloads, numel, payload.device, digest, check)
-    device_tensors.need(e_out.dtype == torch.float32, f"e_out: float32 wanted, got {e_out.dtype}")
-    inputs = {"payloads": payloads, "count": payloads.shape[0], "stride": payloads.shape[1], "weight": weight}
+    fp32 = e_out.dtype == torch.float32
+    sums = e_out if fp32 else torch.empty(numel, dtype=torch.float32, device=e_out.device)
+    inputs = {
+        "payloads": payloads,
+        "sums": sums,
+        "count": payloads.shape[0],
+        "stride": payloads.shape[1],
+        "weight": weight,
+    }
     _emit(family, family.reencode, spec, inputs, numel, e_in, e_out, payload, digest, decay, header)
 
 
@@ -198,7 +205,7 @@ def _kernel(
     function = getattr(family, kind)
     halves = HALVES * any(t in ("bf16", "fp16") for t in types.values())
     names = [n for n in function.arg_names if n in types or n in _SCALARS]
-    marks = [types[n] for n in ("grad", "e_in") if n in types] if kind == "encode" else []
+    marks = [types[n] for n in ("grad", "e_in") if n in types]
     return DeviceKernel(
         name="_".join([name, kind, *(["clear"] if fixed.get("CLEAR") else []), *marks]),
         source=source,
@@ -237,7 +244,6 @@ def shipped(
     touched = 64 * spec.layout[1] / spec.block  # a record that is added: 32 bytes read, 32 written
     feedback = {"HAS_IN": 1, "HAS_OUT": 1, "DECAYED": 0}
     summed = PAYLOADS * (each + touched)
-    residual = {"e_in": "fp32", "e_out": "fp32", "payload": "u8"}
     return (
         *(
             made(
@@ -248,8 +254,17 @@ def shipped(
             )
             for grad, rest in (("fp32", "fp32"), ("bf16", "fp32"), ("fp16", "fp32"), ("bf16", "bf16"))
         ),
-        # The sum is formed in e_out, in the cache: device memory sees the new residual alone.
-        made("reencode", {"payloads": "u8", **residual}, 8 + (1 + PAYLOADS) * each, feedback, 2.0),
+        # The sum is formed in the cache: device memory sees it once, where e_out is fp32 as the new residual.
+        *(
+            made(
+                "reencode",
+                {"payloads": "u8", "sums": "fp32", "e_in": rest, "e_out": rest, "payload": "u8"},
+                8 + (1 + PAYLOADS) * each,
+                feedback,
+                2.0,
+            )
+            for rest in ("fp32", "bf16")
+        ),
         made("decode", {"payloads": "u8", "out": "fp32"}, summed, {"CLEAR": 0}),
         made("decode", {"payloads": "u8", "out": "fp32"}, 4 + summed, {"CLEAR": 1}),
     )

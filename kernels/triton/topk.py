@@ -178,11 +178,11 @@ def encode_kernel(  # noqa: PLR0917
 
 @triton.jit
 def reencode_kernel(  # noqa: PLR0917
-    payloads, e_in, e_out, payload, count, stride, numel, records_half, weight, decay,
+    payloads, sums, e_in, e_out, payload, count, stride, numel, records_half, weight, decay,
     BLOCK: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, VALUE_BITS: tl.constexpr,  # noqa: N803
     HAS_IN: tl.constexpr, HAS_OUT: tl.constexpr, DECAYED: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
-    """Likewise of the sum of payloads, which is formed in ``e_out``."""
+    """Likewise of the sum of payloads, which is formed in ``sums``; that may be ``e_out``."""
     pid = tl.program_id(0).to(tl.int64)
     start = pid * BLOCK
     left = bits.count_in(numel, pid, BLOCK)
@@ -190,11 +190,11 @@ def reencode_kernel(  # noqa: PLR0917
     if flags != 0:
         bits.raise_flag(payload, flags, 0)
     else:
-        records.fill(e_out + start, 0, left, BLOCK)
+        records.fill(sums + start, 0, left, BLOCK)
         tl.debug_barrier()
-        _add(e_out + start, payloads, pid, count, stride, records_half, weight, BLOCK, K, KP, VALUE_BITS)
+        _add(sums + start, payloads, pid, count, stride, records_half, weight, BLOCK, K, KP, VALUE_BITS)
         _encode(
-            e_out + start, e_in + start, e_out + start, payload, pid, left, records_half, decay,
+            sums + start, e_in + start, e_out + start, payload, pid, left, records_half, decay,
             BLOCK, K, KP, VALUE_BITS, HAS_IN, HAS_OUT, DECAYED,
         )  # fmt: skip
 

@@ -61,9 +61,10 @@ def test_decode_equals_the_oracle(data: st.DataObject, first: Case) -> None:
 
 
 @pytest.mark.parametrize("spec", [TopKSpec(), SIGNS[0]], ids=str)
+@pytest.mark.parametrize("rest", ["fp32", "bf16"])
 @pytest.mark.parametrize("kinds", [("normal", "heavy", "tied"), ("normal", "inf")], ids=["finite", "flagged"])
-def test_reencoding_is_decoding_and_encoding(kinds: tuple[str, ...], spec: TopKSpec) -> None:
-    assert matches_reencoding(topk, spec, spec.block + 48, kinds)
+def test_reencoding_is_decoding_and_encoding(kinds: tuple[str, ...], spec: TopKSpec, rest: str) -> None:
+    assert matches_reencoding(topk, spec, spec.block + 48, kinds, rest)
 
 
 def test_a_damaged_payload_is_refused() -> None:

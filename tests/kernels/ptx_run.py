@@ -65,7 +65,7 @@ class PtxRun:
         read before; of a payload the host has written the header."""
         start = tensor.untyped_storage().data_ptr()
         if start not in self._held:
-            initialised = np.full(tensor.untyped_storage().nbytes(), name not in ("e_out", "payload"))
+            initialised = np.full(tensor.untyped_storage().nbytes(), name not in ("e_out", "payload", "sums"))
             if name == "payload":
                 initialised[:HEADER_NBYTES] = True
             self.hold(tensor, initialised)

@@ -99,13 +99,15 @@ class Device:
             found.setdefault(kernel.name, []).append(counters)
         return found
 
-    def workspace(self, spec: Spec, numel: int) -> torch.Tensor | None:
+    def workspace(self, spec: Spec, numel: int, rest: str = "fp32") -> torch.Tensor | None:
         """Only what the host clears may be read before it is written."""
         if spec == topk.SPEC:
             return None
-        made = launch.make_workspace(numel, torch.device("cpu"))
+        made = launch.make_workspace(
+            numel, torch.device("cpu"), torch.bfloat16 if rest == "bf16" else torch.float32
+        )
         made.fill_(0xA5)
-        self.run.hold(made, np.arange(made.numel()) < gtopk.workspace(numel)[1])
+        self.run.hold(made, np.arange(made.numel()) < gtopk.workspace(numel, rest)[1])
         return made
 
     def encode(
@@ -128,7 +130,7 @@ class Device:
             run.hold(made, np.ones(made.numel(), np.bool_))
         launch.encode(
             run, spec, tensor(grad, self.grad), source, rest, made, digest,
-            decay=self.decay, workspace=self.workspace(spec, grad.size),
+            decay=self.decay, workspace=self.workspace(spec, grad.size, self.rest),
         )  # fmt: skip
         assert grad.size == 0 or run.written(rest)
         payload[:] = made.numpy()
@@ -151,10 +153,11 @@ class Device:
 
     def reencode(self, payloads: Sequence[Bytes], e_in: Floats, e_out: Floats, payload: Bytes) -> None:
         """Decoding into zeros and encoding anew, in one kernel."""
-        run, rest, made = self.begin(), torch.zeros(e_in.size), torch.zeros(payload.size, dtype=torch.uint8)
+        run, source = self.begin(), tensor(e_in, self.rest)
+        rest, made = torch.zeros_like(source), torch.zeros(payload.size, dtype=torch.uint8)
         launch.reencode(
-            run, topk.SPEC, torch.from_numpy(np.stack(payloads)), e_in.size, torch.from_numpy(e_in.copy()), rest, made,
+            run, topk.SPEC, torch.from_numpy(np.stack(payloads)), e_in.size, source, rest, made,
             DIGEST, weight=0.25, decay=self.decay,
         )  # fmt: skip
         payload[:] = made.numpy()
-        e_out[:] = rest.numpy()
+        e_out[:] = rest.float().numpy()

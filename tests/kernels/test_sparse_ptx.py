@@ -75,7 +75,8 @@ def test_topk_equals_the_oracle(device: Device) -> None:
 
 def test_gtopk_equals_the_oracle(device: Device) -> None:
     for i, case in enumerate(corpus(gtopk.SPEC)):
-        device.grad, device.decay = ("fp32", "bf16", "fp16")[i % 3], (1.0, 0.9)[i % 2]
+        device.grad, device.rest = TYPES[i % len(TYPES)]
+        device.decay = (1.0, 0.9)[i % 2]
         assert encoded(device, case) == wanted(device, case), (case, device)
 
 
@@ -139,14 +140,17 @@ def test_decoding_equals_the_oracle(device: Device, spec: Any) -> None:
 @pytest.mark.parametrize("kinds", [("normal", "heavy", "tied"), ("normal", "inf")], ids=["finite", "flagged"])
 def test_reencoding_is_decoding_and_encoding(device: Device, kinds: tuple[str, ...]) -> None:
     numel, device.decay = 1024 + 512, 0.9
-    payloads, e_in = payloads_of(topk.SPEC, numel, *kinds), inputs(case_of("normal", numel))[1]
-    want, got = (np.zeros(topk.SPEC.nbytes(numel), np.uint8) for _ in range(2))
-    want_rest, got_rest, total = (np.zeros(numel, np.float32) for _ in range(3))
-    reference.decode_add(topk.SPEC, payloads, total, 0.25, DIGEST)
-    reference.encode(topk.SPEC, total, e_in, want_rest, want, DIGEST, decay=0.9)
-    device.reencode(payloads, e_in, got_rest, got)
-    assert got.tobytes() == want.tobytes()
-    assert got_rest.tobytes() == want_rest.tobytes()
+    for rest in ("fp32", "bf16"):
+        device.rest = rest
+        payloads, e_in = payloads_of(topk.SPEC, numel, *kinds), inputs(case_of("normal", numel))[1]
+        e_in = widened(narrowed(e_in, rest), rest)
+        want, got = (np.zeros(topk.SPEC.nbytes(numel), np.uint8) for _ in range(2))
+        want_rest, got_rest, total = (np.zeros(numel, np.float32) for _ in range(3))
+        reference.decode_add(topk.SPEC, payloads, total, 0.25, DIGEST)
+        reference.encode(topk.SPEC, total, e_in, want_rest, want, DIGEST, decay=0.9)
+        device.reencode(payloads, e_in, got_rest, got)
+        assert got.tobytes() == want.tobytes(), rest
+        assert got_rest.tobytes() == widened(narrowed(want_rest, rest), rest).tobytes(), rest
 
 
 def within(device: Device, numel: int, *, cold: bool = False) -> None:
@@ -170,16 +174,21 @@ def test_budgets_hold(device: Device) -> None:
     for kind in KINDS:
         encoded(device, case_of(kind, 4096))
         within(device, 4096, cold=True)
-    encoded(device, case_of("normal", numel, gtopk.SPEC))
-    within(device, numel)
+    for grad, rest in TYPES:
+        device.grad, device.rest = grad, rest
+        encoded(device, case_of("normal", numel, gtopk.SPEC))
+        within(device, numel)
+    device.grad, device.rest = "fp32", "fp32"
     for spec in (topk.SPEC, gtopk.SPEC):
         size = numel if spec == topk.SPEC else 8 * numel  # one program of gtopk's stands for millions
         for clear in (False, True) if spec == topk.SPEC else (False,):
             device.decode_add(spec, payloads_of(spec, size, "normal"), old(size), clear=clear)
             within(device, size)
-    rest, payload = np.zeros(numel, np.float32), np.zeros(topk.SPEC.nbytes(numel), np.uint8)
-    device.reencode(payloads_of(topk.SPEC, numel, "normal"), old(numel), rest, payload)
-    within(device, numel)
+    left, payload = np.zeros(numel, np.float32), np.zeros(topk.SPEC.nbytes(numel), np.uint8)
+    for rest in ("fp32", "bf16"):
+        device.rest = rest
+        device.reencode(payloads_of(topk.SPEC, numel, "normal"), old(numel), left, payload)
+        within(device, numel)
 
 
 @pytest.mark.parametrize(

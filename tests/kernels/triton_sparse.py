@@ -72,17 +72,20 @@ def matches_decoding(module: ModuleType, first: Case, data: st.DataObject) -> bo
     return bool(got.numpy().tobytes() == want.tobytes())
 
 
-def matches_reencoding(module: ModuleType, spec: Any, numel: int, kinds: tuple[str, ...]) -> bool:
+def matches_reencoding(
+    module: ModuleType, spec: Any, numel: int, kinds: tuple[str, ...], rest: str = "fp32"
+) -> bool:
     """The sum of payloads, encoded anew, against the oracle's two steps."""
     given = [
         cases.encoded(Case(spec=spec, kind=kind, numel=numel, seed=i))[1] for i, kind in enumerate(kinds)
     ]
-    e_in = cases.values("normal", numel, 5)[1]
+    e_in = widened(narrowed(cases.values("normal", numel, 5)[1], rest), rest)
     total, want_rest = np.zeros(numel, np.float32), np.zeros(numel, np.float32)
     want = np.zeros(spec.nbytes(numel), np.uint8)
     reference.decode_add(spec, given, total, 0.25, DIGEST)
     reference.encode(spec, total, e_in, want_rest, want, DIGEST, decay=0.9)
-    got, rest = torch.zeros(want.size, dtype=torch.uint8) + 0xA5, torch.zeros(numel) - 77
+    got, left = torch.zeros(want.size, dtype=torch.uint8) + 0xA5, tensor(want_rest * 0 - 77, rest)
     payloads = torch.from_numpy(np.stack(given))
-    module.reencode(spec, payloads, numel, torch.from_numpy(e_in), rest, got, DIGEST, weight=0.25, decay=0.9)
-    return bool(got.numpy().tobytes() == want.tobytes() and rest.numpy().tobytes() == want_rest.tobytes())
+    module.reencode(spec, payloads, numel, tensor(e_in, rest), left, got, DIGEST, weight=0.25, decay=0.9)
+    right = widened(narrowed(want_rest, rest), rest).tobytes()
+    return bool(got.numpy().tobytes() == want.tobytes() and _array(left, rest).tobytes() == right)

@@ -11,7 +11,7 @@ import numpy as np
 from tests.ptx import types
 from tests.ptx.errors import AccessError, Reason
 from tests.ptx.frame import SHARED_BASE, Frame, Step, put
-from tests.ptx.memory import SECTOR, Offsets, Region
+from tests.ptx.memory import Offsets, Region
 from tests.ptx.operands import Address, Operand, Register, Sink, Symbol, Vector
 from tests.ptx.parse import Instruction
 from tests.ptx.types import Array, Bools
@@ -39,30 +39,20 @@ SPACES = {"global": "global", "shared": "shared", "shared::cta": "shared", "para
 
 @dataclass(kw_only=True)
 class Traffic:
-    """Bytes moved, as instructions of active threads ask for them; ``sectors``: 32-byte pieces, once per warp."""
+    """Bytes that instructions of active threads ask for; what memory moves for them, `Memory.moved` counts."""
 
     nbytes: int = 0
     accesses: int = 0
-    sectors: int = 0
     widths: dict[int, int] = field(default_factory=dict)
 
-    def add(self, addresses: Array, warps: Array, width: int) -> None:
-        count = len(addresses)
+    def add(self, count: int, width: int) -> None:
         self.nbytes += count * width
         self.accesses += count
         self.widths[width] = self.widths.get(width, 0) + count
-        keys = (
-            warps.astype(np.uint64) << np.uint64(48)
-            | (addresses.astype(np.uint64) & np.uint64((1 << 48) - 1)) // SECTOR
-        )
-        if count > 1 and bool((keys[1:] < keys[:-1]).any()):
-            keys = np.sort(keys)
-        self.sectors += int(count > 0) + int(np.count_nonzero(keys[1:] != keys[:-1]))
 
     def merge(self, other: Traffic) -> None:
         self.nbytes += other.nbytes
         self.accesses += other.accesses
-        self.sectors += other.sectors
         for width, count in other.widths.items():
             self.widths[width] = self.widths.get(width, 0) + count
 
@@ -220,7 +210,7 @@ def _bind_load(frame: Frame, instruction: Instruction, traffic: Traffic) -> Step
                 rows[some] = region.load(offsets, shape.width, stamps[some])
         except AccessError as fault:
             raise frame.located(instruction, fault, lanes) from fault
-        traffic.add(where, frame.warp[lanes], shape.width)
+        traffic.add(len(where), shape.width)
         values = rows.view(kind).reshape(len(lanes), shape.items, -1)
         for i, target in enumerate(targets):
             if target is not None:
@@ -256,7 +246,7 @@ def _bind_store(frame: Frame, instruction: Instruction, traffic: Traffic) -> Ste
                 region.store(offsets, rows[some], stamps[some])
         except AccessError as fault:
             raise frame.located(instruction, fault, lanes) from fault
-        traffic.add(where, frame.warp[lanes], shape.width)
+        traffic.add(len(where), shape.width)
 
     return step
 

@@ -94,7 +94,7 @@ def _bind_atomic(frame: Frame, instruction: Instruction, traffic: Traffic) -> St
                         words[at[turn]] = _ATOMICS[name](now, values[0][mine])
         except AccessError as fault:
             raise frame.located(instruction, fault, lanes) from fault
-        traffic.add(where, frame.warp[lanes], width)
+        traffic.add(len(where), width)
         if target is not None:
             target[lanes] = old
 

@@ -67,7 +67,7 @@ def bind(frame: Frame, instruction: Instruction, traffic: dict[str, Traffic]) ->
                             region.store(offsets, words[some, span], stamps[some])
                 except AccessError as fault:
                     raise frame.located(instruction, fault, lanes) from fault
-                counter.add(where, frame.warp[lanes], width)
+                counter.add(len(where), width)
             if load:
                 register[lanes] = words.view(np.uint32)[:, 0]
 

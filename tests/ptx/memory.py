@@ -12,7 +12,7 @@ from tests.ptx.errors import AccessError, Reason
 from tests.ptx.races import Shadow, Stamps
 from tests.ptx.types import Array, Bools
 
-__all__ = ["SECTOR", "Memory", "Offsets", "Region"]
+__all__ = ["Memory", "Offsets", "Region"]
 
 Offsets = npt.NDArray[np.int64]
 SECTOR = 32  # bytes that device memory moves at least

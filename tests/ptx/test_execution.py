@@ -183,18 +183,6 @@ def test_wide_accesses_move_what_they_say() -> None:
     assert counters.loaded.nbytes == counters.stored.nbytes == values.nbytes
 
 
-def test_sectors_are_counted_once_per_warp() -> None:
-    for stride, sectors in ((4, 4 * 2), (8, 8 * 2), (32, 32 * 2), (0, 2)):
-        memory = Memory()
-        source = memory.place(np.zeros(64 * 8, np.uint32))
-        counters = run(
-            f"mad.wide.u32 %d0, %t, {stride}, %a0;\nld.global.u32 %r1, [%d0];",
-            memory=memory,
-            arguments=[source],
-        )
-        assert (counters.loaded.nbytes, counters.loaded.sectors) == (256, sectors)
-
-
 def test_device_memory_moves_each_sector_once() -> None:
     """64 threads read words a stride apart, twice, and write one sector: whatever was asked for, again and again."""
     for stride, sectors in ((4, 8), (8, 16), (32, 64), (0, 1)):

@@ -89,13 +89,13 @@ def sanitizers(*tests: str) -> tuple[bool, str]:
     return pytest(*(f"tests/hybridcomm/{test}" for test in tests), env={"HYBRIDCOMM_SANITIZERS": "1"})
 
 
-def fuzz_step(what: str, *targets: str, planted: str = "none") -> Step:
+def fuzz_step(what: str, *targets: str, about: tuple[str, ...], planted: str = "none") -> Step:
     def fuzz(options: argparse.Namespace, details: Path) -> tuple[bool, str]:
         command = [sys.executable, "-m", "tests.fuzz", "--runs", str(options.fuzz_runs), "--only", *targets]
         command += ["--planted", planted, "--jobs", str(len(os.sched_getaffinity(0)))]
         return run([*command, "--markdown", str(details)])
 
-    return Step(what=what, run=fuzz, about=(*NATIVE, "tests/fuzz.py", "tests/fuzz_mutants.py"))
+    return Step(what=what, run=fuzz, about=(*about, "tests/fuzz.py"))
 
 
 def soak() -> tuple[bool, str]:
@@ -103,14 +103,17 @@ def soak() -> tuple[bool, str]:
 
 
 DEVICE = ("kernels/triton", "kernels/cuda", "kernels/cubins", "kernels/device*.py")
-NATIVE = (
-    ":(glob)hybridcomm/csrc/**",
-    ":(exclude)hybridcomm/csrc/bind*",
+DECODING = (
     ":(glob)kernels/**/*.cpp",
     ":(glob)kernels/**/*.h",
     "CMakeLists.txt",
-    "tests/csrc",
+    "tests/csrc/codec_table.h",
+    "tests/csrc/fuzz.h",
+    ":(glob)tests/csrc/fuzz_decode.*",
+    "tests/csrc/fuzz_seeds.cpp",
 )
+"""All that programs which fuzz decoders are made of: nothing of the engine is among it."""
+NATIVE = (*DECODING, ":(glob)hybridcomm/csrc/**", ":(exclude)hybridcomm/csrc/bind*", "tests/csrc")
 LIBRARY = (
     "hybridcomm",
     "kernels",
@@ -139,12 +142,16 @@ STEPS: dict[str, Step] = {
         name: fuzz_step(
             f"libFuzzer with ASan and UBSan on the decoders of {', '.join(codecs)}",
             *(f"decode {codec}" for codec in codecs),
+            about=DECODING,
         )
         for name, codecs in DECODERS.items()
     },
-    "framings": fuzz_step("likewise on all that is read from the network", "framings"),
+    "framings": fuzz_step("likewise on all that is read from the network", "framings", about=NATIVE),
     "planted": fuzz_step(
-        "bugs planted in decoders and framings, which fuzzing must find", "none", planted="all"
+        "bugs planted in decoders and framings, which fuzzing must find",
+        "none",
+        about=(*NATIVE, "tests/fuzz_mutants.py"),
+        planted="all",
     ),
     "mutants": Step(
         what="bugs planted in the device kernels' PTX, executed on the CPU",

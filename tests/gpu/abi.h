@@ -57,11 +57,11 @@ struct Called<R(A...), S(B...)> {
 }  // namespace abi
 
 // Ours is in the namespace, the vendor's beside it; a constant of either name.
-#define HYBRIDCOMM_CALLED(SYMBOL, RESULT, ...) \
+#define ABI_CALLED(SYMBOL, RESULT, ...) \
   static_assert(abi::Called<RESULT __VA_ARGS__, decltype(::SYMBOL)>::value, #SYMBOL " is called otherwise");
-#define HYBRIDCOMM_EQUAL(NAME) \
-  static_assert(static_cast<long>(NAME) == static_cast<long>(::NAME), #NAME " differs");
-#define HYBRIDCOMM_AT(STRUCT, FIELD)                                                                    \
-  static_assert(offsetof(STRUCT, FIELD) == offsetof(::STRUCT, FIELD), #FIELD " lies elsewhere");        \
-  static_assert(abi::alike<decltype(STRUCT::FIELD), decltype(::STRUCT::FIELD)>(), #FIELD " is another " \
-                                                                                         "type");
+#define ABI_EQUAL(NAME) static_assert(static_cast<long>(NAME) == static_cast<long>(::NAME), #NAME " differs");
+#define ABI_AT(STRUCT, FIELD)                                                                    \
+  static_assert(offsetof(STRUCT, FIELD) == offsetof(::STRUCT, FIELD), #FIELD " lies elsewhere"); \
+  static_assert(abi::alike<decltype(STRUCT::FIELD), decltype(::STRUCT::FIELD)>(), #FIELD         \
+                " is another "                                                                   \
+                "type");

@@ -64,7 +64,7 @@ class Call:
 
     def check(self) -> str:
         """The assertion that the vendor's function is called so."""
-        return f"HYBRIDCOMM_CALLED({self.symbol}, {self.result}, ({', '.join(self.arguments)}))"
+        return f"ABI_CALLED({self.symbol}, {self.result}, ({', '.join(self.arguments)}))"
 
 
 def calls(header: str, table: str) -> list[Call]:
@@ -101,12 +101,12 @@ def number(version: str) -> int:
 
 @functools.cache
 def nccl_calls() -> tuple[Call, ...]:
-    return (*calls("nccl_abi.h", "HYBRIDCOMM_NCCL"), *calls("nccl_abi.h", "HYBRIDCOMM_NCCL_NEWER"))
+    return (*calls("nccl_abi.h", "NCCL_CALLS"), *calls("nccl_abi.h", "NCCL_NEWER_CALLS"))
 
 
 @functools.cache
 def cuda_calls() -> tuple[Call, ...]:
-    return tuple(calls("cuda_abi.h", "HYBRIDCOMM_CUDA"))
+    return tuple(calls("cuda_abi.h", "CUDA_CALLS"))
 
 
 def constants(header: str) -> list[str]:
@@ -140,8 +140,8 @@ def nccl_proof(version: str, checked: tuple[Call, ...]) -> str:
             '#include "abi.h"',
             "namespace hybridcomm::gpu {",
             *there,
-            *(f"HYBRIDCOMM_EQUAL({name})" for name in names),
-            *(f"HYBRIDCOMM_AT(ncclConfig_t, {field})" for field in fields),
+            *(f"ABI_EQUAL({name})" for name in names),
+            *(f"ABI_AT(ncclConfig_t, {field})" for field in fields),
             "constexpr ::ncclConfig_t theirs = NCCL_CONFIG_INITIALIZER;",
             "static_assert(theirs.magic == kNcclMagic && theirs.blocking == kNcclUndefined);",
             f"static_assert(NCCL_VERSION_CODE == {number(version)});",
@@ -264,7 +264,7 @@ def test_the_driver_is_declared_as_the_vendor_does(version: str) -> None:
                 '#include "abi.h"',
                 "namespace hybridcomm::gpu {",
                 *(call.check() for call in checked),
-                *(f"HYBRIDCOMM_EQUAL({name})" for name in constants("cuda_abi.h")),
+                *(f"ABI_EQUAL({name})" for name in constants("cuda_abi.h")),
                 "}",
             ]
         )

@@ -11,12 +11,14 @@ from tests.repository.layout import ROOT
 PACKAGES = ("hybridcomm", "kernels", "model", "train", "benchmarks", "tests")
 MAX_FILE = 400
 MAX_FUNCTION = 60
+VENDORS = ROOT / "tests" / "gpu" / "nccl"
+"""Headers that are NVIDIA's."""
 
 
 def sources(*suffixes: str) -> Iterator[Path]:
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*")):
-            if path.suffix in suffixes and "__pycache__" not in path.parts:
+            if path.suffix in suffixes and "__pycache__" not in path.parts and VENDORS not in path.parents:
                 yield path
 
 

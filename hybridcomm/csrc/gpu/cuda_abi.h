@@ -58,7 +58,7 @@ enum : int32_t {
 }  // namespace hybridcomm::gpu
 
 // X(symbol, result, arguments): all of them are in every driver of CUDA 12 and later.
-#define HYBRIDCOMM_CUDA(X)                                                                               \
+#define CUDA_CALLS(X)                                                                                    \
   X(cuInit, CUresult, (unsigned))                                                                        \
   X(cuDriverGetVersion, CUresult, (int*))                                                                \
   X(cuGetErrorName, CUresult, (CUresult, const char**))                                                  \

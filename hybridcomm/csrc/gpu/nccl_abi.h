@@ -81,7 +81,7 @@ struct ncclConfig_t {
 }  // namespace hybridcomm::gpu
 
 // X(symbol, result, arguments), from 2.18 on.
-#define HYBRIDCOMM_NCCL(X)                                                                                \
+#define NCCL_CALLS(X)                                                                                     \
   X(ncclGetVersion, ncclResult_t, (int*))                                                                 \
   X(ncclGetUniqueId, ncclResult_t, (ncclUniqueId*))                                                       \
   X(ncclGetErrorString, const char*, (ncclResult_t))                                                      \
@@ -111,7 +111,7 @@ struct ncclConfig_t {
   X(ncclRedOpDestroy, ncclResult_t, (ncclRedOp_t, ncclComm_t))
 
 // X(symbol, result, arguments, version that brought it): null where the library that was found is older.
-#define HYBRIDCOMM_NCCL_NEWER(X)                                                                        \
+#define NCCL_NEWER_CALLS(X)                                                                             \
   X(ncclMemAlloc, ncclResult_t, (void**, size_t), nccl_version(2, 19, 1))                               \
   X(ncclMemFree, ncclResult_t, (void*), nccl_version(2, 19, 1))                                         \
   X(ncclCommRegister, ncclResult_t, (const ncclComm_t, void*, size_t, void**), nccl_version(2, 19, 1))  \

@@ -25,9 +25,9 @@ Cuda Cuda::load(const SharedLibrary& library) {
   Cuda cuda;
   cuda.path = library.path();
   std::string missing;
-#define HYBRIDCOMM_FILL(symbol, result, arguments) fill(cuda.symbol, library, #symbol, missing);
-  HYBRIDCOMM_CUDA(HYBRIDCOMM_FILL)
-#undef HYBRIDCOMM_FILL
+#define FILL(symbol, result, arguments) fill(cuda.symbol, library, #symbol, missing);
+  CUDA_CALLS(FILL)
+#undef FILL
   if (!missing.empty()) {
     throw Error(Code::invalid,
                 cuda.path + " has no " + missing + ": install a driver for CUDA 12 or later (525 or later)");
@@ -60,9 +60,9 @@ Nccl Nccl::load(const SharedLibrary& library) {
   Nccl nccl;
   nccl.path = library.path();
   std::string missing;
-#define HYBRIDCOMM_FILL(symbol, result, arguments) fill(nccl.symbol, library, #symbol, missing);
-  HYBRIDCOMM_NCCL(HYBRIDCOMM_FILL)
-#undef HYBRIDCOMM_FILL
+#define FILL(symbol, result, arguments) fill(nccl.symbol, library, #symbol, missing);
+  NCCL_CALLS(FILL)
+#undef FILL
   if (nccl.ncclGetVersion != nullptr && nccl.ncclGetVersion(&nccl.version) != ncclSuccess) nccl.version = 0;
   if (nccl.version < kOldestNccl || !missing.empty()) {
     const std::string what = nccl.version == 0 ? "of an unknown version" : nccl_text(nccl.version);
@@ -71,21 +71,21 @@ Nccl Nccl::load(const SharedLibrary& library) {
                     nccl_text(kOldestNccl) + " or later is needed, pip install -U nvidia-nccl-cu12");
   }
   // A symbol alone is no proof: what a version exports before it is announced may still change.
-#define HYBRIDCOMM_FILL(symbol, result, arguments, since)                         \
+#define FILL(symbol, result, arguments, since)                                    \
   if (nccl.version >= (since)) {                                                  \
     nccl.symbol = reinterpret_cast<decltype(nccl.symbol)>(library.find(#symbol)); \
   }
-  HYBRIDCOMM_NCCL_NEWER(HYBRIDCOMM_FILL)
-#undef HYBRIDCOMM_FILL
+  NCCL_NEWER_CALLS(FILL)
+#undef FILL
   return nccl;
 }
 
 std::vector<std::string> Nccl::newer() const {
   std::vector<std::string> names;
-#define HYBRIDCOMM_NAME(symbol, result, arguments, since) \
+#define NAME(symbol, result, arguments, since) \
   if (symbol != nullptr) names.emplace_back(#symbol);
-  HYBRIDCOMM_NCCL_NEWER(HYBRIDCOMM_NAME)
-#undef HYBRIDCOMM_NAME
+  NCCL_NEWER_CALLS(NAME)
+#undef NAME
   return names;
 }
 

@@ -11,9 +11,9 @@
 namespace hybridcomm::gpu {
 
 struct Cuda {
-#define HYBRIDCOMM_MEMBER(symbol, result, arguments) result(*symbol) arguments = nullptr;
-  HYBRIDCOMM_CUDA(HYBRIDCOMM_MEMBER)
-#undef HYBRIDCOMM_MEMBER
+#define MEMBER(symbol, result, arguments) result(*symbol) arguments = nullptr;
+  CUDA_CALLS(MEMBER)
+#undef MEMBER
 
   int version = 0;  // of the driver, as cuDriverGetVersion says it: 12040 for 12.4
   std::string path;
@@ -26,10 +26,10 @@ struct Cuda {
 };
 
 struct Nccl {
-#define HYBRIDCOMM_MEMBER(symbol, result, arguments, ...) result(*symbol) arguments = nullptr;
-  HYBRIDCOMM_NCCL(HYBRIDCOMM_MEMBER)
-  HYBRIDCOMM_NCCL_NEWER(HYBRIDCOMM_MEMBER)
-#undef HYBRIDCOMM_MEMBER
+#define MEMBER(symbol, result, arguments, ...) result(*symbol) arguments = nullptr;
+  NCCL_CALLS(MEMBER)
+  NCCL_NEWER_CALLS(MEMBER)
+#undef MEMBER
 
   int version = 0;  // as ncclGetVersion says it: 22703 for 2.27.3
   std::string path;

@@ -45,7 +45,7 @@ test: $(VENV)/engine.stamp
 lint: $(VENV)/tools.stamp layout
 	ruff format --check .
 	ruff check .
-	clang-format --dry-run --Werror $(CPP) $(wildcard tests/csrc/*.cpp tests/csrc/*.h tests/gpu/*.cpp tests/gpu/*.h)
+	clang-format --dry-run --Werror $(CPP) $(wildcard tests/csrc/*.cpp tests/csrc/*.h tests/gpu/*.cpp tests/gpu/*.h tests/gpu/sim/*)
 	cd $(LAYOUT) && mypy -p hybridcomm
 	$(PY) -m tests.repository.imports $(LAYOUT)
 	$(PY) -m pytest -q --noconftest tests/repository
@@ -53,7 +53,7 @@ lint: $(VENV)/tools.stamp layout
 format: $(VENV)/tools.stamp
 	ruff format .
 	ruff check --fix .
-	clang-format -i $(CPP) $(wildcard tests/csrc/*.cpp tests/csrc/*.h tests/gpu/*.cpp tests/gpu/*.h)
+	clang-format -i $(CPP) $(wildcard tests/csrc/*.cpp tests/csrc/*.h tests/gpu/*.cpp tests/gpu/*.h tests/gpu/sim/*)
 
 bench: $(VENV)/engine.stamp
 	mkdir -p $(BENCH)

@@ -1,0 +1,57 @@
+// Device memory that is the host's: poisoned, between red zones, kept in quarantine when freed; every access checked.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "clock.h"
+#include "reports.h"
+
+namespace sim {
+
+constexpr unsigned char kPoison = 0xFF;  // NaN as floats of any width
+constexpr size_t kRedZone = 256;
+
+struct Access {
+  uintptr_t begin, end;
+  bool write;
+  int actor;
+  uint32_t tick;  // of the actor's own clock
+  std::string what;
+};
+
+class DeviceMemory {
+ public:
+  explicit DeviceMemory(Reports& reports) : reports_(reports) {}
+
+  uintptr_t allocate(size_t nbytes, int device);
+  // `clock` is the freeing thread's: accesses that it does not know of may still come.
+  bool release(uintptr_t address, const Clock& clock);
+  // An access by `actor`, whose clock this is, on a device; whether the bytes may be touched at all.
+  bool access(uintptr_t begin, size_t nbytes, bool write, int actor, const Clock& clock, int device,
+              const std::string& what);
+  bool holds(uintptr_t address) const { return find(address) != nullptr; }
+  // Reports what is still allocated, and red zones that somebody has written to.
+  void finish();
+  void clear() { blocks_.clear(); }
+
+ private:
+  struct Block {
+    std::unique_ptr<unsigned char[]> store;
+    uintptr_t begin;
+    size_t nbytes;
+    int device;
+    bool live;
+    std::vector<Access> history;  // those that a later access could still be in conflict with
+  };
+  const Block* find(uintptr_t address) const;
+
+  Reports& reports_;
+  std::map<uintptr_t, Block> blocks_;  // by address
+};
+
+}  // namespace sim

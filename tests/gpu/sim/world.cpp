@@ -1,0 +1,185 @@
+#include "world.h"
+
+#include <algorithm>
+
+namespace sim {
+
+// A host thread takes part from its first call to its end.
+struct Leaver {
+  Thread* thread = nullptr;
+  unsigned round = 0;
+  ~Leaver() {
+    if (thread == nullptr) return;
+    World& all = world();
+    const std::lock_guard<std::mutex> lock(all.mutex);
+    if (all.round_ != round) return;
+    --all.active_;
+    all.changed_.notify_all();
+  }
+};
+
+namespace {
+thread_local Leaver leaver;
+}
+
+World& world() {
+  static World* const one = new World;  // threads may end after static destructors
+  return *one;
+}
+
+void World::reset(unsigned seed, int eager_percent) {
+  reports.clear();
+  memory.clear();
+  streams_.clear(), events_.clear(), legacies_.clear(), threads_.clear();
+  dice_.seed(seed);
+  eager_ = eager_percent;
+  actors_ = active_ = 0;
+  ++round_;
+}
+
+int World::finish() {
+  size_t streams = 0, events = 0, left = 0;
+  for (const Stream& each : streams_) {
+    streams += each.live && !each.legacy;
+    left += each.queue.size();
+  }
+  for (const Event& each : events_) events += each.live;
+  if (streams != 0) reports.add(Finding::leak, std::to_string(streams) + " streams");
+  if (events != 0) reports.add(Finding::leak, std::to_string(events) + " events");
+  if (left != 0) reports.add(Finding::leak, std::to_string(left) + " operations that nobody waited for");
+  memory.finish();
+  return static_cast<int>(reports.lines().size());
+}
+
+Thread& World::here() {
+  if (leaver.thread == nullptr || leaver.round != round_) {
+    threads_.push_back({actors_++, {}, -1, nullptr});
+    leaver.thread = &threads_.back();
+    leaver.round = round_;
+    ++active_;
+  }
+  return *leaver.thread;
+}
+
+Stream* World::make_stream(int device, bool blocking) {
+  streams_.push_back({actors_++, device, false, blocking, true, {}, {}, nullptr, nullptr});
+  return &streams_.back();
+}
+
+Stream& World::legacy(int device) {
+  Stream*& found = legacies_[device];
+  if (found == nullptr) {
+    found = make_stream(device, true);
+    found->legacy = true;
+  }
+  return *found;
+}
+
+Stream* World::stream(void* handle) {
+  if (handle == nullptr) return &legacy(here().device);
+  for (Stream& each : streams_) {
+    if (&each == handle && each.live) return &each;
+  }
+  reports.add(Finding::stranger, "a stream that is none, or was destroyed");
+  return nullptr;
+}
+
+Event* World::make_event() {
+  events_.push_back({nullptr, true});
+  return &events_.back();
+}
+
+Event* World::event(void* handle) {
+  for (Event& each : events_) {
+    if (&each == handle && each.live) return &each;
+  }
+  reports.add(Finding::stranger, "an event that is none, or was destroyed");
+  return nullptr;
+}
+
+// CUDA lets what is enqueued finish, and frees the stream then.
+void World::destroy(Stream& stream) { stream.live = false; }
+
+void World::enqueue(Stream& stream, Operation operation) {
+  Thread& thread = here();
+  thread.clock.tick(thread.actor);
+  operation.issued = thread.clock;
+  if (operation.record == nullptr) operation.record = std::make_shared<Record>();
+  for (Stream& other : streams_) {
+    const bool ordered = stream.legacy ? other.blocking : (stream.blocking && other.legacy);
+    if (&other != &stream && other.device == stream.device && ordered && other.last != nullptr) {
+      operation.waits.push_back(other.last);
+    }
+  }
+  stream.last = operation.record;
+  stream.queue.push_back(std::move(operation));
+  while (static_cast<int>(dice_() % 100) < eager_ && run_one()) {
+  }
+  changed_.notify_all();
+}
+
+bool World::ready(const Operation& operation) const {
+  return std::all_of(operation.waits.begin(), operation.waits.end(),
+                     [](const std::shared_ptr<Record>& record) { return record->done; });
+}
+
+void World::run_head(Stream& stream) {
+  const Operation operation = std::move(stream.queue.front());
+  stream.queue.pop_front();
+  stream.clock.join(operation.issued);
+  for (const auto& record : operation.waits) stream.clock.join(record->clock);
+  stream.clock.tick(stream.actor);
+  bool sound = true;
+  for (const Range& range : operation.ranges) {
+    sound &= memory.access(range.begin, range.nbytes, range.write, stream.actor, stream.clock, stream.device,
+                           operation.what);
+  }
+  if (sound && operation.run) operation.run();
+  operation.record->clock = stream.clock;
+  operation.record->done = true;
+}
+
+bool World::run_one() {
+  std::vector<Stream*> heads;
+  for (Stream& each : streams_) {
+    if (!each.queue.empty() && ready(each.queue.front())) heads.push_back(&each);
+  }
+  if (heads.empty()) return false;
+  run_head(*heads[dice_() % heads.size()]);
+  return true;
+}
+
+// Asleep for good: nothing can run, and no thread is awake or has what it waits for.
+bool World::stuck() const {
+  int asleep = 0;
+  for (const Thread& thread : threads_) {
+    if (thread.over == nullptr) continue;
+    if ((*thread.over)()) return false;
+    ++asleep;
+  }
+  return asleep >= active_;
+}
+
+bool World::wait(std::unique_lock<std::mutex>& lock, const std::string& what,
+                 const std::function<bool()>& over) {
+  Thread& thread = here();
+  thread.over = &over;
+  bool reached = true;
+  while (!over()) {
+    if (run_one()) {
+      changed_.notify_all();
+    } else if (stuck()) {
+      reports.add(Finding::deadlock,
+                  "every host thread waits, this one in " + what + ", and no stream can go on");
+      reached = false;
+      break;
+    } else {
+      changed_.wait(lock);
+    }
+  }
+  thread.over = nullptr;
+  changed_.notify_all();
+  return reached;
+}
+
+}  // namespace sim

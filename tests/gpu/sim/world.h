@@ -1,0 +1,118 @@
+// The simulated machine: devices whose streams run late and in seeded order, and the host threads that drive them.
+//
+// Nothing runs when it is enqueued, unless a seeded coin says so: a stream's operations run when somebody waits, one at a
+// time, in an order among the streams' heads that the seed chooses. So every order that CUDA allows may come, and what
+// only works in one order breaks under some seed; the clocks report it under all of them.
+//
+// Rules kept (CUDA C++ Programming Guide, "Asynchronous Concurrent Execution"; driver API, "Stream synchronization"):
+//   streams are queues; a wait takes the event's last record at the time of the call, and one that was never recorded is
+//   complete; the legacy stream orders itself with all streams of its device that are not CU_STREAM_NON_BLOCKING.
+// Every function needs the lock.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <list>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "clock.h"
+#include "device_memory.h"
+#include "reports.h"
+
+namespace sim {
+
+struct Range {
+  uintptr_t begin;
+  size_t nbytes;
+  bool write;
+};
+
+// One record of an event: what was known when the stream came to it.
+struct Record {
+  bool done = false;
+  Clock clock;
+};
+
+struct Operation {
+  std::string what;
+  Clock issued;  // what the host thread knew
+  std::vector<Range> ranges;
+  std::function<void()> run;                   // may be empty
+  std::vector<std::shared_ptr<Record>> waits;  // has to be done before it runs
+  std::shared_ptr<Record> record;              // done when it has run
+};
+
+struct Stream {
+  int actor, device;
+  bool legacy, blocking;  // blocking: ordered with the legacy stream
+  bool live = true;
+  Clock clock;
+  std::deque<Operation> queue;
+  std::shared_ptr<Record> last;  // of the operation enqueued last
+  std::vector<Operation>* captured = nullptr;
+};
+
+struct Event {
+  std::shared_ptr<Record> record;  // null: never recorded
+  bool live = true;
+};
+
+struct Thread {
+  int actor;
+  Clock clock;
+  int device = -1;
+  const std::function<bool()>* over = nullptr;  // while it waits: what for
+};
+
+class World {
+ public:
+  World() : memory(reports) {}
+
+  std::mutex mutex;
+  Reports reports;
+  DeviceMemory memory;
+  int devices = 2;
+
+  void reset(unsigned seed, int eager_percent);
+  // Leaks are reported; how many lines there are.
+  int finish();
+
+  Thread& here();  // this thread
+  Stream* make_stream(int device, bool blocking);
+  Stream& legacy(int device);
+  Stream* stream(void* handle);  // null (and a report) if it is none; the null handle is the legacy stream
+  void destroy(Stream& stream);
+  Event* make_event();
+  Event* event(void* handle);
+
+  void enqueue(Stream& stream, Operation operation);
+  // Runs until `over`; false: it never will be (reported).
+  bool wait(std::unique_lock<std::mutex>& lock, const std::string& what, const std::function<bool()>& over);
+
+ private:
+  bool ready(const Operation& operation) const;
+  void run_head(Stream& stream);
+  bool run_one();  // a head that is ready; false: there is none
+  bool stuck() const;
+
+  std::mt19937 dice_;
+  int eager_ = 0, actors_ = 0;
+  unsigned round_ = 0;
+  std::condition_variable changed_;
+  std::list<Stream> streams_;
+  std::list<Event> events_;
+  std::map<int, Stream*> legacies_;
+  std::list<Thread> threads_;
+  int active_ = 0;  // host threads that have called something and have not ended
+  friend struct Leaver;
+};
+
+World& world();
+
+}  // namespace sim

@@ -188,7 +188,7 @@ int main(int argc, char** argv) {
   search.name = "the simulation", search.stem = "libcuda-that-is-simulated",
   search.variable = "HYBRIDCOMM_CUDA";
   cuda = Cuda::load(SharedLibrary::open(search));
-  const auto reset = reinterpret_cast<void (*)(unsigned, int)>(::dlsym(handle, "sim_reset"));
+  const auto reset = reinterpret_cast<void (*)(unsigned, int, int)>(::dlsym(handle, "sim_reset"));
   const auto finish = reinterpret_cast<int (*)()>(::dlsym(handle, "sim_finish"));
   const auto report = reinterpret_cast<const char* (*)(int)>(::dlsym(handle, "sim_report"));
   using Register =
@@ -200,7 +200,7 @@ int main(int argc, char** argv) {
   define("add", of_add, 3, add, add_ranges);
   const int first = std::atoi(argv[3]), eager = std::atoi(argv[4]);
   for (int seed = first; seed < first + 20; ++seed) {
-    reset(static_cast<unsigned>(seed), eager);
+    reset(static_cast<unsigned>(seed), eager, kDevices);
     std::vector<std::thread> ranks;
     for (int device = 0; device < kDevices; ++device) ranks.emplace_back(rank, device);
     for (std::thread& each : ranks) each.join();

@@ -42,6 +42,7 @@ CUresult wait_for(std::unique_lock<std::mutex>& lock, const char* call,
 
 CUresult query(const std::shared_ptr<sim::Record>& record) {
   if (record == nullptr) return CUDA_SUCCESS;
+  if (!record->done) world().step();
   if (!record->done) return CUDA_ERROR_NOT_READY;
   world().here().clock.join(record->clock);
   return CUDA_SUCCESS;
@@ -267,9 +268,9 @@ EXPORT CUresult cuGraphDestroy(CUgraph) { return CUDA_SUCCESS; }
 EXPORT CUresult cuGraphExecDestroy(CUgraphExec) { return CUDA_SUCCESS; }
 
 // For tests.
-EXPORT void sim_reset(unsigned seed, int eager_percent) {
+EXPORT void sim_reset(unsigned seed, int eager_percent, int threads) {
   const std::lock_guard<std::mutex> lock(world().mutex);
-  world().reset(seed, eager_percent);
+  world().reset(seed, eager_percent, threads);
 }
 EXPORT void sim_register(const char* name, const size_t* sizes, int count,
                          void (*run)(const unsigned char*, unsigned, unsigned),

@@ -21,6 +21,10 @@ const char* name_of(Finding finding) {
       return "capture";
     case Finding::leak:
       return "leak";
+    case Finding::mismatch:
+      return "mismatch";
+    case Finding::misuse:
+      return "misuse";
   }
   return "";
 }

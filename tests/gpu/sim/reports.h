@@ -17,6 +17,8 @@ enum class Finding {
   deadlock,        // every host thread waits and no stream can go on
   capture,         // what must not be done while a stream is captured
   leak,            // left over at the end
+  mismatch,        // ranks of a communicator that called different things
+  misuse,          // a call that NCCL's documentation forbids
 };
 
 class Reports {

@@ -27,14 +27,17 @@ World& world() {
   return *one;
 }
 
-void World::reset(unsigned seed, int eager_percent) {
+void World::reset(unsigned seed, int eager_percent, int threads) {
   reports.clear();
   memory.clear();
   streams_.clear(), events_.clear(), legacies_.clear(), threads_.clear();
   dice_.seed(seed);
   eager_ = eager_percent;
-  actors_ = active_ = 0;
+  actors_ = 0;
+  active_ = threads;
+  expected_ = static_cast<size_t>(threads);
   ++round_;
+  if (also_reset) also_reset();
 }
 
 int World::finish() {
@@ -47,6 +50,7 @@ int World::finish() {
   if (streams != 0) reports.add(Finding::leak, std::to_string(streams) + " streams");
   if (events != 0) reports.add(Finding::leak, std::to_string(events) + " events");
   if (left != 0) reports.add(Finding::leak, std::to_string(left) + " operations that nobody waited for");
+  if (also_finish) also_finish();
   memory.finish();
   return static_cast<int>(reports.lines().size());
 }
@@ -56,13 +60,13 @@ Thread& World::here() {
     threads_.push_back({actors_++, {}, -1, nullptr});
     leaver.thread = &threads_.back();
     leaver.round = round_;
-    ++active_;
+    active_ += threads_.size() > expected_;
   }
   return *leaver.thread;
 }
 
 Stream* World::make_stream(int device, bool blocking) {
-  streams_.push_back({actors_++, device, false, blocking, true, {}, {}, nullptr, nullptr});
+  streams_.push_back({actors_++, device, false, blocking, true, {}, {}, nullptr});
   return &streams_.back();
 }
 
@@ -118,23 +122,38 @@ void World::enqueue(Stream& stream, Operation operation) {
   changed_.notify_all();
 }
 
-bool World::ready(const Operation& operation) const {
-  return std::all_of(operation.waits.begin(), operation.waits.end(),
-                     [](const std::shared_ptr<Record>& record) { return record->done; });
+bool World::any_queued(const std::function<bool(const Operation&)>& test) const {
+  for (const Stream& each : streams_) {
+    if (std::any_of(each.queue.begin(), each.queue.end(), test)) return true;
+  }
+  return false;
+}
+
+// Whether the head may run; it begins when all that it waits for is done.
+bool World::ready(Stream& stream) {
+  Operation& head = stream.queue.front();
+  const auto done = [](const std::shared_ptr<Record>& record) { return record->done; };
+  if (!head.begun) {
+    if (!std::all_of(head.waits.begin(), head.waits.end(), done)) return false;
+    if (!std::all_of(head.after.begin(), head.after.end(), done)) return false;
+    head.begun = true;
+    stream.clock.join(head.issued);
+    for (const auto& record : head.waits) stream.clock.join(record->clock);
+    stream.clock.tick(stream.actor);
+  }
+  return !head.admit || head.admit(stream);
 }
 
 void World::run_head(Stream& stream) {
   const Operation operation = std::move(stream.queue.front());
   stream.queue.pop_front();
-  stream.clock.join(operation.issued);
-  for (const auto& record : operation.waits) stream.clock.join(record->clock);
-  stream.clock.tick(stream.actor);
   bool sound = true;
   for (const Range& range : operation.ranges) {
     sound &= memory.access(range.begin, range.nbytes, range.write, stream.actor, stream.clock, stream.device,
                            operation.what);
   }
   if (sound && operation.run) operation.run();
+  if (operation.meet) operation.meet(stream);
   operation.record->clock = stream.clock;
   operation.record->done = true;
 }
@@ -142,7 +161,7 @@ void World::run_head(Stream& stream) {
 bool World::run_one() {
   std::vector<Stream*> heads;
   for (Stream& each : streams_) {
-    if (!each.queue.empty() && ready(each.queue.front())) heads.push_back(&each);
+    if (!each.queue.empty() && ready(each)) heads.push_back(&each);
   }
   if (heads.empty()) return false;
   run_head(*heads[dice_() % heads.size()]);

@@ -39,12 +39,18 @@ struct Record {
   Clock clock;
 };
 
+struct Stream;
+
 struct Operation {
   std::string what;
-  Clock issued;  // what the host thread knew
+  bool begun = false;  // it is at the head, and its stream's clock has what it waited for
+  Clock issued;        // what the host thread knew
   std::vector<Range> ranges;
+  std::function<bool(const Stream&)> admit;    // once begun, asked again and again: may it run? Empty: yes
+  std::function<void(Stream&)> meet;           // before it is done: what it has learned of others
   std::function<void()> run;                   // may be empty
   std::vector<std::shared_ptr<Record>> waits;  // has to be done before it runs
+  std::vector<std::shared_ptr<Record>> after;  // likewise, but nothing is learned by it
   std::shared_ptr<Record> record;              // done when it has run
 };
 
@@ -55,7 +61,6 @@ struct Stream {
   Clock clock;
   std::deque<Operation> queue;
   std::shared_ptr<Record> last;  // of the operation enqueued last
-  std::vector<Operation>* captured = nullptr;
 };
 
 struct Event {
@@ -77,11 +82,16 @@ class World {
   std::mutex mutex;
   Reports reports;
   DeviceMemory memory;
-  int devices = 2;
+  int devices = 8;
 
-  void reset(unsigned seed, int eager_percent);
+  // `threads`: host threads that will come. Until they have ended, those that have not come yet are not at a standstill.
+  void reset(unsigned seed, int eager_percent, int threads);
   // Leaks are reported; how many lines there are.
   int finish();
+  std::function<void()> also_reset, also_finish;  // of what is built on it
+  void wake() { changed_.notify_all(); }
+  // Whether an operation that has begun, or is queued, satisfies this.
+  bool any_queued(const std::function<bool(const Operation&)>& test) const;
 
   Thread& here();  // this thread
   Stream* make_stream(int device, bool blocking);
@@ -94,22 +104,27 @@ class World {
   void enqueue(Stream& stream, Operation operation);
   // Runs until `over`; false: it never will be (reported).
   bool wait(std::unique_lock<std::mutex>& lock, const std::string& what, const std::function<bool()>& over);
+  // Who asks again and again must see things go on.
+  void step() {
+    if (run_one()) wake();
+  }
 
  private:
-  bool ready(const Operation& operation) const;
+  bool ready(Stream& stream);
   void run_head(Stream& stream);
   bool run_one();  // a head that is ready; false: there is none
   bool stuck() const;
 
   std::mt19937 dice_;
   int eager_ = 0, actors_ = 0;
+  size_t expected_ = 0;
   unsigned round_ = 0;
   std::condition_variable changed_;
   std::list<Stream> streams_;
   std::list<Event> events_;
   std::map<int, Stream*> legacies_;
   std::list<Thread> threads_;
-  int active_ = 0;  // host threads that have called something and have not ended
+  int active_ = 0;  // host threads that are expected, or have come, and have not ended
   friend struct Leaver;
 };
 

@@ -1,0 +1,104 @@
+// NCCL's communicators: what ranks call is matched call by call, and moves when all have come.
+//
+// A collective is met by the ranks' calls of one number; a message by the sends and receives of a pair in their order.
+// A rank comes when its stream does, and goes on when all that it called in one group has been met. Operations of one
+// communicator run in the order of their calls, whatever their streams; no clock learns of that order, as data that
+// relies on it relies on an accident. One operation runs on
+// a device at a time, as kernels that wait for each other may fill it: two communicators that ranks use in different
+// orders come to a deadlock under some seed, as they do on machines.
+#pragma once
+
+#include <deque>
+#include <list>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "nccl_abi.h"
+#include "world.h"
+
+namespace sim {
+
+enum class Kind { all_reduce, reduce, reduce_scatter, all_gather, broadcast, send, receive };
+
+struct Comm;
+
+// What one rank wants of a meeting.
+struct Part {
+  Kind kind;
+  Comm* comm;
+  const unsigned char* from;
+  unsigned char* to;
+  size_t count;
+  hybridcomm::gpu::ncclDataType_t type;
+  hybridcomm::gpu::ncclRedOp_t op;
+  int peer;  // or root; -1: none
+  long number;
+};
+
+// Parts that belong together; a message has two.
+struct Meeting {
+  size_t wanted = 0;
+  struct Come {
+    Part part;
+    int actor;
+    Clock clock;
+    int device;
+  };
+  std::vector<Come> come;
+  bool met = false, failed = false;
+  Clock clock;  // of all that have come
+};
+
+struct Clique {
+  int size;
+  int joined = 0;
+  std::map<long, std::shared_ptr<Meeting>> meetings;
+  std::map<std::pair<int, int>, std::map<long, std::shared_ptr<Meeting>>> messages;  // by (source, target)
+  std::map<long, std::map<int, std::pair<int, int>>> splits;                         // rank -> (color, key)
+  std::map<std::pair<long, int>, std::shared_ptr<Clique>> children;
+};
+
+struct Comm {
+  std::shared_ptr<Clique> clique;
+  int rank, device;
+  bool blocking;
+  bool live = true, aborted = false;
+  hybridcomm::gpu::ncclResult_t failure = 0;
+  long calls = 0, splits = 0;
+  std::shared_ptr<Record> last;  // operations of one communicator run in the order of their calls
+  std::map<std::pair<bool, int>, long> messages;  // (sends?, peer) -> how many
+  std::vector<double> factors;                    // of its own reductions
+  bool ready() const { return clique->joined >= clique->size; }
+};
+
+class Communicators {
+ public:
+  Communicators();
+
+  std::shared_ptr<Clique> clique(const std::string& id, int size);
+  Comm* join(const std::shared_ptr<Clique>& clique, int rank, bool blocking);
+  Comm* find(void* handle);  // null (and a report) if it is none
+  // Parts that one call or group of a thread makes on a stream: one operation.
+  void launch(Stream& stream, std::vector<Part> parts);
+  void abort(Comm& comm);
+  void fail(int rank, hybridcomm::gpu::ncclResult_t result);  // as if the network had told that rank
+
+ private:
+  std::shared_ptr<Meeting> meeting_of(const Part& part);
+  void come(Meeting& meeting, const Part& part, const Stream& stream);
+  void meet(Meeting& meeting);
+  bool same(const Meeting& meeting);
+  bool may_touch(const Meeting& meeting);
+
+  std::map<std::string, std::shared_ptr<Clique>> cliques_;
+  std::list<Comm> comms_;
+  std::map<int, long> running_;  // device -> the operation that has it
+  long operations_ = 0;
+};
+
+Communicators& communicators();
+std::string text_of(const Part& part);
+
+}  // namespace sim

@@ -113,7 +113,13 @@ DECODING = (
     "tests/csrc/fuzz_seeds.cpp",
 )
 """All that programs which fuzz decoders are made of: nothing of the engine is among it."""
-NATIVE = (*DECODING, ":(glob)hybridcomm/csrc/**", ":(exclude)hybridcomm/csrc/bind*", "tests/csrc")
+NATIVE = (
+    *DECODING,
+    ":(glob)hybridcomm/csrc/**",
+    ":(exclude)hybridcomm/csrc/bind*",
+    ":(exclude)hybridcomm/csrc/gpu",  # in none of the programs
+    "tests/csrc",
+)
 LIBRARY = (
     "hybridcomm",
     "kernels",

@@ -19,7 +19,7 @@ from hybridcomm.kernels.triton import bucket
 
 __all__ = ["CODECS", "PAYLOADS", "STEPS", "Calls"]
 
-CODECS = tuple(codec for codec in PEERS if not codec.startswith(("randk", "powersgd")))
+CODECS = tuple(codec for codec in PEERS if not codec.startswith("powersgd"))
 """Those that have device kernels."""
 STEPS = ("encode", "decode", "reencode")
 PAYLOADS = 2

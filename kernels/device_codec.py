@@ -53,7 +53,7 @@ def device_codec(spec: Any, run: Run, *, jit: bool = True) -> DeviceCodec:
 
     module = triton.encoder(spec)
     family = family_of(module.FAMILY, module.KERNELS, run, otherwise=jit)
-    host = records_host if spec.codec in (Codec.TOPK, Codec.GTOP1) else codes_host
+    host = records_host if spec.codec in (Codec.TOPK, Codec.GTOP1, Codec.RANDK) else codes_host
     return DeviceCodec(
         spec=spec,
         encode=partial(host.encode, family, spec),

@@ -26,6 +26,7 @@ SPECS = (
     "topk:0.01+int8",
     "gtopk:0.01",
     "gtop1:0.01",
+    "randk:0.01",
     "sign1",
     "int8",
     "int4",

@@ -50,6 +50,11 @@ class RandKSpec:
         return self.rows * self.k
 
     @property
+    def layout(self) -> tuple[int, int, int]:
+        """``(rows, k, value_bits)``."""
+        return self.rows, self.k, VALUE_BITS
+
+    @property
     def params(self) -> tuple[int, int, int, int, int]:
         """``(codec, value_bits, variant, block, k)``."""
         return self.codec, VALUE_BITS, int(self.unbiased), self.block, self.k

@@ -23,6 +23,7 @@ MODULES = MappingProxyType(
         Codec.INT4: "codes",
         Codec.SIGN1: "codes",
         Codec.GTOP1: "gtop1",
+        Codec.RANDK: "randk",
     }
 )
 """The module that has a codec's kernels: ``encode`` and ``decode_add``, most also ``reencode``."""

@@ -1,4 +1,4 @@
-"""What topk and gtop1 share on the device: a payload of one scale and k records per block, and its host side.
+"""What topk, gtop1 and randk share on the device: a payload of one scale and k values per block, and its host side.
 
 A program takes a block, of any size: regions that end inside a block are masked, which costs no bulk access as long as
 their size is a multiple of 16. Reencoding forms the sum where the new residual will be, a block of it in a program's
@@ -20,6 +20,7 @@ import triton.language as tl
 from hybridcomm.kernels import device_tensors
 from hybridcomm.kernels.device import Argument, Budget, DeviceKernel
 from hybridcomm.kernels.payload import HEADER_NBYTES
+from hybridcomm.kernels.specs.randk import RandKSpec
 from hybridcomm.kernels.triton import bits, launch
 
 __all__ = [
@@ -98,17 +99,25 @@ def fill(out, word, left, SIZE: tl.constexpr):  # noqa: N803
         tl.store(out + at, bits.as_float(at * 0 + word), mask=at < left)
 
 
+def _second(spec: Any, numel: int) -> dict[str, int]:
+    """Where the section behind the scales begins, under the name that kernels have for it."""
+    if isinstance(spec, RandKSpec):
+        return {"codes_at": spec.codes_offset(numel)}
+    return {"records_half": spec.records_offset(numel) // 2}
+
+
 def _emit(  # noqa: PLR0917
     family: launch.Family, kernel: Any, spec: Any, inputs: Mapping[str, Any], numel: int,
     e_in: torch.Tensor | None, e_out: torch.Tensor | None, payload: torch.Tensor,
-    digest: int, decay: float, header: device_tensors.Header | None,
+    digest: int, decay: float, header: device_tensors.Header | None, seed: int,
 ) -> None:  # fmt: skip
     """What encode and reencode share."""
     device_tensors.check_vectors(numel, payload.device, device_tensors.RESIDUALS, e_in=e_in, e_out=e_out)
     if e_in is not None and e_out is not None:
         device_tensors.need(e_in.dtype == e_out.dtype, "e_in and e_out: one type wanted")
     device_tensors.check_payload(payload, spec.nbytes(numel), payload.device)
-    header = device_tensors.make_header(spec, numel, digest, payload.device) if header is None else header
+    if header is None:
+        header = device_tensors.make_header(spec, numel, digest, payload.device, seed=seed)
     payload[:HEADER_NBYTES].copy_(header.template)
     payload[HEADER_NBYTES:].zero_()  # what pads the sections
     if numel == 0:
@@ -118,7 +127,7 @@ def _emit(  # noqa: PLR0917
     unused = payload.view(torch.float32)
     kernel[(spec.nblocks(numel),)](
         **inputs, e_in=unused if source is None else source, e_out=unused if e_out is None else e_out,
-        payload=payload, numel=numel, records_half=spec.records_offset(numel) // 2, decay=decay,
+        payload=payload, numel=numel, decay=decay, **_second(spec, numel),
         **family.constants(spec),
         HAS_IN=source is not None, HAS_OUT=e_out is not None, DECAYED=decay != 1.0, **launch.LAUNCH,
     )  # fmt: skip
@@ -128,18 +137,22 @@ def _emit(  # noqa: PLR0917
 def encode(  # noqa: PLR0917
     family: launch.Family, spec: Any, grad: torch.Tensor, e_in: torch.Tensor | None, e_out: torch.Tensor | None,
     payload: torch.Tensor, digest: int = 0, *, decay: float = 1.0, header: device_tensors.Header | None = None,
+    seed: int = 0,
 ) -> None:  # fmt: skip
-    """``reference.encode`` on the device's current stream; shapes, types and errors as ``launch.encode``."""
+    """``reference.encode`` on the device's current stream; shapes, types and errors as ``launch.encode``.
+
+    ``seed``: what randk draws by, where no header is given that has one.
+    """
     device_tensors.check_vectors(grad.numel(), payload.device, device_tensors.GRADIENTS, grad=grad)
     _emit(
-        family, family.encode, spec, {"grad": grad}, grad.numel(), e_in, e_out, payload, digest, decay, header
+        family, family.encode, spec, {"grad": grad}, grad.numel(), e_in, e_out, payload, digest, decay, header, seed
     )  # fmt: skip
 
 
 def reencode(  # noqa: PLR0917
     family: launch.Family, spec: Any, payloads: torch.Tensor, numel: int, e_in: torch.Tensor | None,
     e_out: torch.Tensor, payload: torch.Tensor, digest: int = 0, *, weight: float = 1.0, decay: float = 1.0,
-    header: device_tensors.Header | None = None, check: bool = True,
+    header: device_tensors.Header | None = None, check: bool = True, seed: int = 0,
 ) -> None:  # fmt: skip
     """Encodes the sum of payloads in one pass; as ``launch.reencode``, but e_out has to be there."""
     device_tensors.check_payloads(spec, payloads, numel, payload.device, digest, check)
@@ -152,7 +165,7 @@ def reencode(  # noqa: PLR0917
         "stride": payloads.shape[1],
         "weight": weight,
     }
-    _emit(family, family.reencode, spec, inputs, numel, e_in, e_out, payload, digest, decay, header)
+    _emit(family, family.reencode, spec, inputs, numel, e_in, e_out, payload, digest, decay, header, seed)
 
 
 def decode_add(
@@ -169,7 +182,7 @@ def decode_add(
     if numel == 0 or (payloads.shape[0] == 0 and not clear):
         return
     family.decode[(spec.nblocks(numel),)](
-        payloads, out, payloads.shape[0], payloads.shape[1], numel, spec.records_offset(numel) // 2, weight,
+        payloads, out, payloads.shape[0], payloads.shape[1], numel, *_second(spec, numel).values(), weight,
         **family.constants(spec), CLEAR=clear, **launch.LAUNCH,
     )  # fmt: skip
 
@@ -179,6 +192,7 @@ _SCALARS = {
     "count": Argument(name="count", type="i32", aligned=False),
     "stride": Argument(name="stride", type="i64"),
     "numel": Argument(name="numel", type="i64"),
+    "codes_at": Argument(name="codes_at", type="i32", aligned=False),
     "records_half": Argument(name="records_half", type="i32", aligned=False),
     "weight": Argument(name="weight", type="fp32", aligned=False),
     "decay": Argument(name="decay", type="fp32", aligned=False),

@@ -11,10 +11,11 @@ import torch
 from hybridcomm.kernels import parse, reference
 from hybridcomm.kernels.cubins.launcher import Run, family_of
 from hybridcomm.kernels.device import DeviceKernel
-from hybridcomm.kernels.triton import codes, gtop1, launch, records, topk
+from hybridcomm.kernels.triton import codes, gtop1, launch, randk, records, topk
 from tests.kernels import cases
 from tests.kernels.cases import DIGEST, Case, Floats
 from tests.kernels.ptx_sparse import narrowed, tensor, widened
+from tests.kernels.sparse_cases import SEED
 
 __all__ = ["CODECS", "Codec", "encoded", "floats", "inputs", "payloads_of", "reencoded", "wanted"]
 
@@ -32,6 +33,11 @@ class Codec:
     def spec(self) -> Any:
         return parse(self.text)
 
+    @property
+    def drawn(self) -> dict[str, int]:
+        """What encoders are given beside the rest."""
+        return {"seed": SEED} if self.spec.seeded else {}
+
     def on(self, run: Run) -> launch.Family:
         """What is shipped, launched by ``run``."""
         return family_of(self.functions, self.kernels, run, otherwise=False)
@@ -46,6 +52,7 @@ CODECS = (
         for text in ("int8", "int4", "fp8", "sign1", "fp16", "bf16")
     ),
     Codec(text="gtop1:0.01", host=records, functions=gtop1.FAMILY, kernels=gtop1.KERNELS),
+    Codec(text="randk:0.01", host=records, functions=randk.FAMILY, kernels=randk.KERNELS),
     *(
         Codec(
             text=text,
@@ -73,14 +80,14 @@ def encoded(
 ) -> tuple[bytes, bytes]:
     payload = torch.full((codec.spec.nbytes(grad.numel()),), 0xA5, dtype=torch.uint8)
     e_out = torch.full_like(e_in, 77.0)
-    codec.host.encode(functions, codec.spec, grad, e_in, e_out, payload, DIGEST)
+    codec.host.encode(functions, codec.spec, grad, e_in, e_out, payload, DIGEST, **codec.drawn)
     return payload.numpy().tobytes(), floats(e_out).tobytes()
 
 
 def wanted(codec: Codec, grad: torch.Tensor, e_in: torch.Tensor) -> tuple[bytes, bytes]:
     """The oracle on widened inputs; its residual rounded half to even."""
     payload, e_out = np.zeros(codec.spec.nbytes(grad.numel()), np.uint8), np.zeros(grad.numel(), np.float32)
-    reference.encode(codec.spec, floats(grad), floats(e_in), e_out, payload, DIGEST)
+    reference.encode(codec.spec, floats(grad), floats(e_in), e_out, payload, DIGEST, **codec.drawn)
     kind = "bf16" if e_in.dtype == torch.bfloat16 else "fp32"
     return payload.tobytes(), widened(narrowed(e_out, kind), kind).tobytes()
 
@@ -99,6 +106,15 @@ def reencoded(
     payload = torch.full((codec.spec.nbytes(e_in.numel()),), 0xA5, dtype=torch.uint8)
     e_out = torch.full_like(e_in, 77.0)
     codec.host.reencode(
-        functions, codec.spec, payloads, e_in.numel(), e_in, e_out, payload, DIGEST, weight=0.25
+        functions,
+        codec.spec,
+        payloads,
+        e_in.numel(),
+        e_in,
+        e_out,
+        payload,
+        DIGEST,
+        weight=0.25,
+        **codec.drawn,
     )
     return payload.numpy().tobytes(), floats(e_out).tobytes()

@@ -21,7 +21,7 @@ def test_kernels_do_not_load_triton_unasked() -> None:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("kernels", ["topk", "gtop1", "quant", "bucket"])
+@pytest.mark.parametrize("kernels", ["topk", "gtop1", "randk", "quant", "bucket"])
 def test_triton_equals_the_oracle(kernels: str) -> None:
     pytest.importorskip("triton", reason="triton is not installed: its kernels are not tested here")
     pytest.importorskip("torch", reason="torch is not installed: the Triton kernels are not tested here")

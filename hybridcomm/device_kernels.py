@@ -25,6 +25,7 @@ from hybridcomm.errors import UnsupportedError
 from hybridcomm.kernels.cubins.errors import ArtefactError
 from hybridcomm.kernels.cubins.manifest import Manifest, digest
 from hybridcomm.kernels.device_codec import DeviceCodec, device_codec, jit_codec
+from hybridcomm.kernels.specs.quant import QuantSpec
 
 if TYPE_CHECKING:
     import torch
@@ -201,7 +202,10 @@ def warm_up(
     payload = torch.empty(spec.nbytes(numel), dtype=torch.uint8, device=device)
     made.encode(source, e_in, e_out, payload, decay=decay)
     payloads = torch.stack([payload, payload])
-    made.decode_add(payloads, torch.zeros(numel, device=device))
+    out = torch.zeros(numel, device=device)
+    made.decode_add(payloads, out)
+    if not isinstance(spec, QuantSpec):  # whose kernels for a cleared target are others
+        made.decode_add(payloads, out, clear=True)
     if made.reencode is not None:
         made.reencode(payloads, numel, e_in, e_out, payload, decay=decay)
     if device.type == "cuda":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 from tests.gpu.test_abi import GPU, HERE, ROOT
 from tests.gpu.test_loading import compile_cpp
 
-__all__ = ["EAGER", "SEEDS", "build", "outcomes"]
+__all__ = ["EAGER", "SEEDS", "outcomes"]
 
 SEEDS = 20  # of one run of a program
 EAGER = (0, 60, 97)
@@ -18,33 +20,30 @@ EAGER = (0, 60, 97)
 
 
 @functools.cache
-def build(program: str) -> tuple[Path, Path]:
-    """The simulation as a library, and ``program``.cpp; once in a process."""
+def library() -> Path:
+    """The simulation, in a folder that goes with the process."""
     folder, sim = Path(tempfile.mkdtemp(prefix="hybridcomm-sim-")), HERE / "sim"
-    library = compile_cpp(
-        folder / "libsim.so",
-        "-shared",
-        "-fPIC",
-        "-pthread",
-        "-O1",
-        *sim.glob("*.cpp"),
-        f"-I{GPU}",
-        f"-I{sim}",
-    )
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    options = ("-shared", "-fPIC", "-pthread", "-O1", f"-I{GPU}", f"-I{sim}")
+    return compile_cpp(folder / "libsim.so", *options, *sim.glob("*.cpp"))
+
+
+@functools.cache
+def build(program: str) -> Path:
+    """``program``.cpp beside the simulation; once in a process."""
     sources = [
         HERE / f"{program}.cpp",
         GPU / "library.cpp",
         GPU / "tables.cpp",
         ROOT / "hybridcomm/csrc/common.cpp",
     ]
-    return library, compile_cpp(folder / program, *sources, f"-I{GPU}", "-ldl", "-pthread")
+    return compile_cpp(library().parent / program, *sources, f"-I{GPU}", "-ldl", "-pthread")
 
 
 def outcomes(program: str, bug: str, seed: int, eager: int) -> list[tuple[bool, list[str]]]:
     """Of each of SEEDS seeds from ``seed`` on: whether values were right, and what was reported."""
-    library, path = build(program)
     done = subprocess.run(
-        [str(path), str(library), bug, str(seed), str(eager)],
+        [str(build(program)), str(library()), bug, str(seed), str(eager)],
         capture_output=True,
         text=True,
         check=False,

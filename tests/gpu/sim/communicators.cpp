@@ -200,7 +200,6 @@ void Communicators::meet(Meeting& meeting) {
   meeting.met = true;
   const bool alike = same(meeting);
   if (alike && may_touch(meeting)) return move(meeting);
-  meeting.failed = true;
   for (const Meeting::Come& each : meeting.come) {
     if (!alike) each.part.comm->failure = ncclInvalidUsage;
   }
@@ -241,12 +240,6 @@ void Communicators::launch(Stream& stream, std::vector<Part> parts) {
     running_[on.device] = 0;
   };
   world().enqueue(stream, std::move(operation));
-}
-
-void Communicators::fail(int rank, ncclResult_t result) {
-  for (Comm& comm : comms_) {
-    if (comm.rank == rank) comm.failure = result;
-  }
 }
 
 void Communicators::abort(Comm& comm) {

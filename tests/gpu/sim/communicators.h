@@ -47,7 +47,7 @@ struct Meeting {
     int device;
   };
   std::vector<Come> come;
-  bool met = false, failed = false;
+  bool met = false;
   Clock clock;  // of all that have come
 };
 
@@ -83,7 +83,6 @@ class Communicators {
   // Parts that one call or group of a thread makes on a stream: one operation.
   void launch(Stream& stream, std::vector<Part> parts);
   void abort(Comm& comm);
-  void fail(int rank, hybridcomm::gpu::ncclResult_t result);  // as if the network had told that rank
 
  private:
   std::shared_ptr<Meeting> meeting_of(const Part& part);

@@ -173,7 +173,7 @@ EXPORT CUresult cuMemAlloc_v2(CUdeviceptr* pointer, size_t nbytes) {
   *pointer = world().memory.allocate(nbytes, world().here().device);
   return CUDA_SUCCESS;
 }
-// It waits for the device, as CUDA's does, but orders nothing: what relies on that wait is a bug on a pool of memory.
+// CUDA's may wait for the device, this one does not: what relies on that wait is a bug on a pool of memory.
 EXPORT CUresult cuMemFree_v2(CUdeviceptr pointer) {
   const auto lock = locked();
   return world().memory.release(address(pointer), world().here().clock) ? CUDA_SUCCESS

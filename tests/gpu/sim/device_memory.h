@@ -34,7 +34,6 @@ class DeviceMemory {
   // An access by `actor`, whose clock this is, on a device; whether the bytes may be touched at all.
   bool access(uintptr_t begin, size_t nbytes, bool write, int actor, const Clock& clock, int device,
               const std::string& what);
-  bool holds(uintptr_t address) const { return find(address) != nullptr; }
   // Reports what is still allocated, and red zones that somebody has written to.
   void finish();
   void clear() { blocks_.clear(); }

@@ -249,9 +249,3 @@ EXPORT ncclResult_t ncclRedOpCreatePreMulSum(ncclRedOp_t* op, void* scalar, nccl
   return ncclSuccess;
 }
 EXPORT ncclResult_t ncclRedOpDestroy(ncclRedOp_t, ncclComm_t) { return ncclSuccess; }
-
-// For tests: rank `rank` of every communicator learns of an error that nobody has made.
-EXPORT void sim_fail(int rank, ncclResult_t result) {
-  const std::lock_guard<std::mutex> lock(world().mutex);
-  communicators().fail(rank, result);
-}

@@ -17,8 +17,6 @@ const char* name_of(Finding finding) {
       return "never recorded";
     case Finding::deadlock:
       return "deadlock";
-    case Finding::capture:
-      return "capture";
     case Finding::leak:
       return "leak";
     case Finding::mismatch:

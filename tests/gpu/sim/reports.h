@@ -15,7 +15,6 @@ enum class Finding {
   stranger,        // no device memory, or a handle that is none
   never_recorded,  // a wait for an event that no one has recorded: it waits for nothing
   deadlock,        // every host thread waits and no stream can go on
-  capture,         // what must not be done while a stream is captured
   leak,            // left over at the end
   mismatch,        // ranks of a communicator that called different things
   misuse,          // a call that NCCL's documentation forbids

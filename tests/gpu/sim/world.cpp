@@ -122,13 +122,6 @@ void World::enqueue(Stream& stream, Operation operation) {
   changed_.notify_all();
 }
 
-bool World::any_queued(const std::function<bool(const Operation&)>& test) const {
-  for (const Stream& each : streams_) {
-    if (std::any_of(each.queue.begin(), each.queue.end(), test)) return true;
-  }
-  return false;
-}
-
 // Whether the head may run; it begins when all that it waits for is done.
 bool World::ready(Stream& stream) {
   Operation& head = stream.queue.front();

@@ -90,8 +90,6 @@ class World {
   int finish();
   std::function<void()> also_reset, also_finish;  // of what is built on it
   void wake() { changed_.notify_all(); }
-  // Whether an operation that has begun, or is queued, satisfies this.
-  bool any_queued(const std::function<bool(const Operation&)>& test) const;
 
   Thread& here();  // this thread
   Stream* make_stream(int device, bool blocking);

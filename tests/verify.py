@@ -117,7 +117,7 @@ NATIVE = (
     *DECODING,
     ":(glob)hybridcomm/csrc/**",
     ":(exclude)hybridcomm/csrc/bind*",
-    ":(exclude)hybridcomm/csrc/gpu",  # in none of the programs
+    ":(exclude)hybridcomm/csrc/gpu_*",  # in none of the programs
     "tests/csrc",
 )
 LIBRARY = (

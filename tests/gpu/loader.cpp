@@ -7,7 +7,7 @@
 #include <cstring>
 #include <exception>
 
-#include "tables.h"
+#include "gpu_tables.h"
 
 using namespace hybridcomm::gpu;
 

@@ -13,7 +13,7 @@
 #include <thread>
 #include <vector>
 
-#include "tables.h"
+#include "gpu_tables.h"
 
 using namespace hybridcomm::gpu;
 

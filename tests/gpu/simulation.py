@@ -33,8 +33,8 @@ def build(program: str) -> Path:
     """``program``.cpp beside the simulation; once in a process."""
     sources = [
         HERE / f"{program}.cpp",
-        GPU / "library.cpp",
-        GPU / "tables.cpp",
+        GPU / "gpu_library.cpp",
+        GPU / "gpu_tables.cpp",
         ROOT / "hybridcomm/csrc/common.cpp",
     ]
     return compile_cpp(library().parent / program, *sources, f"-I{GPU}", "-ldl", "-pthread")

@@ -20,7 +20,7 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-GPU = ROOT / "hybridcomm" / "csrc" / "gpu"
+GPU = ROOT / "hybridcomm" / "csrc"
 FETCHED = ROOT / "build" / "cuda-headers"
 VERSIONS = sorted(
     (path.stem for path in (HERE / "nccl").glob("*.h")), key=lambda v: tuple(map(int, v.split(".")))
@@ -101,12 +101,12 @@ def number(version: str) -> int:
 
 @functools.cache
 def nccl_calls() -> tuple[Call, ...]:
-    return (*calls("nccl_abi.h", "NCCL_CALLS"), *calls("nccl_abi.h", "NCCL_NEWER_CALLS"))
+    return (*calls("gpu_nccl_abi.h", "NCCL_CALLS"), *calls("gpu_nccl_abi.h", "NCCL_NEWER_CALLS"))
 
 
 @functools.cache
 def cuda_calls() -> tuple[Call, ...]:
-    return tuple(calls("cuda_abi.h", "CUDA_CALLS"))
+    return tuple(calls("gpu_cuda_abi.h", "CUDA_CALLS"))
 
 
 def constants(header: str) -> list[str]:
@@ -132,11 +132,11 @@ def nccl_proof(version: str, checked: tuple[Call, ...]) -> str:
     there = [call.check() for call in checked if call.since <= number(version)]
     newer = [field for field, since in CONFIG_SINCE.items() if number(since) <= number(version)]
     fields = (*CONFIG, *newer)
-    names = [name for name in constants("nccl_abi.h") if name.startswith("nccl")]
+    names = [name for name in constants("gpu_nccl_abi.h") if name.startswith("nccl")]
     return "\n".join(
         [
             f'#include "{version}.h"',
-            '#include "nccl_abi.h"',
+            '#include "gpu_nccl_abi.h"',
             '#include "abi.h"',
             "namespace hybridcomm::gpu {",
             *there,
@@ -164,7 +164,7 @@ def test_nccl_is_declared_as_the_vendor_does(version: str) -> None:
 def test_versions_reach_from_the_oldest_on() -> None:
     assert len(VERSIONS) >= 8
     assert VERSIONS[0] == "2.18.1"
-    oldest = re.search(r"kOldestNccl = nccl_version\((.*?)\)", (GPU / "nccl_abi.h").read_text())
+    oldest = re.search(r"kOldestNccl = nccl_version\((.*?)\)", (GPU / "gpu_nccl_abi.h").read_text())
     assert oldest is not None
     assert oldest[1].replace(", ", ".") == VERSIONS[0]
 
@@ -181,7 +181,7 @@ def test_what_is_newer_came_when_the_table_says(call: Call) -> None:
 
 @pytest.mark.parametrize("field", CONFIG_SINCE)
 def test_the_configuration_grows_when_the_header_says(field: str) -> None:
-    comment = re.search(rf"\b{field} = .*?// (\d+\.\d+)", (GPU / "nccl_abi.h").read_text())
+    comment = re.search(rf"\b{field} = .*?// (\d+\.\d+)", (GPU / "gpu_nccl_abi.h").read_text())
     assert comment is not None
     assert CONFIG_SINCE[field].startswith(comment[1])
     has = {v: re.search(rf"[ *]{field};", (HERE / "nccl" / f"{v}.h").read_text()) for v in VERSIONS}
@@ -226,10 +226,10 @@ def test_control_a_changed_signature_fails(seed: int) -> None:
     ],
 )
 def test_control_a_changed_declaration_fails(tmp_path: Path, old: str, new: str, named: str) -> None:
-    for name in ("cuda_abi.h", "nccl_abi.h"):
+    for name in ("gpu_cuda_abi.h", "gpu_nccl_abi.h"):
         text = (GPU / name).read_text()
         (tmp_path / name).write_text(text.replace(old, new))
-    assert old in (GPU / "nccl_abi.h").read_text()
+    assert old in (GPU / "gpu_nccl_abi.h").read_text()
     proof = nccl_proof(VERSIONS[-1], nccl_calls())
     passed, said = compiles(proof, HERE / "nccl", HERE / "stubs", tmp_path, HERE)
     assert not passed
@@ -260,11 +260,11 @@ def test_the_driver_is_declared_as_the_vendor_does(version: str) -> None:
         return "\n".join(
             [
                 "#include <cuda.h>",
-                '#include "cuda_abi.h"',
+                '#include "gpu_cuda_abi.h"',
                 '#include "abi.h"',
                 "namespace hybridcomm::gpu {",
                 *(call.check() for call in checked),
-                *(f"ABI_EQUAL({name})" for name in constants("cuda_abi.h")),
+                *(f"ABI_EQUAL({name})" for name in constants("gpu_cuda_abi.h")),
                 "}",
             ]
         )

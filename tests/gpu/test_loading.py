@@ -50,8 +50,8 @@ def compile_cpp(target: Path, *arguments: str | Path, source: str | None = None)
 def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
     sources = [
         HERE / "loader.cpp",
-        GPU / "library.cpp",
-        GPU / "tables.cpp",
+        GPU / "gpu_library.cpp",
+        GPU / "gpu_tables.cpp",
         ROOT / "hybridcomm/csrc/common.cpp",
     ]
     program = compile_cpp(tmp_path_factory.mktemp("loader") / "loader", *sources, f"-I{GPU}", "-ldl")

@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <vector>
 
-#include "nccl_abi.h"
+#include "gpu_nccl_abi.h"
 
 namespace sim {
 

@@ -15,7 +15,7 @@
 #include <string>
 #include <vector>
 
-#include "nccl_abi.h"
+#include "gpu_nccl_abi.h"
 #include "world.h"
 
 namespace sim {

@@ -1,7 +1,7 @@
 // libcuda's functions, as far as the engine calls them, on the simulated machine.
 #include <cstring>
 
-#include "cuda_abi.h"
+#include "gpu_cuda_abi.h"
 #include "kernels.h"
 #include "world.h"
 

@@ -1,5 +1,5 @@
 // libnccl's functions, as far as the engine calls them, on the simulated machine.
-#include "nccl_abi.h"
+#include "gpu_nccl_abi.h"
 
 #include <cstdio>
 #include <cstring>

@@ -1,6 +1,6 @@
-#include "tables.h"
+#include "gpu_tables.h"
 
-#include "../common.h"
+#include "common.h"
 
 namespace hybridcomm::gpu {
 namespace {

@@ -7,7 +7,7 @@
 
 #include <climits>
 
-#include "cuda_abi.h"
+#include "gpu_cuda_abi.h"
 
 namespace hybridcomm::gpu {
 

@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
-#include "library.h"
-#include "nccl_abi.h"
+#include "gpu_library.h"
+#include "gpu_nccl_abi.h"
 
 namespace hybridcomm::gpu {
 

@@ -1,14 +1,14 @@
-#include "library.h"
+#include "gpu_library.h"
 
 #include <dlfcn.h>
-#include <link.h>
 #include <sys/stat.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 
-#include "../common.h"
+#include "common.h"
 
 namespace hybridcomm::gpu {
 namespace {
@@ -25,22 +25,20 @@ bool begins_with(const std::string& text, const std::string& with) {
 
 std::string base_name(const std::string& path) { return path.substr(path.rfind('/') + 1); }
 
+// From /proc/self/maps, as <link.h>, which has the loader's own list, would be found in this folder.
 std::vector<Mapped> mapped(const std::string& stem) {
-  std::vector<std::string> paths;
-  const auto note = [](dl_phdr_info* info, size_t, void* found) {
-    if (info->dlpi_name != nullptr && *info->dlpi_name != '\0') {
-      static_cast<std::vector<std::string>*>(found)->emplace_back(info->dlpi_name);
-    }
-    return 0;
-  };
-  ::dl_iterate_phdr(note, &paths);
+  std::ifstream maps("/proc/self/maps");
   std::vector<Mapped> copies;
-  for (const std::string& path : paths) {
+  for (std::string line; std::getline(maps, line);) {
+    const size_t begin = line.find('/');
+    if (begin == std::string::npos) continue;
+    const std::string path = line.substr(begin);
     if (!begins_with(base_name(path), stem)) continue;
     struct stat status{};
     if (::stat(path.c_str(), &status) != 0) status = {};  // its file is gone: a copy of its own
     const bool known = std::any_of(copies.begin(), copies.end(), [&](const Mapped& copy) {
-      return status.st_ino != 0 && copy.device == status.st_dev && copy.file == status.st_ino;
+      return copy.path == path ||
+             (status.st_ino != 0 && copy.device == status.st_dev && copy.file == status.st_ino);
     });
     if (!known) copies.push_back({path, status.st_dev, status.st_ino});
   }
@@ -68,11 +66,11 @@ void* try_to_open(const std::string& path, std::string& tried) {
   return handle;
 }
 
-std::string path_of(void* handle, const std::string& otherwise) {
-  link_map* map = nullptr;
-  if (::dlinfo(handle, RTLD_DI_LINKMAP, &map) != 0 || map == nullptr || *map->l_name == '\0')
-    return otherwise;
-  return map->l_name;
+// Of what was opened last, by a name that need not be a path.
+std::string path_of(const std::string& stem, const std::string& name) {
+  if (name.find('/') != std::string::npos) return name;
+  const std::vector<Mapped> copies = mapped(stem);
+  return copies.empty() ? name : copies.back().path;
 }
 
 }  // namespace
@@ -96,7 +94,7 @@ SharedLibrary SharedLibrary::open(const Search& search) {
     }
     void* handle = try_to_open(given, tried);
     if (handle == nullptr) throw Error(Code::invalid, search.variable + "=" + given + ": " + tried);
-    return {handle, path_of(handle, given), search.variable};
+    return {handle, given, search.variable};
   }
   if (!copies.empty()) {
     void* handle = ::dlopen(copies[0].path.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NOLOAD);
@@ -108,10 +106,10 @@ SharedLibrary SharedLibrary::open(const Search& search) {
     struct stat status{};
     if (::stat(file.c_str(), &status) != 0) continue;
     void* handle = try_to_open(file, tried);
-    if (handle != nullptr) return {handle, path_of(handle, file), "file"};
+    if (handle != nullptr) return {handle, file, "file"};
   }
   void* handle = try_to_open(search.soname, tried);
-  if (handle != nullptr) return {handle, path_of(handle, search.soname), "system"};
+  if (handle != nullptr) return {handle, path_of(search.stem, search.soname), "system"};
   throw Error(Code::invalid, search.name + " is not there (" + tried + "): " + search.advice);
 }
 

@@ -39,6 +39,7 @@ __all__ = [
     "all_gather",
     "all_to_all",
     "allreduce",
+    "allreduce_flat",
     "barrier",
     "broadcast",
     "gather",
@@ -130,6 +131,16 @@ def _shards(sizes: Sequence[int], count: int, align: int) -> list[list[Region]]:
         for shard, region in zip(shards, shard_regions(end - begin, count, align), strict=False):
             shard.append(Region(begin + region.begin, begin + region.end))
     return [shard for shard in shards if shard]
+
+
+def allreduce_flat(topology: Topology, numel: int, *, dtype: str = "float32", op: str = "sum") -> Plan:
+    """``op`` over all ranks' elements in one step, by an algorithm of NCCL's; for GPUs alone."""
+    _check_request(op, dtype, numel, None)
+    writer, divisor = Writer(topology, 0), topology.world_size if op == "mean" else 1
+    if numel:
+        world = tuple(range(topology.world_size))
+        writer.add("allreduce_flat", Chunk(0, 0, Region(0, numel), world), world, -1, divisor=divisor)
+    return finished("allreduce", writer, numel=numel, dtype=dtype, size=max(numel, 1), op=op)
 
 
 def barrier(topology: Topology) -> Plan:

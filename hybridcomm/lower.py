@@ -230,6 +230,11 @@ class _Lowering(PayloadLowering):
         op = self._add(_C.Kind.collect, "collect", step, after=after, sources=sources, divisor=step.divisor)
         self.done_by[step.id] = [op]
 
+    def _allreduce_flat(self, step: Step) -> None:
+        raise PlanError(
+            f"step {step.id}: a flat all-reduce is NCCL's, for tensors on GPUs; hosts take the route"
+        )
+
     def _gather(self, step: Step) -> None:
         readers = [local for local in self._locals(step) if local != self._local(self.rank)]
         if step.root == self.rank:

@@ -40,6 +40,7 @@ OPS = {
     "exchange_recompressed": "exchange",  # step 5 in two stages, second half: root's second payload to the group
     "exchange_reduce": "exchange",  # step 5, dense, first half: like reduce, between nodes
     "exchange_reduce_all": "exchange",  # step 5, dense, in one: every rank of group sums all of theirs itself
+    "allreduce_flat": "exchange",  # steps 3 to 7 in one, on GPUs: all ranks, by an algorithm of NCCL's
     "exchange_gather": "exchange",  # step 5, dense, second half: root's region is copied to the group
     "decompress": "decompress",  # step 6: root clears its region and adds the payloads that it has, in node order
     "gather": "gather",  # step 7, shared memory: root's region is copied to the group, ranks of its node
@@ -297,7 +298,7 @@ def _writes(step: Step, rank: int) -> bool:
         return rank != step.root
     if step.op in ("compress", "compress_intra", "exchange_payload", "exchange_recompressed"):
         return False
-    return rank == step.root or step.op in ("reduce_all", "exchange_reduce_all")
+    return rank == step.root or step.op in ("reduce_all", "exchange_reduce_all", "allreduce_flat")
 
 
 def _parse_part(text: str) -> Part:

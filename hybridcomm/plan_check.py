@@ -18,8 +18,9 @@ from hybridcomm.plan_streams import check_progress
 __all__ = ["check_plan"]
 
 _IN_NODE = ("reduce", "gather", "reduce_all", "reduce_payload")
-_ROOTLESS = ("reduce_all", "exchange_reduce_all")
-_ANYBODY = ("reduce_all", "compress_intra")  # not the owners of a shard alone
+_SUMS_ALL = ("reduce_all", "exchange_reduce_all", "allreduce_flat")
+_ROOTLESS = _SUMS_ALL
+_ANYBODY = ("reduce_all", "allreduce_flat", "compress_intra")  # not the owners of a shard alone
 _EITHER = ("exchange_payload",)  # with a root, or without
 _ALONE = ("compress_intra", "compress", "recompress", "decompress")
 _PAIRWISE = ("reduce", "gather", "scatter", "all_to_all", "monitored_barrier")
@@ -90,6 +91,9 @@ def _check_group(plan: Plan, step: Step) -> None:
             raise _fail(step, "runs on its root alone")
     elif step.op in _IN_NODE:
         _check_in_node(plan, step)
+    elif step.op == "allreduce_flat":
+        if list(step.group) != list(range(topology.world_size)):
+            raise _fail(step, "group must be all ranks, ascending")
     elif plan.collective in (*_PAIRWISE, "broadcast") and step.op == "exchange_gather":
         if nodes != sorted(set(nodes)) or len(nodes) < 2:
             raise _fail(step, "group must hold ranks of two or more nodes, in node order")
@@ -195,7 +199,7 @@ class _Symbols:
             for atom in self.atoms.of(step):
                 values = [self.held[rank][atom] for rank in step.group]
                 self.held[step.root][atom] = self._add(step, values, step.divisor)
-        elif step.op in ("reduce_all", "exchange_reduce_all"):
+        elif step.op in _SUMS_ALL:
             for atom in self.atoms.of(step):
                 total = self._add(step, [self.held[rank][atom] for rank in step.group], step.divisor)
                 for rank in step.group:
@@ -291,7 +295,7 @@ def _accesses(step: Step, rank: int) -> Iterator[tuple[str, bool]]:
         yield "buffer", rank == step.root
     elif step.op in ("gather", "exchange_gather"):
         yield "buffer", rank != step.root
-    elif step.op in ("reduce_all", "exchange_reduce_all"):
+    elif step.op in _SUMS_ALL:
         yield "buffer", True
     elif step.op == "reduce_payload":
         yield ("buffer", True) if rank == step.root else ("payload", False)

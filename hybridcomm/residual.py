@@ -44,6 +44,7 @@ from hybridcomm.residual_layout import (
     misfit,
     moved,
 )
+from hybridcomm.residual_memory import HOST, ResidualMemory
 
 __all__ = ["NO_FEEDBACK", "Residual", "Staged"]
 
@@ -54,10 +55,14 @@ _VELOCITY = ":velocity"  # behind the names of an entry, and of its spans, that 
 
 
 class _Entry:
-    def __init__(self, layout: Layout, committed: FloatArray | None = None) -> None:
+    """Two buffers in ``memory``; ``committed``: what the first one begins with."""
+
+    def __init__(
+        self, layout: Layout, committed: FloatArray | None = None, memory: ResidualMemory = HOST
+    ) -> None:
         self.layout = layout
-        self.committed = np.zeros(layout.size(), np.float32) if committed is None else committed
-        self.spare: FloatArray = np.zeros(layout.size(), np.float32)
+        self.committed = memory.zeros(layout.size()) if committed is None else memory.from_host(committed)
+        self.spare = memory.zeros(layout.size())
         self.staged = False
 
 
@@ -101,6 +106,7 @@ class Residual:
         if not 0.0 <= momentum < 1.0:
             raise UnsupportedError(f"momentum={momentum}: at least 0 (none), below 1")
         self.decay, self.momentum, self.masking = decay, momentum, masking
+        self._memory: ResidualMemory = HOST
         self._entries: dict[str, _Entry] = {}
         self._loaded: dict[Held, list[tuple[int, FloatArray]]] = {}
         self._strict = False  # a state was loaded: what it does not hold is an error, not a zero
@@ -109,6 +115,20 @@ class Residual:
     def settings(self) -> str:
         """What must be equal on all ranks, as text."""
         return f"decay={self.decay:g} momentum={self.momentum:g} masking={self.masking}"
+
+    def place(self, memory: ResidualMemory) -> None:
+        """Where buffers lie from now on; those that are there move.
+
+        Raises `ResidualError` while something is staged.
+        """
+        if memory is self._memory:
+            return
+        if self.pending:
+            raise ResidualError("a residual cannot move to a device between an all-reduce and its commit()")
+        for entry in self._entries.values():
+            entry.committed = memory.from_host(self._memory.to_host(entry.committed))
+            entry.spare = memory.zeros(entry.layout.size())
+        self._memory = memory
 
     def stage(
         self,
@@ -142,7 +162,8 @@ class Residual:
                     f"residual of {name!r} holds {describe(entry.layout)}, now asked for {describe(layout)}; "
                     "keep one Residual per tensor and topology, or start a new one"
                 )
-            entry = self._entries[name] = _Entry(layout, moved(entry.committed, entry.layout, layout))
+            values = moved(self._memory.to_host(entry.committed), entry.layout, layout)
+            entry = self._entries[name] = _Entry(layout, values, self._memory)
         before = entry.spare if entry.staged else entry.committed
         entry.staged = True
         return before, entry.spare
@@ -193,13 +214,12 @@ class Residual:
             )
         if name not in self._entries and not self._strict:
             return  # no step was compressed yet
-        e_in, e_out = self.stage(name, numel=flat.size, regions=regions, spans=spans)
+        e_in, e_out = self.stage(name, numel=len(flat), regions=regions, spans=spans)
         offset = 0
         for begin, end in chain.from_iterable(by_op(regions).values()):
-            left = e_in[offset : offset + end - begin]
-            flat[begin:end] += left if self.decay == 1.0 else np.float32(self.decay) * left
+            self._memory.add(flat[begin:end], e_in[offset : offset + end - begin], self.decay)
             offset += end - begin
-        e_out.fill(0)
+        self._memory.clear(e_out)
 
     def commit(self) -> None:
         """The optimizer step was applied: what was staged becomes the residual, in all entries."""
@@ -254,8 +274,9 @@ class Residual:
             for begin, values in pieces
         }
         for entry in self._entries.values():
+            values = self._memory.to_host(entry.committed)
             for held, begin, end, offset in entry.layout.pieces():
-                state[held.key(begin, end)] = entry.committed[offset : offset + end - begin].copy()
+                state[held.key(begin, end)] = values[offset : offset + end - begin].copy()
         return state
 
     def load_state_dict(self, state: Mapping[str, FloatArray]) -> None:
@@ -285,11 +306,11 @@ class Residual:
 
     def _new_entry(self, name: str, layout: Layout) -> _Entry:
         if not self._strict:
-            return _Entry(layout)
+            return _Entry(layout, memory=self._memory)
         saved = self._saved_layout(layout)
-        entry, taken = _Entry(saved), dict.fromkeys(saved.held(), 0)
+        values, taken = np.zeros(saved.size(), np.float32), dict.fromkeys(saved.held(), 0)
         for held, begin, end, offset in saved.pieces():
-            got = copy_pieces(self._loaded.get(held, ()), begin, end, entry.committed[offset:])
+            got = copy_pieces(self._loaded.get(held, ()), begin, end, values[offset:])
             taken[held] += got
             if got != end - begin:
                 raise misfit(name, held, f"holds {got} of the elements {begin}..{end} that this rank owns")
@@ -302,7 +323,7 @@ class Residual:
                 raise misfit(name, held, "has no place: this rank compresses nothing there")
         for held in taken:
             self._loaded.pop(held, None)
-        return entry if saved == layout else _Entry(layout, moved(entry.committed, saved, layout))
+        return _Entry(layout, values if saved == layout else moved(values, saved, layout), self._memory)
 
     def _saved_layout(self, layout: Layout) -> Layout:
         """``layout`` as the loaded state has it: without what it does not hold, with a second residual that it has."""

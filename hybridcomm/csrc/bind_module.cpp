@@ -1,7 +1,9 @@
 #include "bindings.h"
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "The hybridcomm host engine: shared memory inside a node, TCP between nodes.";
+  module.doc() =
+      "The hybridcomm engines: of hosts (shared memory inside a node, TCP between nodes) and of GPUs (CUDA, "
+      "NCCL).";
   hybridcomm::bind_errors(module);
   hybridcomm::bind_program(module);
   hybridcomm::bind_custom(module);
@@ -9,4 +11,5 @@ PYBIND11_MODULE(_C, module) {
   hybridcomm::bind_prepared(module);
   hybridcomm::bind_handshake(module);
   hybridcomm::bind_reduce(module);
+  hybridcomm::bind_gpu(module);
 }

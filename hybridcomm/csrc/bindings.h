@@ -12,5 +12,6 @@ void bind_engine(pybind11::module_& module);
 void bind_prepared(pybind11::module_& module);
 void bind_handshake(pybind11::module_& module);
 void bind_reduce(pybind11::module_& module);
+void bind_gpu(pybind11::module_& module);
 
 }  // namespace hybridcomm

@@ -1,0 +1,216 @@
+#include "gpu_comms.h"
+
+#include <algorithm>
+#include <cstring>
+#include <thread>
+
+namespace hybridcomm::gpu {
+namespace {
+
+constexpr auto kPoll = std::chrono::microseconds(50);
+
+// 1 / divisor in the element type's own bits, which NCCL reads from the host.
+struct Factor {
+  alignas(8) unsigned char bytes[8] = {};
+};
+
+uint16_t half_bits(float value, int exponent_bits) {
+  uint32_t word = 0;
+  std::memcpy(&word, &value, sizeof word);
+  if (exponent_bits == 8) return static_cast<uint16_t>((word + 0x7FFF + ((word >> 16) & 1)) >> 16);
+  // fp16, half to even; 1 / divisor is at most 1, and what is below its normal numbers is scaled there.
+  const uint32_t fraction = (word & 0x7FFFFF) | 0x800000;
+  const int exponent = static_cast<int>(word >> 23) - 127;
+  const int shift = 13 + std::max(0, -14 - exponent);
+  if (shift > 24) return 0;
+  const uint32_t kept = fraction >> shift;
+  const uint32_t rest = fraction & ((1U << shift) - 1);
+  const uint32_t middle = 1U << (shift - 1);
+  const uint32_t up = rest > middle || (rest == middle && (kept & 1)) ? 1 : 0;
+  const uint32_t biased = exponent < -14 ? 0 : static_cast<uint32_t>(exponent + 15 - 1) << 10;
+  return static_cast<uint16_t>(biased + kept + up);
+}
+
+Factor reciprocal(uint32_t divisor, int32_t dtype) {
+  Factor factor;
+  const double exact = 1.0 / divisor;
+  const auto single = static_cast<float>(exact);
+  if (dtype == ncclFloat64) {
+    std::memcpy(factor.bytes, &exact, sizeof exact);
+  } else if (dtype == ncclFloat32) {
+    std::memcpy(factor.bytes, &single, sizeof single);
+  } else if (dtype == ncclFloat16 || dtype == ncclBfloat16) {
+    const uint16_t bits = half_bits(single, dtype == ncclBfloat16 ? 8 : 5);
+    std::memcpy(factor.bytes, &bits, sizeof bits);
+  } else {
+    throw Error(Code::invalid, "a mean of integers: sum them, and divide by the world size");
+  }
+  return factor;
+}
+
+}  // namespace
+
+Comms::Comms(const Nccl& nccl, double timeout_s, std::function<void()> interrupted)
+    : nccl_(nccl), timeout_s_(timeout_s), interrupted_(std::move(interrupted)) {}
+
+Comms::~Comms() { abort(); }
+
+ncclConfig_t Comms::config() const {
+  ncclConfig_t config;
+  config.blocking = 0;
+  config.version = static_cast<unsigned>(nccl_.version);
+  return config;
+}
+
+std::string Comms::words(ncclComm_t comm, ncclResult_t result, const char* call) const {
+  const char* last = comm == nullptr ? nullptr : nccl_.ncclGetLastError(comm);
+  const std::string more = last == nullptr || *last == '\0' ? "" : std::string(": ") + last;
+  return std::string(call) + ": " + nccl_.ncclGetErrorString(result) + more;
+}
+
+void Comms::fail(ncclComm_t comm, ncclResult_t result, const char* call) const {
+  const bool peer = result == ncclRemoteError || result == ncclSystemError;
+  throw Error(peer ? Code::peer_lost : Code::invalid, words(comm, result, call));
+}
+
+std::string Comms::unique_id() const {
+  ncclUniqueId id;
+  const ncclResult_t result = nccl_.ncclGetUniqueId(&id);
+  if (result != ncclSuccess) fail(nullptr, result, "ncclGetUniqueId");
+  return {id.internal, sizeof id.internal};
+}
+
+int Comms::add(ncclComm_t comm) {
+  const std::lock_guard lock(mutex_);
+  comms_.push_back(comm);
+  return static_cast<int>(comms_.size()) - 1;
+}
+
+int Comms::join(const std::string& unique_id, int rank, int size) {
+  ncclUniqueId id;
+  if (unique_id.size() != sizeof id.internal) throw Error(Code::invalid, "unique_id: 128 bytes are wanted");
+  std::copy(unique_id.begin(), unique_id.end(), id.internal);
+  ncclConfig_t wanted = config();
+  ncclComm_t comm = nullptr;
+  const ncclResult_t result = nccl_.ncclCommInitRankConfig(&comm, size, id, rank, &wanted);
+  if (comm == nullptr) fail(nullptr, result, "ncclCommInitRankConfig");
+  const int index = add(comm);  // first, so that an abort finds it
+  settle(comm, result, "ncclCommInitRankConfig");
+  return index;
+}
+
+int Comms::split(int parent, int color, int key) {
+  ncclConfig_t wanted = config();
+  ncclComm_t comm = nullptr;
+  const ncclResult_t result = nccl_.ncclCommSplit(at(parent), color, key, &comm, &wanted);
+  settle(at(parent), result, "ncclCommSplit");
+  if (color == kNcclNoColor) return -1;
+  if (comm == nullptr) fail(at(parent), ncclInternalError, "ncclCommSplit");
+  const int index = add(comm);
+  settle(comm, ncclInProgress, "ncclCommSplit");
+  return index;
+}
+
+ncclRedOp_t Comms::mean_of(int comm, int32_t dtype, uint32_t divisor) {
+  if (divisor == 1) return ncclSum;
+  const auto key = std::make_tuple(comm, dtype, divisor);
+  const auto found = means_.find(key);
+  if (found != means_.end()) return found->second;
+  Factor factor = reciprocal(divisor, dtype);
+  ncclRedOp_t op = ncclSum;
+  const ncclResult_t result =
+      nccl_.ncclRedOpCreatePreMulSum(&op, factor.bytes, dtype, ncclScalarHostImmediate, at(comm));
+  settle(at(comm), result, "ncclRedOpCreatePreMulSum");
+  return means_[key] = op;
+}
+
+void Comms::settle(int comm, ncclResult_t result, const char* call) { settle(at(comm), result, call); }
+
+void Comms::settle(ncclComm_t comm, ncclResult_t result, const char* call) {
+  const auto limit = hybridcomm::Clock::now() + seconds(timeout_s_);
+  while (result == ncclInProgress) {
+    {
+      // Under the lock of abort(): a communicator that is gone must not be asked.
+      const std::lock_guard lock(mutex_);
+      if (aborted_) throw Error(Code::aborted, std::string(call) + ": the communicators were aborted");
+      const ncclResult_t asked = nccl_.ncclCommGetAsyncError(comm, &result);
+      if (asked != ncclSuccess) result = asked;
+    }
+    if (result != ncclInProgress) break;
+    if (hybridcomm::Clock::now() > limit) {
+      throw Error(Code::stall,
+                  std::string(call) + ": not done after " + std::to_string(timeout_s_) +
+                      " s; is every rank there, and does NCCL_SOCKET_IFNAME name the right network?");
+    }
+    interrupted_();
+    std::this_thread::sleep_for(kPoll);
+  }
+  if (result != ncclSuccess) fail(comm, result, call);
+}
+
+void Comms::group_start() {
+  const ncclResult_t result = nccl_.ncclGroupStart();
+  if (result != ncclSuccess) fail(nullptr, result, "ncclGroupStart");
+}
+
+void Comms::group_end(const std::vector<int>& comms) {
+  const ncclResult_t result = nccl_.ncclGroupEnd();
+  if (result != ncclSuccess && result != ncclInProgress) {
+    fail(comms.empty() ? nullptr : at(comms.front()), result, "ncclGroupEnd");
+  }
+  for (const int comm : comms) settle(comm, ncclInProgress, "ncclGroupEnd");
+}
+
+std::optional<Error> Comms::async_error() {
+  const std::lock_guard lock(mutex_);
+  if (aborted_) return std::nullopt;
+  for (ncclComm_t comm : comms_) {
+    ncclResult_t state = ncclSuccess;
+    const ncclResult_t asked = nccl_.ncclCommGetAsyncError(comm, &state);
+    const ncclResult_t result = asked != ncclSuccess ? asked : state;
+    if (result == ncclSuccess || result == ncclInProgress) continue;
+    const bool peer = result == ncclRemoteError || result == ncclSystemError;
+    return Error(peer ? Code::peer_lost : Code::aborted, words(comm, result, "NCCL in the background"));
+  }
+  return std::nullopt;
+}
+
+void Comms::abort() {
+  const std::lock_guard lock(mutex_);
+  if (aborted_.exchange(true)) return;
+  for (ncclComm_t comm : comms_) nccl_.ncclCommAbort(comm);
+}
+
+void Comms::close() {
+  std::vector<ncclComm_t> comms;
+  {
+    const std::lock_guard lock(mutex_);
+    if (aborted_) return;
+    comms = comms_;
+  }
+  for (const auto& [key, op] : means_) nccl_.ncclRedOpDestroy(op, at(std::get<0>(key)));
+  means_.clear();
+  for (auto comm = comms.rbegin(); comm != comms.rend(); ++comm) {  // children first
+    settle(*comm, nccl_.ncclCommFinalize(*comm), "ncclCommFinalize");
+  }
+  const std::lock_guard lock(mutex_);
+  if (aborted_.exchange(true)) return;
+  for (auto comm = comms.rbegin(); comm != comms.rend(); ++comm) nccl_.ncclCommDestroy(*comm);
+  comms_.clear();
+}
+
+void* Comms::register_buffer(int comm, void* data, size_t nbytes) {
+  void* handle = nullptr;
+  if (nccl_.ncclCommRegister == nullptr) return nullptr;
+  settle(comm, nccl_.ncclCommRegister(at(comm), data, nbytes, &handle), "ncclCommRegister");
+  return handle;
+}
+
+void Comms::deregister_buffer(int comm, void* handle) {
+  const std::lock_guard lock(mutex_);
+  if (!aborted_ && handle != nullptr && nccl_.ncclCommDeregister != nullptr) {
+    nccl_.ncclCommDeregister(at(comm), handle);
+  }
+}
+
+}  // namespace hybridcomm::gpu

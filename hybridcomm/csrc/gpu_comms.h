@@ -1,0 +1,73 @@
+// A rank's NCCL communicators: made, divided, watched and aborted; all of them non-blocking, so that abort always works.
+//
+// Nothing here waits without a limit: what NCCL does in the background is polled (ncclCommGetAsyncError), and who aborts
+// from another thread ends the wait.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common.h"
+#include "gpu_program.h"
+#include "gpu_tables.h"
+
+namespace hybridcomm::gpu {
+
+class Comms {
+ public:
+  // `interrupted` is called now and then in waits, and may throw.
+  Comms(const Nccl& nccl, double timeout_s, std::function<void()> interrupted);
+  ~Comms();
+  Comms(const Comms&) = delete;
+  Comms& operator=(const Comms&) = delete;
+
+  std::string unique_id() const;
+  // Each returns the index of a communicator. Raises Code::bootstrap where the others do not come in time.
+  int join(const std::string& unique_id, int rank, int size);
+  // Collective on `parent`; -1: this rank has no part in it (color kNcclNoColor).
+  int split(int parent, int color, int key);
+
+  ncclComm_t at(int comm) const { return comms_.at(static_cast<size_t>(comm)); }
+  int count() const { return static_cast<int>(comms_.size()); }
+  // The sum of inputs times 1 / divisor, for elements of `dtype`; made once.
+  ncclRedOp_t mean_of(int comm, int32_t dtype, uint32_t divisor);
+
+  // After a call that may return before it is done: until it is, or has failed.
+  void settle(int comm, ncclResult_t result, const char* call);
+  void group_start();
+  void group_end(const std::vector<int>& comms);  // those that took part
+
+  // What NCCL reports of itself in the background; nothing: all is well.
+  std::optional<Error> async_error();
+  // From any thread. What is stuck in a communicator comes back; they are of no more use.
+  void abort();
+  bool aborted() const { return aborted_; }
+  // Says goodbye, once nothing is queued any more.
+  void close();
+
+  void* register_buffer(int comm, void* data, size_t nbytes);  // null: this NCCL cannot
+  void deregister_buffer(int comm, void* handle);
+
+ private:
+  ncclConfig_t config() const;
+  int add(ncclComm_t comm);
+  std::string words(ncclComm_t comm, ncclResult_t result, const char* call) const;
+  [[noreturn]] void fail(ncclComm_t comm, ncclResult_t result, const char* call) const;
+  void settle(ncclComm_t comm, ncclResult_t result, const char* call);
+
+  const Nccl& nccl_;
+  double timeout_s_;
+  std::function<void()> interrupted_;
+  mutable std::mutex mutex_;  // of the list, which the watchdog reads
+  std::vector<ncclComm_t> comms_;
+  std::map<std::tuple<int, int32_t, uint32_t>, ncclRedOp_t> means_;
+  std::atomic<bool> aborted_{false};
+};
+
+}  // namespace hybridcomm::gpu

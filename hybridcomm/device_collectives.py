@@ -1,0 +1,264 @@
+"""The collectives on GPUs that are one call of NCCL's, and messages between two ranks.
+
+Tensors lie on this rank's device, are contiguous and of a dtype that NCCL has; they are read and written in place, and
+what is not a result stays as it is. Messages are NCCL's: no tags, and both ends call them in one order; a batch is one
+NCCL group, so that ranks may send to each other at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from hybridcomm import reduction
+from hybridcomm.device_plan import START, Buffer, DevicePlan, Operation, Touch
+from hybridcomm.errors import DataTypeError, GroupError, UnsupportedError
+from hybridcomm.stream_provider import view_of
+
+if TYPE_CHECKING:
+    from collections import OrderedDict
+
+    import torch
+
+    from hybridcomm import _C
+    from hybridcomm.context import Context
+    from hybridcomm.device_work import DeviceWork
+    from hybridcomm.reduction import Op
+    from hybridcomm.stream_provider import StreamProvider
+
+__all__ = ["DeviceCollectives"]
+
+
+class DeviceCollectives:
+    """One rank's part in them; `hybridcomm.device_context.DeviceContext` has the rest."""
+
+    host: Context
+    provider: StreamProvider
+    _comms: dict[tuple[int, ...], int]
+    _programs: OrderedDict[tuple[Any, ...], tuple[_C.DeviceProgram, DevicePlan, Sequence[Any]]]
+
+    if TYPE_CHECKING:
+        _engine: _C.GpuEngine
+
+        def _remember(
+            self, key: tuple[Any, ...], lowered: DevicePlan, kept: Sequence[Any]
+        ) -> tuple[_C.DeviceProgram, DevicePlan, Sequence[Any]]: ...
+
+        def _start(
+            self,
+            program: tuple[_C.DeviceProgram, DevicePlan, Sequence[Any]],
+            tensors: Sequence[Any],
+            async_op: bool,
+            stream: Any,
+            name: str,
+            wire_nbytes: int = 0,
+        ) -> DeviceWork | None: ...
+
+        def _is_ours(self, t: Any) -> bool: ...
+
+        @staticmethod
+        def _dtype(tensor: torch.Tensor) -> str: ...
+
+    # -- of all ranks --------------------------------------------------------------------------------------
+
+    def broadcast(self, t: Any, src: int = 0, *, async_op: bool = False, stream: Any = None) -> Any:
+        """Copies rank ``src``'s ``t`` into every rank's ``t``."""
+        if not self._is_ours(t):
+            return self.host.broadcast(t, src, async_op=async_op)
+        self._check_rank(src)
+        tensor = view_of(t, self.provider)
+        wrote = self.host.rank != src
+        return self._one("broadcast", tensor, tensor, tensor.numel(), async_op, stream, wrote=wrote, peer=src)
+
+    def reduce(
+        self, t: Any, dst: int = 0, *, op: Op = "sum", async_op: bool = False, stream: Any = None
+    ) -> Any:
+        """Reduces ``t`` over all ranks into rank ``dst``'s ``t``; the others' stay as they are."""
+        if not self._is_ours(t):
+            return self.host.reduce(t, dst, op=op, async_op=async_op)
+        self._check_rank(dst)
+        tensor = view_of(t, self.provider)
+        fields = self._reduction(op, tensor)
+        wrote = self.host.rank == dst
+        return self._one(
+            "reduce", tensor, tensor, tensor.numel(), async_op, stream, wrote=wrote, peer=dst, **fields
+        )
+
+    def all_gather_into_tensor(self, out: Any, t: Any, *, async_op: bool = False, stream: Any = None) -> Any:
+        """Gathers every rank's ``t`` into ``out`` (world_size x t.numel() elements, by rank) on all ranks.
+
+        ``t`` may be this rank's part of ``out``.
+        """
+        if not self._is_ours(out):
+            return self.host.all_gather_into_tensor(out, t, async_op=async_op)
+        whole, own = view_of(out, self.provider, "out"), view_of(t, self.provider)
+        self._check_parts(whole, own, "out", "t")
+        return self._one("all_gather", own, whole, own.numel(), async_op, stream)
+
+    def reduce_scatter_tensor(
+        self, out: Any, t: Any, *, op: Op = "sum", async_op: bool = False, stream: Any = None
+    ) -> Any:
+        """Reduces ``t`` (world_size x out.numel() elements) over all ranks; rank r gets part r in ``out``."""
+        if not self._is_ours(out):
+            return self.host.reduce_scatter_tensor(out, t, op=op, async_op=async_op)
+        own, whole = view_of(out, self.provider, "out"), view_of(t, self.provider)
+        self._check_parts(whole, own, "t", "out")
+        fields = self._reduction(op, own)
+        return self._one("reduce_scatter", whole, own, own.numel(), async_op, stream, **fields)
+
+    def all_to_all_single(self, out: Any, t: Any, *, async_op: bool = False, stream: Any = None) -> Any:
+        """Part r of ``t`` goes to rank r, whose part lands in ``out``; equal parts, ``out`` is not ``t``."""
+        if not self._is_ours(out):
+            return self.host.all_to_all_single(out, t, async_op=async_op)
+        into, source = view_of(out, self.provider, "out"), view_of(t, self.provider)
+        world = self.host.world_size
+        if into.numel() != source.numel() or into.numel() % world or into.dtype != source.dtype:
+            raise UnsupportedError(
+                "all_to_all_single: out and t of one dtype and size, a multiple of the ranks"
+            )
+        size = into.numel() // world
+        messages = []
+        for peer in range(world):
+            messages.append((False, into[peer * size : (peer + 1) * size], peer))
+            messages.append((True, source[peer * size : (peer + 1) * size], peer))
+        return self._messages(messages, async_op, stream, [out, t], "all_to_all_single")
+
+    def barrier(self) -> None:
+        """Of the hosts: every rank has entered before one returns; devices are not waited for."""
+        self.host.barrier()
+
+    # -- messages ------------------------------------------------------------------------------------------
+
+    def isend(self, t: Any, dst: int, *, stream: Any = None) -> Any:
+        """Sends ``t`` to rank ``dst``; ``t`` must stay as it is until the work is done."""
+        return self.batch([(True, t, dst)], stream=stream)
+
+    def irecv(self, t: Any, src: int, *, stream: Any = None) -> Any:
+        """Receives into ``t``, of the size and dtype that were sent, from rank ``src``."""
+        return self.batch([(False, t, src)], stream=stream)
+
+    def batch(self, messages: Sequence[tuple[bool, Any, int]], *, stream: Any = None) -> Any:
+        """Starts messages, (does it send, tensor, peer), as one: ranks may send to each other in it."""
+        found = [(sends, view_of(t, self.provider), peer) for sends, t, peer in messages]
+        for _, _, peer in messages:
+            self._check_rank(peer)
+            if peer == self.host.rank:
+                raise UnsupportedError(f"rank {peer} sends to itself: copy the tensor instead")
+        return self._messages(found, True, stream, [t for _, t, _ in messages], "messages")
+
+    # -- one program each ----------------------------------------------------------------------------------
+
+    def _one(
+        self,
+        kind: str,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        count: int,
+        async_op: bool,
+        stream: Any,
+        *,
+        wrote: bool = True,
+        **fields: Any,
+    ) -> Any:
+        """A call of one NCCL operation of all ranks."""
+        dtype = self._dtype(source)
+        where = source.data_ptr(), target.data_ptr()
+        key = (kind, count, dtype, *where, *sorted(fields.items()))
+        program = self._programs.get(key)
+        if program is None:
+            buffers = _buffers({"source": source, "target": target})
+            touches = [
+                Touch(at.address, at.end, wrote and at.name == "target") for at in buffers if at.nbytes
+            ]
+            operation = Operation(
+                kind=kind,
+                word="exchange",
+                stream="inter",
+                step=0,
+                touches=tuple(touches),
+                after=(START,),
+                source=where[0],
+                target=where[1],
+                count=count,
+                dtype=dtype,
+                comm=self._comms[tuple(range(self.host.world_size))],
+                **fields,
+            )
+            facts = f"{kind} {count} {dtype} {sorted(fields.items())}"
+            program = self._remember(
+                key, _plan(self._text(kind, count, dtype), facts, [operation], buffers), ()
+            )
+        return self._start(program, [source, target], async_op, stream, kind)
+
+    def _messages(
+        self,
+        messages: Sequence[tuple[bool, torch.Tensor, int]],
+        async_op: bool,
+        stream: Any,
+        tensors: Sequence[Any],
+        name: str,
+    ) -> Any:
+        key = (name, *((sends, t.data_ptr(), t.numel(), t.dtype, peer) for sends, t, peer in messages))
+        program = self._programs.get(key)
+        if program is None:
+            buffers = _buffers({f"{i}": t for i, (_, t, _) in enumerate(messages)})
+            operations = [
+                Operation(
+                    kind="send" if sends else "receive",
+                    word="exchange",
+                    stream="inter",
+                    step=0,
+                    touches=(Touch(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), not sends),),
+                    after=(START,) if i == 0 else (),
+                    group=0,
+                    source=t.data_ptr() if sends else 0,
+                    target=t.data_ptr(),
+                    count=t.numel(),
+                    dtype=self._dtype(t),
+                    comm=self._comms[tuple(range(self.host.world_size))],
+                    peer=peer,
+                )
+                for i, (sends, t, peer) in enumerate(messages)
+            ]
+            # Ranks send different things: what they compare in debug mode is the name alone.
+            program = self._remember(
+                key, _plan(self._text(name, len(messages), ""), name, operations, buffers), ()
+            )
+        return self._start(program, tensors, async_op, stream, name)
+
+    def _text(self, kind: str, count: int, dtype: str) -> str:
+        return f"rank {self.host.rank}: {kind} of {count:,} {dtype}".rstrip()
+
+    def _reduction(self, op: Op, tensor: torch.Tensor) -> dict[str, Any]:
+        name, factor = reduction.resolve(op)
+        reduction.check(name, self._dtype(tensor))
+        if factor is not None or name in ("band", "bor", "bxor"):
+            raise UnsupportedError(f"op={op!r} on a GPU: NCCL has sum, avg, min, max and product")
+        if name == "mean":
+            return {"op": "sum", "divisor": self.host.world_size}
+        return {"op": name}
+
+    def _check_rank(self, rank: int) -> None:
+        if not 0 <= rank < self.host.world_size:
+            raise GroupError(f"rank {rank} is not in this group of ranks 0..{self.host.world_size - 1}")
+
+    def _check_parts(self, whole: torch.Tensor, part: torch.Tensor, one: str, other: str) -> None:
+        if whole.dtype != part.dtype:
+            raise DataTypeError(f"{one} is {whole.dtype}, {other} is {part.dtype}: they must be the same")
+        if whole.numel() != part.numel() * self.host.world_size:
+            raise UnsupportedError(
+                f"{one} has {whole.numel()} elements; with {part.numel()} in {other} and {self.host.world_size} ranks "
+                f"it needs {part.numel() * self.host.world_size}"
+            )
+
+
+def _buffers(tensors: dict[str, torch.Tensor]) -> tuple[Buffer, ...]:
+    return tuple(Buffer(name, t.data_ptr(), t.numel() * t.element_size()) for name, t in tensors.items())
+
+
+def _plan(name: str, facts: str, operations: Sequence[Operation], buffers: tuple[Buffer, ...]) -> DevicePlan:
+    digest = int.from_bytes(hashlib.blake2b(facts.encode(), digest_size=8).digest(), "little")
+    return DevicePlan(
+        name=name, digest=digest, operations=tuple(operations), tail=len(operations), buffers=buffers
+    )

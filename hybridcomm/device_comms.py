@@ -1,0 +1,81 @@
+"""A rank's NCCL communicators: of all ranks, of its node, and of the owners of each shard.
+
+Made once, in one order on all ranks: the first from an id that goes through the host's context, the others by
+splitting it. NCCL's version and what it has beyond 2.18 must be the same everywhere, since plans rely on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hybridcomm.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from hybridcomm import _C
+    from hybridcomm.groups import Grouping
+    from hybridcomm.topology import Topology
+
+__all__ = ["check_alike", "connect", "groups_of"]
+
+_TEXT_NBYTES = 512
+
+
+def groups_of(topology: Topology) -> list[list[tuple[int, ...]]]:
+    """Rounds of disjoint groups that plans need beside that of all ranks: nodes, then the owners of shards.
+
+    A group's order is that of its communicator: ascending within a node, by node between nodes.
+    """
+    rounds: list[list[tuple[int, ...]]] = []
+    world = tuple(range(topology.world_size))
+    wanted = [node for node in topology.nodes if len(node) > 1]
+    if len(topology.nodes) > 1:
+        wanted += [topology.owners(shard) for shard in range(topology.K)]
+    seen = {world}
+    for group in wanted:
+        if group in seen:
+            continue
+        seen.add(group)
+        for members in rounds:
+            if all(not set(group) & set(other) for other in members):
+                members.append(group)
+                break
+        else:
+            rounds.append([group])
+    return rounds
+
+
+def connect(engine: _C.GpuEngine, host: Grouping) -> dict[tuple[int, ...], int]:
+    """The communicators that this rank is in, by their ranks; all ranks call it.
+
+    Raises `BootstrapError`-like errors of the host where a rank does not come, `PeerLostError` where NCCL fails.
+    """
+    rank, world = host.rank, tuple(range(host.world_size))
+    unique = np.zeros(128, np.uint8)
+    if rank == 0:
+        unique[:] = np.frombuffer(engine.unique_id(), np.uint8)
+    host.broadcast(unique, 0)
+    comms = {world: engine.join(unique_id=unique.tobytes(), rank=rank, size=len(world))}
+    for members in groups_of(host.topology):
+        own = next((i for i, group in enumerate(members) if rank in group), None)
+        key = 0 if own is None else members[own].index(rank)
+        made = engine.split(parent=comms[world], color=own, key=key)
+        if own is not None:
+            comms[members[own]] = made
+    return comms
+
+
+def check_alike(host: Grouping, facts: Sequence[str]) -> None:
+    """Raises `UnsupportedError`, on all ranks, naming those whose facts are not rank 0's."""
+    text = "; ".join(facts).encode()[:_TEXT_NBYTES]
+    every = np.empty(_TEXT_NBYTES * host.world_size, np.uint8)
+    host.all_gather(every, np.frombuffer(text.ljust(_TEXT_NBYTES, b"\0"), np.uint8).copy())
+    said = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in every.reshape(-1, _TEXT_NBYTES)]
+    others = [f"rank {rank} has {its}" for rank, its in enumerate(said) if its != said[0]]
+    if others:
+        raise UnsupportedError(
+            f"rank 0 has {said[0]}, but {', '.join(others[:8])}: install the same NCCL, and the same kind of GPU, "
+            "on every rank"
+        )

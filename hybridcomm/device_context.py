@@ -1,0 +1,405 @@
+"""A rank's GPU in a job: collectives of tensors that lie on it, over NCCL and the device kernels.
+
+It stands beside the host's context, which brought the ranks together and still carries what is small. A gradient's
+route is the plan's, as on hosts; where nothing is compressed, NCCL's own algorithms, which are hierarchical already,
+take a tensor in one call ("flat").
+
+    device_context.py   a call -> plan -> program            lower_device.py   plan -> operations on streams
+    device_codec.py     kernels of payloads, as launches     device_plan.py    these as a value; device_check.py
+    device_comms.py     communicators                        csrc/gpu_*        issuing, watchdog
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hybridcomm import _C, collective_plans, device_comms, policy, reduction
+from hybridcomm import compress as compressors
+from hybridcomm.device_collectives import DeviceCollectives
+from hybridcomm.device_plan import Buffer
+from hybridcomm.device_work import DeviceWork, handle_of
+from hybridcomm.errors import DataTypeError, PlanMismatchError, UnsupportedError
+from hybridcomm.lower_device import Places, lower_device
+from hybridcomm.residual_memory import DeviceResiduals
+from hybridcomm.stream_provider import StreamProvider, TorchCuda, view_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from hybridcomm.bucket import Span
+    from hybridcomm.compress import ByLink, Compressor
+    from hybridcomm.context import Context
+    from hybridcomm.device_plan import DevicePlan
+    from hybridcomm.plan import Plan
+    from hybridcomm.reduction import Op
+    from hybridcomm.residual import Residual
+    from hybridcomm.topology import Topology
+
+__all__ = ["DeviceContext"]
+
+_CACHED = 256
+_WATCH_S = 0.1
+_UNNAMED = "tensor"
+
+
+class DeviceContext(DeviceCollectives):
+    """One rank's device; made by `DeviceContext.connect`, by all ranks of a context together.
+
+    Calls put work on the engine's streams behind what the caller's current stream holds, and return. Without
+    ``async_op`` the current stream waits for the result; the host never does.
+    """
+
+    def __init__(
+        self,
+        host: Context,
+        provider: StreamProvider,
+        engine: _C.GpuEngine,
+        comms: dict[tuple[int, ...], int],
+        *,
+        streams: tuple[int, int, int],
+        debug: bool,
+    ) -> None:
+        self.host, self.provider, self.debug = host, provider, debug
+        self._engine, self._comms, self._streams = engine, comms, streams
+        self._plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
+        self._programs: OrderedDict[tuple[Any, ...], tuple[_C.DeviceProgram, DevicePlan, Sequence[Any]]] = (
+            OrderedDict()
+        )
+        self._running: deque[DeviceWork] = deque()
+        self._calls = 0
+        self._residuals = DeviceResiduals(provider)
+
+    @classmethod
+    def connect(
+        cls,
+        host: Context,
+        provider: StreamProvider | None = None,
+        *,
+        watch: float = _WATCH_S,
+        debug: bool = False,
+    ) -> DeviceContext:
+        """Loads CUDA and NCCL, and connects this rank's device to the others'; all ranks of ``host`` call it.
+
+        ``provider``: whose streams and tensors (default: torch's, of its current device). ``watch``: s between looks
+        of the watchdog, which ends everything with a typed error where NCCL failed in the background, or something was
+        not done within the context's timeout; 0: none. ``debug``: before each call ranks compare what they are about
+        to do, which makes the host wait, and raise `PlanMismatchError` where they differ.
+
+        Raises `UnsupportedError` where a library is missing or too old, or ranks differ in it.
+        """
+        from hybridcomm.gpu_libraries import nccl_files
+
+        provider = TorchCuda() if provider is None else provider
+        engine = _C.GpuEngine(
+            device=provider.ordinal,
+            streams=2,
+            timeout_s=host.timeout,
+            watch_s=watch,
+            nccl_files=[str(path) for path in nccl_files()],
+            host=host._engine,
+        )
+        facts = [f"NCCL {engine.nccl_version}", f"sm_{engine.compute_capability}", *engine.newer]
+        device_comms.check_alike(host, facts)
+        comms = device_comms.connect(engine, host)
+        # One stream for all of NCCL: kernels of two communicators that wait for each other may fill a device.
+        return cls(host, provider, engine, comms, streams=(0, 1, 1), debug=debug)
+
+    # -- facts ---------------------------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        return self.host.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.host.world_size
+
+    @property
+    def topology(self) -> Topology:
+        return self.host.topology
+
+    @property
+    def bucket_align(self) -> int:
+        """Elements; in buckets of a multiple of it, shards are alike, and NCCL moves them in one call."""
+        return policy.DENSE_ALIGN * self.topology.K * len(self.topology.nodes)
+
+    def describe(self) -> str:
+        """One line for a log: libraries, and the route that tensors take."""
+        gpu = self._engine
+        return (
+            f"GPU {self.provider.ordinal} (sm_{gpu.compute_capability}), CUDA driver {gpu.cuda_version}, NCCL "
+            f"{gpu.nccl_version} ({gpu.nccl_path}; {', '.join(gpu.newer) or 'nothing beyond 2.18'}); without compress= "
+            "tensors go flat, by NCCL's own algorithms; with it hierarchically, compressed between nodes"
+        )
+
+    # -- all-reduce ----------------------------------------------------------------------------------------
+
+    def allreduce(
+        self,
+        t: Any,
+        *,
+        op: Op = "sum",
+        compress: ByLink = None,
+        residual: Residual | None = None,
+        exchange: str = "auto",
+        async_op: bool = False,
+        residual_key: str = _UNNAMED,
+        spans: Sequence[Span] | None = None,
+        stream: Any = None,
+        flat: bool = True,
+    ) -> Any:
+        """As `hybridcomm.allreduce`, of a tensor on the device (others are the host context's).
+
+        ``stream``: that the tensor belongs to (torch's, cupy's or an address; default: the current one). ``flat``: an
+        uncompressed tensor is left to NCCL's own algorithm; False: the plan's route, stage by stage. Fastest where
+        tensors stay where they are: the operations of a call are made once per address.
+
+        Raises `UnsupportedError` where no kernel is shipped for ``compress``, or sizes are not multiples of 16.
+        """
+        if not self._is_ours(t):
+            return self.host.allreduce(
+                t, op=op, compress=compress, residual=residual, exchange=exchange, async_op=async_op,
+                residual_key=residual_key, spans=spans,
+            )  # fmt: skip
+        tensor = view_of(t, self.provider)
+        dtype = self._dtype(tensor)
+        name, factor = reduction.resolve(op)
+        reduction.check(name, dtype)
+        if factor is not None:
+            raise UnsupportedError("op=premul_sum on a GPU: multiply the tensor first")
+        codec = self._codec(compress, dtype, name)
+        key = ("allreduce", tensor.numel(), dtype, name, str(codec), codec, exchange, flat)
+        plan = self._plan(
+            key, lambda: self._plan_allreduce(tensor.numel(), dtype, name, codec, exchange, flat)
+        )
+        if plan.compressor == "none" and residual is not None:
+            raise UnsupportedError("residual= needs compress=, and nodes to compress between")
+        pair = self._staged(plan, codec, residual, residual_key, spans)
+        where = (tensor.data_ptr(), *(() if pair is None else (each.data_ptr() for each in pair)))
+        program = self._program((key, residual_key, where), plan, tensor, codec, pair)
+        return self._start(
+            program, [t, tensor, *(pair or ())], async_op, stream, residual_key, _sent(plan, self.rank)
+        )
+
+    def _is_ours(self, t: Any) -> bool:
+        return self.provider.owns(t) or (hasattr(t, "__dlpack_device__") and t.__dlpack_device__()[0] == 2)
+
+    def _codec(self, compress: ByLink, dtype: str, op: str) -> Compressor | None:
+        links = compressors.by_link(compress)
+        if links.intra_node is not None:
+            raise UnsupportedError("compress= inside nodes: GPUs of a node are summed dense")
+        if isinstance(links.inter_node, str) and links.inter_node.partition(":")[0] == "auto":
+            raise UnsupportedError(
+                "compress='auto' on a GPU: nothing was measured there yet; name a compressor"
+            )
+        codec = compressors.resolve(links.inter_node)
+        if codec is not None:
+            compressors.check_compressible(codec, dtype=dtype, op=op)
+        return codec
+
+    def _plan_allreduce(
+        self, numel: int, dtype: str, op: str, codec: Compressor | None, exchange: str, flat: bool
+    ) -> Plan:
+        several = len(self.topology.nodes) > 1
+        if flat and (codec is None or not several):
+            return collective_plans.allreduce_flat(self.topology, numel, dtype=dtype, op=op)
+        block = 1 if codec is None else codec.block
+        align = block * policy.DENSE_ALIGN
+        return collective_plans.allreduce(
+            self.topology,
+            numel,
+            dtype=dtype,
+            op=op,
+            compressor=codec,
+            exchange=exchange,
+            chunk_elems=max(-(-numel // align), 1) * align,
+        )
+
+    def _plan(self, key: tuple[Any, ...], build: Any) -> Plan:
+        found = self._plans.get(key)
+        if found is None:
+            found = self._plans[key] = build()
+            if len(self._plans) > _CACHED:
+                self._plans.popitem(last=False)
+        return found
+
+    def _staged(
+        self,
+        plan: Plan,
+        codec: Compressor | None,
+        residual: Residual | None,
+        key: str,
+        spans: Sequence[Span] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if residual is None or codec is None:
+            return None
+        compressors.check_feedback(codec, residual)
+        if residual.momentum or residual.decay != 1.0:
+            raise UnsupportedError("Residual(decay=, momentum=): on GPUs kernels are shipped without them")
+        residual.place(self._residuals)
+        regions = plan.residuals(self.rank)
+        e_in, e_out = residual.stage(key, numel=plan.numel, regions=regions, spans=spans)
+        if e_in is e_out:  # a second call before a commit: kernels take two buffers
+            raise UnsupportedError(
+                f"residual of {key!r}: a second call before commit(); on GPUs call commit() or rollback() between"
+            )
+        return e_in, e_out
+
+    def _program(
+        self,
+        key: tuple[Any, ...],
+        plan: Plan,
+        tensor: torch.Tensor,
+        codec: Compressor | None,
+        pair: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> tuple[_C.DeviceProgram, DevicePlan, Sequence[Any]]:
+        found = self._programs.get(key)
+        if found is not None:
+            self._programs.move_to_end(key)
+            return found
+        payloads, kept = None, ()
+        if plan.compressor != "none" and codec is not None:
+            from hybridcomm.device_codec import DevicePayloads
+            from hybridcomm.kernels.cubins.load import find
+
+            arch = self._engine.compute_capability
+            payloads = DevicePayloads(
+                plan, self.rank, codec, tensor, pair, memory=self.provider, find=lambda name: find(name, arch)
+            )
+        buffer = Buffer("tensor", tensor.data_ptr(), tensor.numel() * tensor.element_size())
+        places = Places(tensor=buffer, comms=self._comms)
+        text = f"rank {self.rank}: {plan.collective} of {plan.numel:,} {plan.dtype} ({plan.compressor})"
+        lowered = lower_device(plan, self.rank, places, payloads, name=text)
+        kept = () if payloads is None else payloads.kept
+        return self._remember(key, lowered, kept)
+
+    def _remember(
+        self, key: tuple[Any, ...], lowered: DevicePlan, kept: Sequence[Any]
+    ) -> tuple[_C.DeviceProgram, DevicePlan, Sequence[Any]]:
+        program = lowered.program(self._engine, self._streams, nccl_type)
+        self._programs[key] = program, lowered, kept
+        if len(self._programs) > _CACHED:
+            self._programs.popitem(last=False)
+        return self._programs[key]
+
+    def _start(
+        self,
+        program: tuple[_C.DeviceProgram, DevicePlan, Sequence[Any]],
+        tensors: Sequence[Any],
+        async_op: bool,
+        stream: Any,
+        name: str,
+        wire_nbytes: int = 0,
+    ) -> DeviceWork | None:
+        compiled, lowered, kept = program
+        if self.debug:
+            self._compare(lowered, name)
+        producer = self.provider.stream() if stream is None else handle_of(stream)
+        work = DeviceWork(
+            self._engine,
+            self._engine.start(compiled, producer),
+            self.provider,
+            [*tensors, *kept],
+            wire_nbytes=wire_nbytes,
+        )
+        while self._running and self._running[0].is_completed():
+            self._running.popleft()
+        self._running.append(work)
+        if async_op:
+            return work
+        work.wait(producer)
+        return None
+
+    def _compare(self, lowered: DevicePlan, name: str) -> None:
+        """All ranks say what they are about to do; raises on all of them where one says something else."""
+        self._calls += 1
+        mine = hashlib.blake2b(f"{self._calls} {name} {lowered.digest}".encode(), digest_size=8).digest()
+        every = np.empty(8 * self.world_size, np.uint8)
+        self.host.all_gather(every, np.frombuffer(mine, np.uint8).copy())
+        others = [r for r, row in enumerate(every.reshape(-1, 8)) if row.tobytes() != every[:8].tobytes()]
+        if others:
+            raise PlanMismatchError(
+                f"rank {self.rank}: call {self._calls} is {name!r}, {lowered.name}; ranks {others} call something "
+                "else than rank 0: every rank must issue the same collectives of the same tensors in one order"
+            )
+
+    @staticmethod
+    def _dtype(tensor: torch.Tensor) -> str:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        nccl_type(dtype)
+        return dtype
+
+    # -- end -----------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Waits for what is under way, says goodbye to the peers, gives streams and communicators back. Idempotent."""
+        try:
+            self._engine.close()
+        finally:
+            self._running.clear()
+            self._programs.clear()
+
+    def abort(self) -> None:
+        """Ends what is under way: here at once, on the others as NCCL tells them; all later calls raise."""
+        self._engine.fail(f"rank {self.rank}: aborted by its caller")
+
+    def __enter__(self) -> DeviceContext:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+NCCL_TYPES = {
+    "int8": 0,
+    "uint8": 1,
+    "int32": 2,
+    "int64": 4,
+    "float16": 6,
+    "float32": 7,
+    "float64": 8,
+    "bfloat16": 9,
+}
+"""ncclDataType_t of the dtypes that it combines."""
+
+
+def nccl_type(dtype: str) -> int:
+    """NCCL's code; raises `DataTypeError` for a dtype that it has not."""
+    try:
+        return NCCL_TYPES[dtype]
+    except KeyError:
+        raise DataTypeError(f"{dtype} on a GPU: NCCL takes {', '.join(NCCL_TYPES)}") from None
+
+
+def _sent(plan: Plan, rank: int) -> int:
+    """Bytes that a rank's part sends to other nodes; of a flat call, what a ring through all nodes takes of it."""
+    nodes, size = len(plan.topology.nodes), policy.itemsize(plan.dtype)
+    if nodes == 1:
+        return 0
+    node = plan.topology.nodes[plan.topology.node_of(rank)]
+    total = 0
+    for step in plan.for_rank(rank):
+        if step.op == "allreduce_flat":
+            total += 2 * (nodes - 1) * step.region.numel * size // nodes // len(node)
+        elif step.op == "exchange_reduce_all":
+            total += 2 * (nodes - 1) * step.region.numel * size // nodes
+        elif step.op == "exchange_reduce":
+            total += step.region.numel * size if rank != step.root else 0
+        elif step.op == "exchange_gather":
+            total += (nodes - 1) * step.region.numel * size if rank == step.root else 0
+        elif step.op in ("exchange_payload", "exchange_recompressed"):
+            total += _payload_bytes(plan, step, rank, nodes)
+    return total
+
+
+def _payload_bytes(plan: Plan, step: Any, rank: int, nodes: int) -> int:
+    codec = compressors.resolve(plan.compressor)
+    nbytes = 0 if codec is None else codec.nbytes(step.region.numel)
+    if step.op == "exchange_payload":
+        return nbytes * (nodes - 1) if step.root == -1 else nbytes * (rank != step.root)
+    return nbytes * (nodes - 1) * (rank == step.root)

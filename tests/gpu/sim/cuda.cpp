@@ -48,6 +48,43 @@ CUresult query(const std::shared_ptr<sim::Record>& record) {
   return CUDA_SUCCESS;
 }
 
+constexpr size_t kUnasked = 48 * 1024;  // bytes of shared memory that a block gets without asking
+
+struct Module;
+struct Function {
+  const sim::Kernel* kernel;
+  const Module* module;
+  size_t most;  // bytes of dynamic shared memory
+};
+struct Module {
+  const sim::Image* image;
+  int device;
+  bool live;
+  std::list<Function> functions;
+};
+std::list<Module>& modules() {
+  static auto* const all = new std::list<Module>;  // of all rounds: handles stay what they are
+  return *all;
+}
+
+Module* module_of(CUmodule handle) {
+  for (Module& each : modules()) {
+    if (reinterpret_cast<CUmodule>(&each) == handle && each.live) return &each;
+  }
+  world().reports.add(Finding::stranger, "a module that is none, or was unloaded");
+  return nullptr;
+}
+
+Function* function_of(CUfunction handle) {
+  for (Module& module : modules()) {
+    for (Function& each : module.functions) {
+      if (reinterpret_cast<CUfunction>(&each) == handle && module.live) return &each;
+    }
+  }
+  world().reports.add(Finding::stranger, "a function that is none, or whose module was unloaded");
+  return nullptr;
+}
+
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -225,32 +262,70 @@ EXPORT CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t nbyt
   return enqueue(stream, std::move(operation));
 }
 
-// A module is whatever was registered under its entry points' names.
+// A module belongs to the context that loaded it.
 EXPORT CUresult cuModuleLoadData(CUmodule* module, const void* image) {
-  *module = reinterpret_cast<CUmodule>(const_cast<void*>(image));
-  return image == nullptr ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
-}
-EXPORT CUresult cuModuleUnload(CUmodule) { return CUDA_SUCCESS; }
-EXPORT CUresult cuModuleGetFunction(CUfunction* function, CUmodule, const char* name) {
   const auto lock = locked();
-  *function = reinterpret_cast<CUfunction>(const_cast<sim::Kernel*>(sim::find_kernel(name)));
-  return *function == nullptr ? CUDA_ERROR_NOT_FOUND : CUDA_SUCCESS;
+  if (!on_a_device()) return CUDA_ERROR_INVALID_CONTEXT;
+  const sim::Image* found = image == nullptr ? nullptr : sim::find_image(image);
+  if (found == nullptr) return CUDA_ERROR_INVALID_IMAGE;
+  modules().push_back({found, world().here().device, true, {}});
+  *module = reinterpret_cast<CUmodule>(&modules().back());
+  return CUDA_SUCCESS;
 }
-EXPORT CUresult cuFuncSetAttribute(CUfunction, int32_t, int) { return CUDA_SUCCESS; }
-EXPORT CUresult cuLaunchKernel(CUfunction function, unsigned blocks, unsigned, unsigned, unsigned threads,
-                               unsigned, unsigned, unsigned, CUstream stream, void** parameters,
-                               void** extra) {
+EXPORT CUresult cuModuleUnload(CUmodule handle) {
   const auto lock = locked();
-  const auto* kernel = reinterpret_cast<const sim::Kernel*>(function);
+  Module* module = module_of(handle);
+  if (module == nullptr) return CUDA_ERROR_INVALID_HANDLE;
+  module->live = false;
+  return CUDA_SUCCESS;
+}
+EXPORT CUresult cuModuleGetFunction(CUfunction* function, CUmodule handle, const char* symbol) {
+  const auto lock = locked();
+  Module* module = module_of(handle);
+  if (module == nullptr) return CUDA_ERROR_INVALID_HANDLE;
+  const sim::Kernel* kernel = sim::find_kernel(*module->image, symbol);
+  if (kernel == nullptr) return CUDA_ERROR_NOT_FOUND;
+  module->functions.push_back({kernel, module, kUnasked});
+  *function = reinterpret_cast<CUfunction>(&module->functions.back());
+  return CUDA_SUCCESS;
+}
+EXPORT CUresult cuFuncSetAttribute(CUfunction handle, int32_t attribute, int value) {
+  const auto lock = locked();
+  Function* function = function_of(handle);
+  if (function == nullptr) return CUDA_ERROR_INVALID_HANDLE;
+  if (attribute == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES)
+    function->most = static_cast<size_t>(value);
+  return CUDA_SUCCESS;
+}
+EXPORT CUresult cuLaunchKernel(CUfunction handle, unsigned x, unsigned y, unsigned z, unsigned threads_x,
+                               unsigned threads_y, unsigned threads_z, unsigned shared, CUstream to,
+                               void** parameters, void** extra) {
+  const auto lock = locked();
+  const Function* function = function_of(handle);
+  sim::Stream* stream = on_a_device() ? world().stream(to) : nullptr;
+  if (function == nullptr || stream == nullptr) return CUDA_ERROR_INVALID_HANDLE;
+  const sim::Kernel& kernel = *function->kernel;
+  const sim::Launch launch{{x, y, z}, {threads_x, threads_y, threads_z}, shared, parameters, extra};
+  std::string reason;
+  const auto arguments = sim::arguments_of(kernel, launch, reason);
+  if (reason.empty() && shared > function->most)
+    reason = "more shared memory than cuFuncSetAttribute has allowed";
+  if (reason.empty() && stream->device != function->module->device)
+    reason = "of another device than the stream";
+  if (!reason.empty()) {
+    world().reports.add(Finding::misuse, kernel.name + ": " + reason);
+    return CUDA_ERROR_INVALID_VALUE;
+  }
   Operation operation;
-  operation.what = kernel->name;
-  const auto arguments = sim::arguments_of(*kernel, parameters, extra);
-  if (arguments == nullptr) return CUDA_ERROR_INVALID_VALUE;
-  kernel->ranges(arguments->data(), [&operation](uintptr_t begin, size_t nbytes, bool write) {
-    operation.ranges.push_back({begin, nbytes, write});
-  });
-  operation.run = [kernel, arguments, blocks, threads] { kernel->run(arguments->data(), blocks, threads); };
-  return enqueue(stream, std::move(operation));
+  operation.what = kernel.name;
+  operation.look = [&kernel, arguments, x](std::vector<Range>& ranges) {
+    return kernel.ranges(arguments->data(), x, [&ranges](uintptr_t begin, size_t nbytes, bool write) {
+      ranges.push_back({begin, nbytes, write});
+    });
+  };
+  operation.run = [&kernel, arguments, x, threads_x] { kernel.run(arguments->data(), x, threads_x); };
+  world().enqueue(*stream, std::move(operation));
+  return CUDA_SUCCESS;
 }
 
 // Capture comes with what captures: none of it is called yet.
@@ -266,20 +341,3 @@ EXPORT CUresult cuGraphInstantiateWithFlags(CUgraphExec*, CUgraph, unsigned long
 EXPORT CUresult cuGraphLaunch(CUgraphExec, CUstream) { return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED; }
 EXPORT CUresult cuGraphDestroy(CUgraph) { return CUDA_SUCCESS; }
 EXPORT CUresult cuGraphExecDestroy(CUgraphExec) { return CUDA_SUCCESS; }
-
-// For tests.
-EXPORT void sim_reset(unsigned seed, int eager_percent, int threads) {
-  const std::lock_guard<std::mutex> lock(world().mutex);
-  world().reset(seed, eager_percent, threads);
-}
-EXPORT void sim_register(const char* name, const size_t* sizes, int count,
-                         void (*run)(const unsigned char*, unsigned, unsigned),
-                         void (*ranges)(const unsigned char*, const sim::Touch&)) {
-  const std::lock_guard<std::mutex> lock(world().mutex);
-  sim::register_kernel({name, {sizes, sizes + count}, run, ranges});
-}
-EXPORT int sim_finish() {
-  const std::lock_guard<std::mutex> lock(world().mutex);
-  return world().finish();
-}
-EXPORT const char* sim_report(int i) { return world().reports.lines()[static_cast<size_t>(i)].c_str(); }

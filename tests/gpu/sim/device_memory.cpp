@@ -21,40 +21,85 @@ uintptr_t DeviceMemory::allocate(size_t nbytes, int device) {
   const uintptr_t first = reinterpret_cast<uintptr_t>(store.get()) + kRedZone;
   const uintptr_t begin = (first + kAlign - 1) / kAlign * kAlign;
   std::memset(reinterpret_cast<void*>(begin), kPoison, nbytes);
-  blocks_[begin] = Block{std::move(store), begin, nbytes, device, true, {}};
+  forget(reinterpret_cast<uintptr_t>(store.get()), whole);
+  blocks_[begin] = Block{std::move(store), begin, nbytes, device, true, kRedZone, {}};
   return begin;
 }
 
-// The block that an address belongs to, its red zones included.
+void DeviceMemory::forget(uintptr_t begin, size_t nbytes) {
+  for (auto each = blocks_.begin(); each != blocks_.end();) {
+    const Block& block = each->second;
+    const bool meets = block.begin < begin + nbytes && begin < block.begin + block.nbytes;
+    each = meets && block.zone == 0 && !block.live ? blocks_.erase(each) : std::next(each);
+  }
+}
+
+bool DeviceMemory::adopt(uintptr_t address, size_t nbytes, int device) {
+  for (const auto& [begin, block] : blocks_) {
+    if (block.live && begin < address + nbytes && address < begin + block.nbytes) {
+      reports_.add(Finding::misuse, "sim_adopt of what is device memory already");
+      return false;
+    }
+  }
+  forget(address, nbytes);
+  blocks_[address] = Block{nullptr, address, nbytes, device, true, 0, {}};
+  return true;
+}
+
+// The block that an address belongs to, or in whose red zones it is.
 const DeviceMemory::Block* DeviceMemory::find(uintptr_t address) const {
+  const Block* beside = nullptr;
   auto after = blocks_.upper_bound(address + kRedZone);
   while (after != blocks_.begin()) {
     const Block& block = (--after)->second;
-    if (address < block.begin + block.nbytes + kRedZone && address + kRedZone >= block.begin) return &block;
+    if (address >= block.begin && address < block.begin + block.nbytes) return &block;
+    const bool near =
+        address + block.zone >= block.begin && address < block.begin + block.nbytes + block.zone;
+    if (near) beside = &block;
     if (block.begin + block.nbytes + kRedZone < address) break;
   }
-  return nullptr;
+  return beside;
 }
 
-bool DeviceMemory::release(uintptr_t address, const Clock& clock) {
-  const auto found = blocks_.find(address);
-  if (found == blocks_.end()) {
-    reports_.add(Finding::stranger, "cuMemFree of what cuMemAlloc has not given");
-    return false;
-  }
-  Block& block = found->second;
+bool DeviceMemory::readable(uintptr_t address, size_t nbytes) const {
+  const Block* block = find(address);
+  return block != nullptr && block->live && address >= block->begin &&
+         address + nbytes <= block->begin + block->nbytes;
+}
+
+bool DeviceMemory::end(const char* call, Block& block, const Clock& clock) {
+  const std::string name = call;
   if (!block.live) {
-    reports_.add(Finding::freed, "cuMemFree of one block twice");
+    reports_.add(Finding::freed, name + " of one block twice");
     return false;
   }
   for (const Access& access : block.history) {
     if (!known(clock, access)) {
-      reports_.add(Finding::freed, "cuMemFree is not ordered after " + access.what + kind(access.write));
+      reports_.add(Finding::freed, name + " is not ordered after " + access.what + kind(access.write));
     }
   }
   block.live = false;
-  std::memset(reinterpret_cast<void*>(block.begin), kPoison, block.nbytes);
   return true;
+}
+
+bool DeviceMemory::release(uintptr_t address, const Clock& clock) {
+  const auto found = blocks_.find(address);
+  if (found == blocks_.end() || found->second.zone == 0) {
+    reports_.add(Finding::stranger, "cuMemFree of what cuMemAlloc has not given");
+    return false;
+  }
+  if (!end("cuMemFree", found->second, clock)) return false;
+  std::memset(reinterpret_cast<void*>(address), kPoison, found->second.nbytes);
+  return true;
+}
+
+bool DeviceMemory::drop(uintptr_t address, const Clock& clock) {
+  const auto found = blocks_.find(address);
+  if (found == blocks_.end() || found->second.zone != 0) {
+    reports_.add(Finding::stranger, "sim_drop of what was not adopted");
+    return false;
+  }
+  return end("sim_drop", found->second, clock);
 }
 
 bool DeviceMemory::access(uintptr_t begin, size_t nbytes, bool write, int actor, const Clock& clock,
@@ -70,10 +115,11 @@ bool DeviceMemory::access(uintptr_t begin, size_t nbytes, bool write, int actor,
     return false;
   }
   if (!block->live) {
-    reports_.add(Finding::freed, what + kind(write) + ": after cuMemFree");
+    reports_.add(Finding::freed,
+                 what + kind(write) + (block->zone == 0 ? ": after sim_drop" : ": after cuMemFree"));
     return false;
   }
-  if (block->device != device) {
+  if (device >= 0 && block->device != device) {
     reports_.add(Finding::stranger, what + kind(write) + ": memory of another device");
   }
   Access now{begin, begin + nbytes, write, actor, clock.at(actor), what};
@@ -95,6 +141,7 @@ bool DeviceMemory::access(uintptr_t begin, size_t nbytes, bool write, int actor,
 
 void DeviceMemory::finish() {
   for (const auto& [address, block] : blocks_) {
+    if (block.zone == 0) continue;  // whoever lent it keeps it
     if (block.live) {
       reports_.add(Finding::leak, "device memory of " + std::to_string(block.nbytes) + " bytes");
     }

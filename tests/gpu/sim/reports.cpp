@@ -23,6 +23,8 @@ const char* name_of(Finding finding) {
       return "mismatch";
     case Finding::misuse:
       return "misuse";
+    case Finding::kernel:
+      return "kernel";
   }
   return "";
 }
@@ -31,6 +33,7 @@ const char* name_of(Finding finding) {
 
 void Reports::add(Finding finding, const std::string& text) {
   const std::string line = std::string(name_of(finding)) + ": " + text;
+  ++found_;
   if (seen_.insert(line).second) lines_.push_back(line);
 }
 

@@ -17,18 +17,21 @@ enum class Finding {
   deadlock,        // every host thread waits and no stream can go on
   leak,            // left over at the end
   mismatch,        // ranks of a communicator that called different things
-  misuse,          // a call that NCCL's documentation forbids
+  misuse,          // a call or an argument that the documentation of CUDA, of NCCL or of a kernel forbids
+  kernel,          // a kernel's function failed
 };
 
 class Reports {
  public:
   void add(Finding finding, const std::string& text);
   const std::vector<std::string>& lines() const { return lines_; }
-  void clear() { seen_.clear(), lines_.clear(); }
+  size_t found() const { return found_; }  // however often
+  void clear() { seen_.clear(), lines_.clear(), found_ = 0; }
 
  private:
   std::set<std::string> seen_;
   std::vector<std::string> lines_;
+  size_t found_ = 0;
 };
 
 }  // namespace sim

@@ -13,7 +13,7 @@ struct Leaver {
     World& all = world();
     const std::lock_guard<std::mutex> lock(all.mutex);
     if (all.round_ != round) return;
-    --all.active_;
+    all.active_ -= thread->counted;
     all.changed_.notify_all();
   }
 };
@@ -35,7 +35,8 @@ void World::reset(unsigned seed, int eager_percent, int threads) {
   eager_ = eager_percent;
   actors_ = 0;
   active_ = threads;
-  expected_ = static_cast<size_t>(threads);
+  awaited_ = threads;
+  published_ = Clock();
   ++round_;
   if (also_reset) also_reset();
 }
@@ -55,15 +56,31 @@ int World::finish() {
   return static_cast<int>(reports.lines().size());
 }
 
-Thread& World::here() {
-  if (leaver.thread == nullptr || leaver.round != round_) {
-    threads_.push_back({actors_++, {}, -1, nullptr});
-    leaver.thread = &threads_.back();
-    leaver.round = round_;
-    active_ += threads_.size() > expected_;
+void World::enter(bool counted) {
+  threads_.push_back({actors_++, published_, -1, counted, nullptr});
+  leaver.thread = &threads_.back();
+  leaver.round = round_;
+  if (!counted) return;
+  if (awaited_ > 0) {
+    --awaited_;
+  } else {
+    ++active_;
   }
+}
+
+Thread& World::here() {
+  if (leaver.thread == nullptr || leaver.round != round_) enter(true);
   return *leaver.thread;
 }
+
+void World::stand_by() {
+  if (leaver.thread == nullptr || leaver.round != round_) return enter(false);
+  active_ -= leaver.thread->counted;
+  leaver.thread->counted = false;
+  changed_.notify_all();
+}
+
+void World::publish() { published_.join(here().clock); }
 
 Stream* World::make_stream(int device, bool blocking) {
   streams_.push_back({actors_++, device, false, blocking, true, {}, {}, nullptr});
@@ -141,7 +158,9 @@ void World::run_head(Stream& stream) {
   const Operation operation = std::move(stream.queue.front());
   stream.queue.pop_front();
   bool sound = true;
-  for (const Range& range : operation.ranges) {
+  std::vector<Range> ranges = operation.ranges;
+  if (operation.look) sound = operation.look(ranges);
+  for (const Range& range : ranges) {
     sound &= memory.access(range.begin, range.nbytes, range.write, stream.actor, stream.clock, stream.device,
                            operation.what);
   }
@@ -167,7 +186,7 @@ bool World::stuck() const {
   for (const Thread& thread : threads_) {
     if (thread.over == nullptr) continue;
     if ((*thread.over)()) return false;
-    ++asleep;
+    asleep += thread.counted;
   }
   return asleep >= active_;
 }

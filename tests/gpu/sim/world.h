@@ -8,6 +8,10 @@
 //   streams are queues; a wait takes the event's last record at the time of the call, and one that was never recorded is
 //   complete; the legacy stream orders itself with all streams of its device that are not CU_STREAM_NON_BLOCKING.
 // Every function needs the lock.
+//
+// The lock is held while kernels run, and they may be functions of Python, which take the interpreter's lock: so nobody who
+// has that lock may wait for this one. ctypes.CDLL gives it up around every call, and so must everyone who calls from an
+// extension. A kernel's function calls nothing of the simulation but what says that it may (controls.cpp).
 #pragma once
 
 #include <condition_variable>
@@ -46,12 +50,13 @@ struct Operation {
   bool begun = false;  // it is at the head, and its stream's clock has what it waited for
   Clock issued;        // what the host thread knew
   std::vector<Range> ranges;
-  std::function<bool(const Stream&)> admit;    // once begun, asked again and again: may it run? Empty: yes
-  std::function<void(Stream&)> meet;           // before it is done: what it has learned of others
-  std::function<void()> run;                   // may be empty
-  std::vector<std::shared_ptr<Record>> waits;  // has to be done before it runs
-  std::vector<std::shared_ptr<Record>> after;  // likewise, but nothing is learned by it
-  std::shared_ptr<Record> record;              // done when it has run
+  std::function<bool(std::vector<Range>&)> look;  // more of them, once it is about to run; false: it must not
+  std::function<bool(const Stream&)> admit;       // once begun, asked again and again: may it run? Empty: yes
+  std::function<void(Stream&)> meet;              // before it is done: what it has learned of others
+  std::function<void()> run;                      // may be empty
+  std::vector<std::shared_ptr<Record>> waits;     // has to be done before it runs
+  std::vector<std::shared_ptr<Record>> after;     // likewise, but nothing is learned by it
+  std::shared_ptr<Record> record;                 // done when it has run
 };
 
 struct Stream {
@@ -72,6 +77,7 @@ struct Thread {
   int actor;
   Clock clock;
   int device = -1;
+  bool counted = true;                          // a standstill without it is none
   const std::function<bool()>* over = nullptr;  // while it waits: what for
 };
 
@@ -92,6 +98,11 @@ class World {
   void wake() { changed_.notify_all(); }
 
   Thread& here();  // this thread
+  // This thread is there, but has nothing to do that others could wait for: it need not be waited for.
+  void stand_by();
+  // What this thread knows, threads know that come from now on, or that ask.
+  void publish();
+  void learn() { here().clock.join(published_); }
   Stream* make_stream(int device, bool blocking);
   Stream& legacy(int device);
   Stream* stream(void* handle);  // null (and a report) if it is none; the null handle is the legacy stream
@@ -108,6 +119,7 @@ class World {
   }
 
  private:
+  void enter(bool counted);
   bool ready(Stream& stream);
   void run_head(Stream& stream);
   bool run_one();  // a head that is ready; false: there is none
@@ -115,7 +127,8 @@ class World {
 
   std::mt19937 dice_;
   int eager_ = 0, actors_ = 0;
-  size_t expected_ = 0;
+  int awaited_ = 0;  // of the host threads that are expected, those that have not come yet
+  Clock published_;
   unsigned round_ = 0;
   std::condition_variable changed_;
   std::list<Stream> streams_;

@@ -139,9 +139,13 @@ void GpuEngine::close() {
     if (closed_) return;
   }
   std::exception_ptr failure;
+  bool failed = false;
+  {
+    const std::lock_guard lock(mutex_);
+    failed = failure_.has_value();  // who called has heard of it
+  }
   try {
-    check();
-    drain();
+    if (!failed) drain();
   } catch (...) {
     failure = std::current_exception();
   }
@@ -153,7 +157,7 @@ void GpuEngine::close() {
   if (watchdog_.joinable()) watchdog_.join();
   const std::lock_guard lock(issuing_);
   make_current();
-  if (failure) {
+  if (failed || failure) {
     comms_.abort();
   } else {
     comms_.close();

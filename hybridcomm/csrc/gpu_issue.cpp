@@ -40,18 +40,21 @@ std::shared_ptr<GpuWork> GpuEngine::start(std::shared_ptr<const DeviceProgram> p
   }
   cuda_->check(cuda_->cuEventRecord(work->start_.get(), producer), "cuEventRecord");
   wait_for_earlier(*work);
-  {
-    const std::lock_guard state(mutex_);
-    running_.push_back(work);
-    changed_.notify_all();
+  try {
+    issue(*work, 0, work->program_->tail);
+    if (pending_ != nullptr) finish_issue(pending_);
+  } catch (const Error& error) {
+    fail(error);  // half of a program is on the streams, and peers are in its other half
+    throw;
   }
-  issue(*work, 0, work->program_->tail);
-  if (pending_ != nullptr) finish_issue(pending_);
   if (work->program_->tail == work->program_->ops.size()) {
     work->issued_ = true;
   } else {
     pending_ = work;
   }
+  const std::lock_guard state(mutex_);
+  running_.push_back(work);
+  changed_.notify_all();
   return work;
 }
 
@@ -88,7 +91,12 @@ void GpuEngine::finish_issue(const std::shared_ptr<GpuWork>& work) {
   if (work->issued_) return;
   const std::shared_ptr<GpuWork> held = work;  // it may be the pending one
   if (pending_ == held) pending_.reset();
-  issue(*held, held->program_->tail, held->program_->ops.size());
+  try {
+    issue(*held, held->program_->tail, held->program_->ops.size());
+  } catch (const Error& error) {
+    fail(error);
+    throw;
+  }
   held->issued_ = true;
 }
 

@@ -95,6 +95,7 @@ class SimulatedTorch:
     def __init__(self, simulation: Simulation, ordinal: int) -> None:
         self.simulation, self.ordinal, self.device = simulation, ordinal, torch.device("cpu")
         self._ranges: dict[int, int] = {}
+        self.over = False  # the simulation has forgotten all memory
         context, stream = ctypes.c_void_p(), ctypes.c_void_p()
         _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), ordinal)
         _call("cuCtxSetCurrent", context)
@@ -127,7 +128,8 @@ class SimulatedTorch:
 
         def gone() -> None:
             self._ranges.pop(address, None)
-            release()
+            if not self.over:
+                release()
 
         weakref.finalize(memory, gone).atexit = False
         return torch.frombuffer(memory, dtype=torch.uint8)

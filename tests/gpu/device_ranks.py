@@ -1,0 +1,87 @@
+"""Ranks with a simulated GPU each, as threads of one process: the host's contexts are real, the driver and NCCL are not."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from hybridcomm.device_context import DeviceContext
+from hybridcomm.topology import Topology
+from tests.engine_ranks import engine_contexts
+from tests.gpu.simulated import Simulation
+from tests.gpu.simulated_torch import SimulatedTorch
+from tests.gpu.simulation import library
+from tests.ranks import run_ranks
+
+__all__ = ["Rank", "gradient", "run_devices"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """What a rank's test works with: the host's context, its device's, and torch on that device."""
+
+    host: Any
+    device: DeviceContext
+    torch: SimulatedTorch
+
+    @property
+    def rank(self) -> int:
+        return int(self.host.rank)
+
+    def upload(self, data: torch.Tensor) -> torch.Tensor:
+        return self.torch.upload(data)
+
+    def download(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.torch.download(tensor)
+
+
+def run_devices(
+    topology: Topology,
+    body: Callable[[Rank], T],
+    *,
+    seed: int = 1,
+    eager_percent: int = 50,
+    timeout: float = 60.0,
+    **options: Any,
+) -> tuple[list[T], list[str]]:
+    """``body`` on every rank; (results by rank, what the simulation reported). ``options``: of `DeviceContext.connect`."""
+    os.environ["HYBRIDCOMM_CUDA"] = os.environ["HYBRIDCOMM_NCCL"] = str(library())
+    world = topology.world_size
+    with engine_contexts(topology) as contexts:
+        simulation = Simulation(seed=seed, eager_percent=eager_percent, threads=world)
+        simulation.register_shipped_kernels()
+        providers: list[SimulatedTorch] = []
+
+        def ranked(host: Any) -> T:
+            provider = SimulatedTorch(simulation, host.rank)
+            providers.append(provider)
+            device = DeviceContext.connect(host, provider, **{"watch": 0, **options})
+            try:
+                return body(Rank(host=host, device=device, torch=provider))
+            finally:
+                device.close()
+                provider.close()
+
+        with simulation:
+            results = run_ranks(ranked, contexts, timeout=timeout)
+            gc.collect()  # tensors give device memory back
+            reports = simulation.finish()
+            for provider in providers:
+                provider.over = True
+            return results, reports
+
+
+def gradient(numel: int, rank: int, step: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Seeded by rank and step; a few large elements among many small ones."""
+    rng = np.random.default_rng((rank, step, numel))
+    values = rng.standard_normal(numel).astype(np.float32)
+    values[rng.integers(0, numel, max(numel // 100, 1))] *= 50
+    return torch.from_numpy(values).to(dtype)

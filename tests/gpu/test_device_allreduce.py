@@ -1,0 +1,178 @@
+"""All-reduces on simulated GPUs: the host backend's bits, and nothing that the simulated driver could report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hybridcomm.errors import DataTypeError, UnsupportedError
+from hybridcomm.residual import Residual
+from hybridcomm.topology import Topology
+from tests.gpu.device_ranks import Rank, gradient, run_devices
+
+pytestmark = pytest.mark.xdist_group("gpu-engine")
+
+CODECS = (
+    "topk:0.01", "topk:0.01+sign", "topk:0.01+int8", "gtop1", "gtopk:0.01", "int8", "int4", "sign1", "fp8", "fp16", "bf16",
+)  # fmt: skip
+TWICE = tuple(codec for codec in CODECS if not codec.startswith("gtopk"))
+"""Whose sums can be encoded anew."""
+
+
+def feedback(codec: str, exchange: str, numel: int, steps: int = 3) -> Any:
+    """Each step's mean with error feedback, on the host and on the device; whether all are the same bits."""
+
+    def body(rank: Rank) -> bool:
+        on_host, on_device = Residual(), Residual()
+        same = True
+        for step in range(steps):
+            grad = gradient(numel, rank.rank, step)
+            want = grad.clone()
+            rank.host.allreduce(want, op="mean", compress=codec, residual=on_host, exchange=exchange)
+            tensor = rank.upload(grad)
+            rank.device.allreduce(tensor, op="mean", compress=codec, residual=on_device, exchange=exchange)
+            same = same and torch.equal(rank.download(tensor), want)
+            for residual in (on_host, on_device):
+                residual.rollback() if step == 1 else residual.commit()
+        kept, wanted = on_device.state_dict(), on_host.state_dict()
+        return same and kept.keys() == wanted.keys() and all((kept[k] == wanted[k]).all() for k in kept)
+
+    return body
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize(("nodes", "seed"), [("2x2", 1), ("3x1", 2)])
+def test_payloads_gathered_give_the_hosts_bits(codec: str, nodes: str, seed: int) -> None:
+    topology = Topology.virtual(*map(int, nodes.split("x")))
+    results, reports = run_devices(topology, feedback(codec, "gather", 1 << 16), seed=seed)
+    assert all(results)
+    assert reports == []
+
+
+@pytest.mark.parametrize("codec", TWICE)
+def test_payloads_in_two_stages_give_the_hosts_bits(codec: str) -> None:
+    results, reports = run_devices(Topology.virtual(3, 2), feedback(codec, "two_stage", 3 << 16), seed=3)
+    assert all(results)
+    assert reports == []
+
+
+def test_nodes_of_unequal_size_give_the_hosts_bits() -> None:
+    topology = Topology.from_sizes((3, 1, 2))
+    results, reports = run_devices(topology, feedback("topk:0.01", "gather", 3 * 4096 * 4), seed=5)
+    assert all(results)
+    assert reports == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("nodes", [(1, 4), (2, 2), (4, 1)])
+def test_dense_sums_and_means_are_right(dtype: torch.dtype, flat: bool, nodes: tuple[int, int]) -> None:
+    """Integers of crafted sizes: sums are exact in any order, and a mean of four halves them exactly."""
+    numel = 4096 + 16
+
+    def body(rank: Rank) -> bool:
+        values = (torch.arange(numel) % 7 - 3 + rank.rank).to(dtype)
+        total = sum((torch.arange(numel) % 7 - 3 + other) for other in range(4))
+        found = []
+        for op, want in (("sum", total), ("mean", total / 4), ("max", torch.arange(numel) % 7)):
+            tensor = rank.upload(values)
+            rank.device.allreduce(tensor, op=op, flat=flat)
+            found.append(torch.equal(rank.download(tensor).double(), want.double()))
+        return all(found)
+
+    results, reports = run_devices(Topology.virtual(*nodes), body, seed=7)
+    assert results == [True] * 4
+    assert reports == []
+
+
+@pytest.mark.parametrize("eager", [0, 60, 97])
+def test_buckets_under_way_together_are_right_under_many_orders(eager: int) -> None:
+    """Heads and tails of several buckets interleave; three buckets, two of one size, waited for out of order."""
+    sizes = (1 << 14, 1 << 14, 1 << 13)
+
+    def body(rank: Rank) -> list[bool]:
+        residual, want, tensors, works = Residual(), [], [], []
+        for index, numel in enumerate(sizes):
+            grad = gradient(numel, rank.rank, index)
+            want.append(grad.clone())
+            rank.host.allreduce(want[-1], op="mean", compress="topk:0.01")
+            tensors.append(rank.upload(grad))
+        for index, tensor in enumerate(tensors):
+            works.append(
+                rank.device.allreduce(
+                    tensor,
+                    op="mean",
+                    compress="topk:0.01",
+                    residual=residual,
+                    residual_key=f"{index}",
+                    async_op=True,
+                )
+            )
+        for work in reversed(works):
+            work.wait()
+        return [torch.equal(rank.download(t), w) for t, w in zip(tensors, want, strict=True)]
+
+    for seed in range(8):
+        results, reports = run_devices(Topology.virtual(2, 2), body, seed=seed, eager_percent=eager)
+        assert results == [[True] * 3] * 4, seed
+        assert reports == [], seed
+
+
+def test_the_host_may_read_once_it_has_waited_and_no_earlier() -> None:
+    """The negative control of the simulation's own check: who reads too early is told."""
+
+    def body(rank: Rank, early: bool) -> None:
+        tensor = rank.torch.adopt(gradient(4096, rank.rank, 0))
+        work = rank.device.allreduce(tensor, async_op=True)
+        if not early:
+            work.synchronize()
+        rank.torch.reads(tensor)
+        work.synchronize()
+        rank.torch.drop(tensor)
+
+    _, reports = run_devices(Topology.virtual(2, 1), lambda rank: body(rank, early=False))
+    assert reports == []
+    _, reports = run_devices(Topology.virtual(2, 1), lambda rank: body(rank, early=True))
+    assert any("host" in line for line in reports)
+
+
+def test_what_a_gpu_cannot_do_is_refused_with_advice() -> None:
+    def body(rank: Rank) -> None:
+        device, tensor = rank.device, rank.upload(torch.ones(1 << 14))
+        with pytest.raises(UnsupportedError, match="gtop1 or topk"):
+            device.allreduce(tensor, compress="randk:0.01")
+        with pytest.raises(UnsupportedError, match="kernel"):
+            device.allreduce(tensor, compress="topk:0.03")
+        with pytest.raises(UnsupportedError, match="16"):
+            device.allreduce(rank.upload(torch.ones(4099)), compress="topk:0.01")
+        with pytest.raises(UnsupportedError, match="auto"):
+            device.allreduce(tensor, compress="auto")
+        with pytest.raises(UnsupportedError, match="residual"):
+            device.allreduce(tensor, residual=Residual())
+        with pytest.raises(DataTypeError, match="NCCL"):
+            device.allreduce(rank.upload(torch.ones(16, dtype=torch.int16)))
+        with pytest.raises(DataTypeError, match="contiguous"):
+            device.allreduce(rank.upload(torch.ones(64)).view(8, 8).t())
+
+    results, reports = run_devices(Topology.virtual(2, 1), body)
+    assert results == [None, None]
+    assert reports == []
+
+
+def test_ranks_that_mix_up_buckets_are_told_in_debug_mode() -> None:
+    """Two buckets of one size, swapped on one rank: NCCL would sum them, each into the other."""
+
+    def body(rank: Rank) -> str:
+        names = ("first", "second") if rank.rank else ("second", "first")
+        try:
+            for name in names:
+                tensor = rank.upload(torch.ones(256))
+                rank.device.allreduce(tensor, residual_key=name)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return "nothing"
+
+    results, _ = run_devices(Topology.virtual(2, 1), body, debug=True)
+    assert all(result.startswith("PlanMismatchError") and "call 1" in result for result in results)

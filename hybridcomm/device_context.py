@@ -137,6 +137,20 @@ class DeviceContext(DeviceCollectives):
             "tensors go flat, by NCCL's own algorithms; with it hierarchically, compressed between nodes"
         )
 
+    def empty(self, *size: Any, dtype: Any = None) -> torch.Tensor:
+        """A tensor on the device, not cleared, in memory that NCCL knows: registered where this NCCL can.
+
+        ``size`` as `torch.empty` takes it; default dtype float32.
+        """
+        import torch
+
+        shape = torch.Size(size[0] if len(size) == 1 and isinstance(size[0], (tuple, list, torch.Size)) else size)
+        dtype = torch.float32 if dtype is None else dtype
+        nbytes = shape.numel() * dtype.itemsize
+        memory = self._engine.allocate(max(nbytes, 1))
+        flat = self.provider.wrap(memory.address, memory.nbytes, memory)[:nbytes]
+        return flat.view(dtype).view(shape)
+
     # -- all-reduce ----------------------------------------------------------------------------------------
 
     def allreduce(

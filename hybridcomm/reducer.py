@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hybridcomm import policy
 from hybridcomm import reducer_report as report
 from hybridcomm import reducer_setup as setup
 from hybridcomm.bucket import Bucket, BucketLayout, BucketState
@@ -72,8 +73,10 @@ class Reducer:
         self._scaler: GradScaler | None = None
         self._scale = 1.0
         self._parameters = setup.trainable(module)
+        self._moves = setup.mover(ctx, next(iter(self._parameters.values())).device)
         choices = setup.choices_of(module, self._parameters, self.policy)
-        self.layouts = setup.layouts_of(self._parameters, choices, bucket_cap_mb)
+        align = getattr(ctx, "bucket_align", policy.DENSE_ALIGN)
+        self.layouts = setup.layouts_of(self._parameters, choices, bucket_cap_mb, align)
         compresses = any(layout.compress != "none" for layout in self.layouts)
         if residual is not None and not compresses:
             raise UnsupportedError("residual= has nothing to do without compress=")
@@ -91,9 +94,8 @@ class Reducer:
         if sync_parameters:
             setup.sync_parameters(ctx, module)
         self._names = {parameter: name for name, parameter in self._parameters.items()}
-        device = next(iter(self._parameters.values())).device
         self._buckets = [Bucket(layout) for layout in self.layouts]
-        self._flats = [setup.flat_buffer(ctx, layout, device) for layout in self.layouts]
+        self._flats = [setup.flat_buffer(ctx, layout, self._moves) for layout in self.layouts]
         self._regions: dict[int, RegionsByOp] = {}  # by bucket, where its residual lies
         self._works: list[WorkLike] = []
         self._running = False
@@ -203,10 +205,8 @@ class Reducer:
         if grad is None or grad.is_sparse:
             raise DataTypeError(f"rank {self.ctx.rank}: gradient of {name!r} is not dense; use sparse=False")
         self._buckets[index].mark_ready(name)
-        with torch.no_grad():
-            view.copy_(grad)
-            if self._scale != 1.0 and self.schedules[index].codecs:
-                view.mul_(1.0 / self._scale)
+        scaled = self._scale != 1.0 and bool(self.schedules[index].codecs)
+        self._moves.copy([view], [grad], 1.0 / self._scale if scaled else 1.0)
         self._launch_ready()
 
     def _begin(self) -> None:
@@ -214,7 +214,7 @@ class Reducer:
         self._scale = setup.loss_scale(self._scaler, self.schedules, self.ctx.rank)
         for bucket, flat in zip(self._buckets, self._flats, strict=True):
             bucket.reset()
-            flat[bucket.layout.used :].zero_()  # a skipped step may have left NaN in the padding
+            self._moves.zero(flat[bucket.layout.used :])  # a skipped step may have left NaN in the padding
         self._works.clear()
         self._running = True
 
@@ -252,7 +252,8 @@ class Reducer:
             codec, exchange = self.schedules[layout.index].codecs[0], self.exchanges[layout.index]
             self._regions[layout.index] = setup.regions_of(self.ctx, layout, codec, self.intra, exchange)
         regions = self._regions[layout.index]
-        self.residual.deliver(layout.key, flat.numpy(), regions=regions, spans=layout.spans)
+        values = flat if hasattr(self.ctx, "provider") else flat.numpy()
+        self.residual.deliver(layout.key, values, regions=regions, spans=layout.spans)
 
     # -- after backward ------------------------------------------------------------------
 
@@ -276,13 +277,13 @@ class Reducer:
                     "call release() for them before finalize()"
                 )
             exposed, wire = 0.0, 0
-            for bucket, flat, work in zip(self._buckets, self._flats, self._works, strict=True):
+            for bucket, work in zip(self._buckets, self._works, strict=True):
                 begin = time.perf_counter()
                 work.wait()
                 exposed += time.perf_counter() - begin
                 wire += work.wire_nbytes
                 bucket.advance(BucketState.DONE)
-                self._unpack(bucket.layout, flat)
+                self._unpack(bucket.layout)
             self._check_claimed()
         except BaseException:
             self._abandon()
@@ -304,7 +305,7 @@ class Reducer:
             )
         for name in missing:
             index, view = self._place[name]
-            view.zero_()
+            self._moves.zero(view)
             self._buckets[index].mark_ready(name)
         self._launch_ready()
 
@@ -315,9 +316,8 @@ class Reducer:
                 f"not train: {', '.join(self.residual.unclaimed[:20])}; load the state of this model"
             )
 
-    def _unpack(self, layout: BucketLayout, flat: torch.Tensor) -> None:
-        if self._scale != 1.0 and self.schedules[layout.index].codecs:
-            flat.mul_(self._scale)
+    def _unpack(self, layout: BucketLayout) -> None:
+        scaled = self._scale != 1.0 and bool(self.schedules[layout.index].codecs)
         targets, sources = [], []
         for name in layout.names:
             parameter, view = self._parameters[name], self._place[name][1]
@@ -325,8 +325,7 @@ class Reducer:
                 parameter.grad = torch.empty_like(parameter)
             targets.append(parameter.grad)
             sources.append(view)
-        with torch.no_grad():
-            torch._foreach_copy_(targets, sources)
+        self._moves.copy(targets, sources, self._scale if scaled else 1.0)
 
     def _abandon(self) -> None:
         """A step failed: let what is in flight end, then forget the step."""
@@ -359,11 +358,8 @@ class Reducer:
         return not all(self._finite(name) for name in self._parameters)
 
     def _finite(self, name: str) -> bool:
-        view = self._place[name][1]
-        if not bool(torch.isfinite(view.sum())) and not bool(torch.isfinite(view).all()):
-            return False
         limit = torch.finfo(self._parameters[name].dtype).max
-        return limit >= torch.finfo(view.dtype).max or bool((view.abs() <= limit).all())
+        return self._moves.finite(self._place[name][1], limit)
 
     # -- reports -------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -16,6 +17,7 @@ from hybridcomm.compress import ByLink, Compressor
 from hybridcomm.compression_policy import Choice, CompressionPolicy, ParameterFacts
 from hybridcomm.errors import DataTypeError, PlanMismatchError, UnsupportedError
 from hybridcomm.schedule import Schedule
+from hybridcomm.stream_provider import HOST_TENSORS, TensorMover
 
 if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
@@ -36,6 +38,7 @@ __all__ = [
     "decided",
     "flat_buffer",
     "layouts_of",
+    "mover",
     "regions_of",
     "sync_parameters",
     "trainable",
@@ -166,17 +169,20 @@ def layouts_of(
     parameters: Mapping[str, torch.nn.Parameter],
     choices: Mapping[str, str | Schedule],
     bucket_cap_mb: float | None,
+    align: int = policy.DENSE_ALIGN,
 ) -> tuple[BucketLayout, ...]:
     """Buckets of up to ``bucket_cap_mb`` MiB (None: policy); fp32 where they may be compressed, else of the
-    parameters' dtype.
+    parameters' dtype. ``align``: of what the context makes best use of.
     """
     sizes = []
     for name, p in parameters.items():
         choice = choices[name]
         dense = isinstance(choice, Schedule) and not choice.codecs
         dtype = dtype_name(p.dtype) if dense else "float32"
-        align = choice.align if isinstance(choice, Schedule) else policy.DENSE_ALIGN
-        sizes.append(ParameterSize(name, p.numel(), dtype, "none" if dense else str(choice), align))
+        own = choice.align if isinstance(choice, Schedule) else policy.DENSE_ALIGN
+        sizes.append(
+            ParameterSize(name, p.numel(), dtype, "none" if dense else str(choice), math.lcm(own, align))
+        )
     total = sum(size.numel * policy.itemsize(size.dtype) for size in sizes)
     cap = policy.bucket_nbytes(total) if bucket_cap_mb is None else int(bucket_cap_mb * (1 << 20))
     return plan_buckets(sizes, cap_nbytes=cap)
@@ -225,13 +231,27 @@ def regions_of(
     return plan.residuals(ctx.rank)
 
 
-def flat_buffer(ctx: ContextLike, layout: BucketLayout, device: torch.device) -> torch.Tensor:
-    """The zeroed flat buffer of one bucket; on the host in memory that the node's ranks share."""
-    dtype: torch.dtype = getattr(torch, layout.dtype)
-    if device.type != "cpu":
-        return torch.zeros(layout.numel, dtype=dtype, device=device)
-    flat: torch.Tensor = ctx.empty(layout.numel, dtype=dtype)
-    return flat.zero_()
+def mover(ctx: ContextLike, device: torch.device) -> TensorMover:
+    """What moves gradients of parameters on ``device``: torch on the host, the context's provider on GPUs.
+
+    Raises `DataTypeError` where the context is of another device.
+    """
+    provider = getattr(ctx, "provider", None)
+    where = torch.device("cpu") if provider is None else provider.device
+    if where != device:
+        raise DataTypeError(
+            f"parameters lie on {device}, the context reduces tensors on {where}: for GPUs pass "
+            "ctx=hybridcomm.DeviceContext.connect(ctx)"
+        )
+    moves: TensorMover = HOST_TENSORS if provider is None else provider
+    return moves
+
+
+def flat_buffer(ctx: ContextLike, layout: BucketLayout, moves: TensorMover) -> torch.Tensor:
+    """The zeroed flat buffer of one bucket: in memory that the node's ranks share, or on the device."""
+    flat: torch.Tensor = ctx.empty(layout.numel, dtype=getattr(torch, layout.dtype))
+    moves.zero(flat)
+    return flat
 
 
 def check_agreement(ctx: ContextLike, layouts: Sequence[BucketLayout], settings: str) -> None:

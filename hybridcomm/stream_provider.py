@@ -15,10 +15,26 @@ from hybridcomm.errors import DataTypeError, UnsupportedError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["StreamProvider", "TorchCuda", "view_of"]
+__all__ = ["HOST_TENSORS", "HostTensors", "StreamProvider", "TensorMover", "TorchCuda", "view_of"]
 
 
-class StreamProvider(Protocol):
+class TensorMover(Protocol):
+    """What gradients go into buckets with, and come out of them: all in the order of the tensors' own work."""
+
+    def copy(
+        self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], scale: float = 1.0
+    ) -> None:
+        """Each source times ``scale``, formed in the wider of both types, to its target."""
+        ...
+
+    def zero(self, tensor: torch.Tensor) -> None: ...
+
+    def finite(self, tensor: torch.Tensor, limit: float) -> bool:
+        """Whether all elements are finite and of at most that magnitude; the host waits for the answer."""
+        ...
+
+
+class StreamProvider(TensorMover, Protocol):
     """What the engine asks of the framework whose tensors it reduces; every call is about one device."""
 
     @property
@@ -55,26 +71,44 @@ class StreamProvider(Protocol):
         """A copy on the host, complete when this returns, of what the current stream has done so far."""
         ...
 
-    def copy(
-        self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], scale: float = 1.0
-    ) -> None:
-        """Each source times ``scale`` to its target, of its type, on the current stream."""
-        ...
-
-    def zero(self, tensor: torch.Tensor) -> None:
-        """On the current stream."""
-        ...
-
     def add(self, target: torch.Tensor, source: torch.Tensor, factor: float) -> None:
         """``target += factor * source`` on the current stream."""
         ...
 
+
+class HostTensors:
+    """CPU tensors, whose work is done when a call returns."""
+
+    def copy(
+        self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], scale: float = 1.0
+    ) -> None:
+        import torch
+
+        with torch.no_grad():
+            if scale == 1.0:
+                torch._foreach_copy_(list(targets), list(sources))
+                return
+            for target, source in zip(targets, sources, strict=True):
+                if target.element_size() >= source.element_size():
+                    target.copy_(source).mul_(scale)
+                else:
+                    target.copy_(source * scale)
+
+    def zero(self, tensor: torch.Tensor) -> None:
+        tensor.detach().zero_()
+
     def finite(self, tensor: torch.Tensor, limit: float) -> bool:
-        """Whether all elements are finite and of at most that magnitude; the host waits for the current stream."""
-        ...
+        import torch
+
+        if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+            return False
+        return limit >= torch.finfo(tensor.dtype).max or bool((tensor.abs() <= limit).all())
 
 
-class TorchCuda:
+HOST_TENSORS = HostTensors()
+
+
+class TorchCuda(HostTensors):
     """torch's CUDA streams and memory.
 
     Raises `UnsupportedError` where torch is built without CUDA or there is no such device.
@@ -123,24 +157,8 @@ class TorchCuda:
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.cpu()
 
-    def copy(
-        self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], scale: float = 1.0
-    ) -> None:
-        import torch
-
-        with torch.no_grad():
-            torch._foreach_copy_(list(targets), list(sources))
-            if scale != 1.0:
-                torch._foreach_mul_(list(targets), scale)
-
-    def zero(self, tensor: torch.Tensor) -> None:
-        tensor.zero_()
-
     def add(self, target: torch.Tensor, source: torch.Tensor, factor: float) -> None:
         target.add_(source, alpha=factor)
-
-    def finite(self, tensor: torch.Tensor, limit: float) -> bool:
-        return bool((tensor.abs() <= limit).all())
 
 
 class _Interface:

@@ -18,6 +18,19 @@ using namespace gpu;
 
 CUstream stream_at(uintptr_t handle) { return reinterpret_cast<CUstream>(handle); }
 
+// What CUDA is asked to give back may wait for another thread, which may wait for the interpreter's lock.
+template <class T>
+struct WithoutGil {
+  void operator()(T* object) const {
+    if (PyGILState_Check() == 1) {
+      const py::gil_scoped_release no_gil;
+      delete object;
+    } else {
+      delete object;
+    }
+  }
+};
+
 const Search kCuda = {
     "CUDA's driver",   "libcuda.so",
     "HYBRIDCOMM_CUDA", {},
@@ -42,9 +55,10 @@ std::shared_ptr<GpuEngine> make_gpu_engine(int device, int streams, double timeo
   const auto on_failure = [host] {
     if (host != nullptr) host->abort();
   };
-  return std::make_shared<GpuEngine>(std::move(cuda), std::move(nccl),
-                                     GpuConfig{device, streams, timeout_s, watch_s}, raise_pending_signals,
-                                     on_failure);
+  return std::shared_ptr<GpuEngine>(
+      new GpuEngine(std::move(cuda), std::move(nccl), GpuConfig{device, streams, timeout_s, watch_s},
+                    raise_pending_signals, on_failure),
+      WithoutGil<GpuEngine>());
 }
 
 DeviceOp make_op(DeviceKind kind, int stream, uint32_t step, std::vector<int> after, int group,
@@ -144,7 +158,7 @@ void bind_communicators(py::class_<GpuEngine, std::shared_ptr<GpuEngine>>& engin
 void bind_gpu(py::module_& module) {
   bind_programs(module);
   py::class_<GpuWork, std::shared_ptr<GpuWork>>(module, "GpuWork");
-  py::class_<GpuMemory>(module, "GpuMemory")
+  py::class_<GpuMemory, std::unique_ptr<GpuMemory, WithoutGil<GpuMemory>>>(module, "GpuMemory")
       .def_property_readonly("address", &GpuMemory::address)
       .def_property_readonly("nbytes", &GpuMemory::nbytes);
   py::class_<GpuEngine, std::shared_ptr<GpuEngine>> engine(module, "GpuEngine");
@@ -185,7 +199,7 @@ void bind_gpu(py::module_& module) {
       .def(
           "allocate",
           [](const std::shared_ptr<GpuEngine>& gpu, size_t nbytes) {
-            return std::make_unique<GpuMemory>(gpu, nbytes);
+            return std::unique_ptr<GpuMemory, WithoutGil<GpuMemory>>(new GpuMemory(gpu, nbytes));
           },
           py::arg("nbytes"), py::call_guard<py::gil_scoped_release>())
       .def(

@@ -167,7 +167,7 @@ def assumptions(prediction: Prediction) -> str:
     c, chunk = prediction.cluster, prediction.chunk * 4 >> 10
     launches = f"{ENCODE_LAUNCHES} to encode, {DECODE_LAUNCHES} to decode a chunk"
     rows = [
-        ["nodes x GPUs", f"{c.nodes} x {c.per_node}", "asked"],
+        ["nodes x GPUs", f"{c.nodes} x {c.per_node}", "chosen"],
         ["NVLink in the node, busbw", f"{c.nvlink / 1e9:.0f} GB/s",
          f"NCCL's maintainer of A100 with NVSwitch: {_ISSUES}/149, 5 July 2023; NCCL's topo.h counts 12 links of 20"],
         ["reduce-scatter, all-gather in it", "at that busbw", "assumed: a ring's all-reduce is one of each"],

@@ -78,6 +78,15 @@ def no_new_devices() -> Iterator[None]:
             node.unlink()
 
 
+def ended(loader: Path, *arguments: str | Path, **environment: str | Path) -> Ran:
+    """What the loader said; a crash, and no end, are an error that it says."""
+    try:
+        with no_new_devices():
+            return run_loader(loader, *arguments, **environment)
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
+        return Ran(code=1, said={"error": " ".join(str(error).split())})
+
+
 def exported(library: Path) -> frozenset[str]:
     done = subprocess.run(
         ["nm", "-D", "--defined-only", str(library)], capture_output=True, text=True, check=True, timeout=60
@@ -88,8 +97,7 @@ def exported(library: Path) -> frozenset[str]:
 def check_nccl(loader: Path, library: Path, package: str, version: str, driver: Path | None) -> Finding:
     """``driver``: the folder of a libcuda.so.1 to start it beside; without, there is none in its sight."""
     beside = {"LD_LIBRARY_PATH": "" if driver is None else driver, "NCCL_SOCKET_IFNAME": "lo"}
-    with no_new_devices():
-        ran = run_loader(loader, "nccl", "--file", library, "--start", "1", **beside)
+    ran = ended(loader, "nccl", "--file", library, "--start", "1", **beside)
     number, names = version_of(version), exported(library)
     base = [call.symbol for call in nccl_calls() if not call.since]
     newer = [call for call in nccl_calls() if call.since]
@@ -97,7 +105,7 @@ def check_nccl(loader: Path, library: Path, package: str, version: str, driver: 
     missing = [symbol for symbol in (*base, *wanted) if symbol not in names]
     early = [call.symbol for call in newer if call.since > number and call.symbol in names]
     problems = [
-        *([f"does not load: {ran.said.get('error')}"] if ran.code else []),
+        *([f"fails: {ran.said.get('error')}"] if ran.code else []),
         *([f"says {ran.said.get('version')}"] if ran.said.get("version") != str(number) else []),
         *([f"has no {', '.join(missing)}"] if missing else []),
         *([f"has {', '.join(early)} before the version of our table"] if early else []),
@@ -120,11 +128,10 @@ def no_device(ran: Ran) -> list[str]:
 
 def check_driver(loader: Path, library: Path, package: str, version: int) -> Finding:
     """``version``: of CUDA, as the package says it; 12020 for 12.2. The loader refuses one that lacks a symbol."""
-    with no_new_devices():
-        ran = run_loader(loader, "cuda", "--file", library)
+    ran = ended(loader, "cuda", "--file", library)
     said = ran.said.get("cuInit:", "")
     problems = [
-        *([f"does not load: {ran.said.get('error')}"] if ran.code else []),
+        *([f"fails: {ran.said.get('error')}"] if ran.code else []),
         *([f"says {ran.said.get('version')}"] if ran.said.get("version") != str(version) else []),
         *([f"cuInit says {said!r}"] if said != NO_DEVICE else []),
         *(["counts devices"] if ran.said.get("devices") != "0" else []),

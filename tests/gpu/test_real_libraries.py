@@ -59,7 +59,7 @@ def test_what_is_as_it_should_be_has_no_problem(loader: Path, tmp_path: Path, ve
     [
         ({"says": "2.27.5"}, "says 22705"),
         ({"without": ["ncclCommShrink"]}, "has no ncclCommShrink"),
-        ({"without": ["ncclSend"]}, "does not load: .*without ncclSend"),
+        ({"without": ["ncclSend"]}, "fails: .*without ncclSend"),
         ({"more": ["ncclCommRevoke"]}, "has ncclCommRevoke before the version of our table"),
         ({"says": "2.26.2"}, "the loader has other newer calls"),
     ],
@@ -77,6 +77,15 @@ def test_a_start_that_does_not_fail_is_found(loader: Path, tmp_path: Path) -> No
     )
     (problem,) = check_nccl(loader, well, "nccl", "2.18.1", None).problems
     assert problem.startswith("started, it says '0 ")
+
+
+def test_a_crash_is_found(loader: Path, tmp_path: Path) -> None:
+    path = tmp_path / "libnccl.so.2"
+    symbols = [call.symbol for call in nccl_calls() if not call.since and call.symbol != "ncclGetUniqueId"]
+    crash = "int ncclGetUniqueId() { __builtin_trap(); return 0; }"
+    look_alike(path, symbols=symbols, version=21801, version_symbol="ncclGetVersion", extra=crash)
+    found = check_nccl(loader, path, "nccl", "2.18.1", None)
+    assert found.problems[0].startswith("fails: the loader ended with -4")
 
 
 def test_drivers_are_told_apart(loader: Path, tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ help:
 	@echo "make format   rewrite Python and C++ sources in the project's format"
 	@echo "make bench    in-host benchmarks; as root also those on the virtual cluster"
 	@echo "make fuzz     libFuzzer on every decoder and on what is read from the network, 60 s each (needs clang)"
-	@echo "make cubins   build the device kernels ahead of time into kernels/cubins/artefacts (no GPU needed), and docs/roofline.md"
+	@echo "make cubins   build the device kernels ahead of time into kernels/cubins/artefacts (no GPU needed), and the pages"
+	@echo "              docs/roofline.md and docs/predicted-steps.md"
 	@echo "make verify   the long run: tests, property tests, sanitizers, fuzzing, soak; writes docs/verify-report.md"
 	@echo "make install  only build and install into $(VENV)"
 	@echo "make clean    remove $(VENV), builds and caches"
@@ -80,6 +81,7 @@ cubins: $(VENV)/engine.stamp
 	$(PIP) --no-deps $(NVRTC)
 	$(PY) -m hybridcomm.kernels.cubins build $(ARGS)
 	$(PY) -m benchmarks.roofline
+	$(PY) -m benchmarks.predicted_steps
 	$(PY) -m hybridcomm.kernels.cubins gate
 
 verify: $(VENV)/engine.stamp

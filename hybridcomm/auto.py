@@ -46,7 +46,7 @@ _LARGEST = (
 class Decision:
     """What a call does and why. ``active``: a compressor's text, or "none". ``seconds``: predicted, by text.
 
-    ``exchange``: "gather" or "two_stage" of the active compressor's payloads, or "none".
+    ``exchanges``: "gather" or "two_stage", how each candidate's payloads would be exchanged, by text.
     """
 
     numel: int
@@ -54,7 +54,12 @@ class Decision:
     active: str
     reason: str
     seconds: Mapping[str, float] = field(default_factory=dict)
-    exchange: str = "none"
+    exchanges: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def exchange(self) -> str:
+        """Of the active compressor's payloads; "none": dense."""
+        return self.exchanges.get(self.active, "none")
 
     @property
     def what(self) -> str:
@@ -114,7 +119,7 @@ class Policy:
             active=active,
             reason=reason,
             seconds=seconds,
-            exchange=exchanges.get(active, "none"),
+            exchanges=exchanges,
         )
 
     def compressor(self, decision: Decision) -> Compressor | None:

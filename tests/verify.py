@@ -102,6 +102,10 @@ def soak() -> tuple[bool, str]:
     return run([sys.executable, "-m", "tests.soak", "--operations", str(SOAK_OPERATIONS)])
 
 
+def libraries(details: Path) -> tuple[bool, str]:
+    return run([sys.executable, "-m", "tests.gpu.real_libraries", "--markdown", str(details)])
+
+
 DEVICE = ("kernels/triton", "kernels/cuda", "kernels/cubins", "kernels/device*.py")
 DECODING = (
     ":(glob)kernels/**/*.cpp",
@@ -163,6 +167,16 @@ STEPS: dict[str, Step] = {
         what="bugs planted in the device kernels' PTX, executed on the CPU",
         run=lambda *_: pytest("tests/kernels/test_device_mutants.py", env={"HYBRIDCOMM_MUTANTS": "25"}),
         about=("kernels", "tests/kernels", "tests/ptx"),
+    ),
+    "libraries": Step(
+        what="real libraries without a device: NCCL of nine wheels, CUDA's driver",
+        run=lambda _, details: libraries(details),
+        about=(
+            ":(glob)hybridcomm/csrc/gpu_*",
+            "hybridcomm/csrc/common.*",
+            "tests/gpu/*.py",
+            "tests/gpu/loader.cpp",
+        ),
     ),
     "soak": Step(
         what=f"{SOAK_OPERATIONS:,} random operations, exact, nothing left behind",

@@ -1,20 +1,19 @@
 """Which copy of a library is taken, what is refused, and what a table lacks; with libraries made for the purpose.
 
-Real ones too, where they can be had without a device: NCCL from its wheel is left to `make verify`, as it is large.
+Real ones are large, so `make verify` fetches them: see `real_libraries.py`.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.gpu.test_abi import GPU, HERE, ROOT, cuda_calls, nccl_calls, number
+from tests.gpu.loading import Ran, build_loader, compile_cpp, run_loader
+from tests.gpu.test_abi import cuda_calls, nccl_calls, number
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler"),
@@ -24,53 +23,12 @@ pytestmark = [
 NEWER = [call.symbol for call in nccl_calls() if call.since]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ran:
-    """What the loader said, by first word."""
-
-    code: int
-    said: dict[str, str] = field(default_factory=dict)
-
-
 Load = Callable[..., Ran]
-
-
-def compile_cpp(target: Path, *arguments: str | Path, source: str | None = None) -> Path:
-    subprocess.run(
-        ["c++", "-std=c++17", "-Wall", "-Wextra", "-Werror", *map(str, arguments), "-o", str(target)],
-        input=source,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    return target
 
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
-    sources = [
-        HERE / "loader.cpp",
-        GPU / "gpu_library.cpp",
-        GPU / "gpu_tables.cpp",
-        ROOT / "hybridcomm/csrc/common.cpp",
-    ]
-    program = compile_cpp(tmp_path_factory.mktemp("loader") / "loader", *sources, f"-I{GPU}", "-ldl")
-
-    def run(*arguments: str | Path, **environment: str | Path) -> Ran:
-        env = {key: value for key, value in os.environ.items() if not key.startswith("HYBRIDCOMM")}
-        done = subprocess.run(
-            [str(program), *map(str, arguments)],
-            env={**env, **{key: str(value) for key, value in environment.items()}},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
-        assert done.returncode in (0, 1), done.stdout + done.stderr
-        lines = (line.partition(" ") for line in done.stdout.splitlines())
-        return Ran(code=done.returncode, said={first: rest for first, _, rest in lines})
-
-    return run
+    return partial(run_loader, build_loader(tmp_path_factory.mktemp("loader")))
 
 
 def look_alike(
@@ -210,6 +168,8 @@ def test_a_driver_is_taken_from_cuda_12_on(load: Load, tmp_path: Path) -> None:
 
 def test_no_device_is_no_error_and_others_are(load: Load, tmp_path: Path) -> None:
     got = load("cuda", HYBRIDCOMM_CUDA=cuda(tmp_path / "libcuda.so.1", init=100))
-    assert (got.code, got.said["devices"]) == (0, "0")
+    assert (got.code, got.said["devices"], got.said["cuInit:"]) == (0, "0", "CUDA_ERROR_MADE_UP (100)")
+    there = load("cuda", HYBRIDCOMM_CUDA=cuda(tmp_path / "there" / "libcuda.so.1"))
+    assert (there.said["devices"], there.said["cuInit:"]) == ("2", "well")
     got = load("cuda", HYBRIDCOMM_CUDA=cuda(tmp_path / "b" / "libcuda.so.1", init=802))
     assert got.said["error"] == "cuInit: CUDA_ERROR_MADE_UP (802)"

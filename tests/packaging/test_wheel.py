@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -10,11 +11,13 @@ import time
 import venv
 import zipfile
 from dataclasses import dataclass
+from email.parser import Parser
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.gpu.real_libraries import WHEELS
 from tests.repository.layout import ROOT
 
 # One build serves all tests of this file, so they stay on one worker; and it takes a while on a busy machine.
@@ -99,6 +102,42 @@ def test_the_wheel_holds_what_it_should(built: Built) -> None:
     }
     assert sources <= set(held)
     assert any(name.endswith("licenses/LICENSE") for name in held)
+
+
+def requirements(built: Built) -> dict[str, list[str]]:
+    """Names and bounds that the wheel's metadata asks for, by extra; "": always."""
+    with zipfile.ZipFile(built.wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = Parser().parsestr(archive.read(name).decode())
+    found: dict[str, list[str]] = {extra: [] for extra in metadata.get_all("Provides-Extra", [])}
+    for line in metadata.get_all("Requires-Dist", []):
+        what, _, marker = line.partition(";")
+        extra = re.fullmatch(r"\s*extra == ['\"](.+)['\"]", marker)
+        found.setdefault(extra[1] if extra else marker.strip(), []).append(what.replace(" ", ""))
+    return found
+
+
+def test_cuda_comes_with_extras_alone(built: Built) -> None:
+    asked = requirements(built)
+    assert asked.pop("") == ["numpy>=1.26"]
+    assert asked.pop("cuda12") == ["nvidia-nccl-cu12>=2.18.1", "cupy-cuda12x>=13.2"]
+    assert asked.pop("cuda13") == ["nvidia-nccl-cu13>=2.27.7", "cupy-cuda13x>=13.6"]
+    assert {"torch", "train", "test"} <= set(asked)
+    others = [what for of_extra in asked.values() for what in of_extra]
+    assert [what for what in others if any(word in what for word in ("nccl", "cupy", "nvidia"))] == []
+
+
+def test_the_lower_bounds_of_nccl_are_the_engine_s_and_were_loaded(built: Built) -> None:
+    """`make verify` loads the wheels that `real_libraries.WHEELS` lists."""
+    asked = requirements(built)
+    bounds = dict(
+        what.split(">=") for extra in ("cuda12", "cuda13") for what in asked[extra] if "nccl" in what
+    )
+    source = (ROOT / "hybridcomm" / "csrc" / "gpu_nccl_abi.h").read_text()
+    oldest = re.search(r"kOldestNccl = nccl_version\((\d+), (\d+), (\d+)\)", source)
+    assert oldest is not None
+    assert bounds["nvidia-nccl-cu12"] == ".".join(oldest.groups())
+    assert {package: versions[0] for package, versions in WHEELS.items()} == bounds
 
 
 def test_sdist_and_wheel_hold_the_cubins(built: Built, installed: Path, tmp_path: Path) -> None:

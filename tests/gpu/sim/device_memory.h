@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -41,7 +42,8 @@ class DeviceMemory {
   bool access(uintptr_t begin, size_t nbytes, bool write, int actor, const Clock& clock, int device,
               const std::string& what);
   // Reports what is still allocated, and red zones that somebody has written to.
-  void finish();
+  // Not of devices that are broken, whose memory nobody can give back.
+  void finish(const std::set<int>& broken);
   void clear() { blocks_.clear(); }
 
  private:

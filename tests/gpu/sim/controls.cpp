@@ -49,6 +49,16 @@ EXPORT void sim_learn() {
   const std::lock_guard<std::mutex> lock(world().mutex);
   world().learn();
 }
+// Until the next reset, host threads of one device count as ordered among themselves.
+EXPORT void sim_share_hosts() {
+  const std::lock_guard<std::mutex> lock(world().mutex);
+  world().share_hosts();
+}
+// How long nothing may move while somebody waits or asks, before that is reported and all that waits fails.
+EXPORT void sim_patience(int milliseconds) {
+  const std::lock_guard<std::mutex> lock(world().mutex);
+  world().be_patient(milliseconds);
+}
 
 // Of the image "image", whose symbols are kernels' names; each argument is aligned to its size.
 EXPORT void sim_register(const char* name, const size_t* sizes, int count,

@@ -61,6 +61,12 @@ const DeviceMemory::Block* DeviceMemory::find(uintptr_t address) const {
   return beside;
 }
 
+void DeviceMemory::lose(int device) {
+  for (auto& [address, block] : blocks_) {
+    if (block.device == device) block.history.clear();
+  }
+}
+
 bool DeviceMemory::readable(uintptr_t address, size_t nbytes) const {
   const Block* block = find(address);
   return block != nullptr && block->live && address >= block->begin &&

@@ -36,6 +36,8 @@ class DeviceMemory {
   // values, and nothing stands around it.
   bool adopt(uintptr_t address, size_t nbytes, int device);
   bool drop(uintptr_t address, const Clock& clock);
+  // Nothing is under way on a device any more, as its context is lost.
+  void lose(int device);
   // Whether all of it is in memory that is there.
   bool readable(uintptr_t address, size_t nbytes) const;
   // An access by `actor`, whose clock this is, on a device (-1: on any); whether the bytes may be touched at all.

@@ -112,6 +112,17 @@ EXPORT ncclResult_t ncclRedOpCreatePreMulSum(ncclRedOp_t* op, void* scalar, nccl
     factor = static_cast<double>(value);
   } else if (type == ncclFloat64) {
     std::memcpy(&factor, scalar, sizeof(factor));
+  } else if (type == ncclFloat16) {
+    _Float16 value;
+    std::memcpy(&value, scalar, sizeof(value));
+    factor = static_cast<double>(value);
+  } else if (type == ncclBfloat16) {
+    uint16_t upper;
+    std::memcpy(&upper, scalar, sizeof(upper));
+    const uint32_t bits = static_cast<uint32_t>(upper) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    factor = static_cast<double>(value);
   } else {
     return ncclInvalidArgument;
   }

@@ -206,6 +206,7 @@ void World::break_now(int device) {
   broken_.insert(device);
   breaks_.erase(device);
   for (const auto& each : also_break) each(device);
+  memory.lose(device);
   changed_.notify_all();
 }
 

@@ -191,8 +191,12 @@ void World::run_head(Stream& stream) {
 bool World::run_one() {
   std::vector<Stream*> heads;
   for (Stream& each : streams_) {
-    if (!each.queue.empty() && !broken(each.device) && ready(each)) heads.push_back(&each);
+    if (!each.queue.empty() && !broken(each.device)) heads.push_back(&each);
   }
+  std::shuffle(heads.begin(), heads.end(),
+               dice_);  // collectives begin when they are asked whether they are ready
+  heads.erase(std::remove_if(heads.begin(), heads.end(), [this](Stream* each) { return !ready(*each); }),
+              heads.end());
   if (heads.empty()) return false;
   Stream& chosen = *heads[dice_() % heads.size()];
   run_head(chosen);

@@ -13,6 +13,7 @@ ctypes.CDLL gives that lock up around every call; extensions have to do so thems
 from __future__ import annotations
 
 import ctypes
+import enum
 import functools
 import gc
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ from tests.gpu.calls import Call, arguments, host_memory
 from tests.gpu.simulation import library
 from tests.gpu.twins import Twin, twin_of
 
-__all__ = ["ARCH", "Simulation", "sim_library"]
+__all__ = ["ARCH", "Fault", "Simulation", "sim_library"]
 
 ARCH = 90
 """Compute capability of the simulated devices."""
@@ -39,6 +40,16 @@ ARCH = 90
 _RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint)
 _RANGES = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p)
 _U64, _BYTES, _POINTER = ctypes.c_uint64, ctypes.c_char_p, ctypes.c_void_p
+
+
+class Fault(enum.IntEnum):
+    """What befalls an operation; the first three are what ncclCommGetAsyncError says then."""
+
+    SYSTEM_ERROR = 2
+    INTERNAL_ERROR = 3
+    REMOTE_ERROR = 6
+    HANGS = 100
+    BREAKS = 101
 
 
 @functools.cache
@@ -52,6 +63,10 @@ def sim_library() -> ctypes.CDLL:
         "sim_stand_by": (None, ()),
         "sim_publish": (None, ()),
         "sim_learn": (None, ()),
+        "sim_share_hosts": (None, ()),
+        "sim_patience": (None, (ctypes.c_int,)),
+        "sim_inject": (None, (ctypes.c_int, ctypes.c_long, ctypes.c_long, ctypes.c_int)),
+        "sim_nccl_version": (None, (ctypes.c_int,)),
         "sim_register_image": (
             None,
             (
@@ -188,6 +203,26 @@ class Simulation:
         """This thread itself reads or writes adopted memory now; whether that is in order (else it is reported)."""
         address, nbytes = _memory(tensor)
         return bool(sim_library().sim_host_access(address, nbytes, write, what.encode()))
+
+    def inject(self, fault: Fault, *, device: int, operation: int, communicator: int = -1) -> None:
+        """Lets ``fault`` befall operation number ``operation`` (a call, or a group's calls) of the device's
+        communicator number ``communicator``, both counted from 0 in the order in which they are made. The operation
+        never ends then, before ncclCommAbort. Without a communicator: BREAKS, behind so many operations that the
+        device has run.
+        """
+        sim_library().sim_inject(device, communicator, operation, int(fault))
+
+    def share_hosts(self) -> None:
+        """From here on, threads of one device count as ordered among themselves: for engines with own threads."""
+        sim_library().sim_share_hosts()
+
+    def patience(self, milliseconds: int) -> None:
+        """How long nothing may move while somebody waits or asks: then that is reported, and what waits fails."""
+        sim_library().sim_patience(milliseconds)
+
+    def nccl_version(self, version: int) -> None:
+        """What ncclGetVersion says (22703: 2.27.3); newer calls are refused. Stays for later rounds."""
+        sim_library().sim_nccl_version(version)
 
     def publish(self) -> None:
         """What this thread knows, those know that `learn` it, and threads that come later."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import functools
+import os
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.gpu.test_abi import GPU, HERE, ROOT
@@ -24,8 +26,14 @@ def library() -> Path:
     """The simulation, in a folder that goes with the process."""
     folder, sim = Path(tempfile.mkdtemp(prefix="hybridcomm-sim-")), HERE / "sim"
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    options = ("-shared", "-fPIC", "-pthread", "-O1", f"-I{GPU}", f"-I{sim}")
-    return compile_cpp(folder / "libsim.so", *options, *sim.glob("*.cpp"))
+    options = ("-fPIC", "-pthread", "-O1", f"-I{GPU}", f"-I{sim}")
+
+    def compiled(source: Path) -> Path:
+        return compile_cpp(folder / f"{source.stem}.o", *options, "-c", source)
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, sorted(sim.glob("*.cpp"))))
+    return compile_cpp(folder / "libsim.so", "-shared", "-pthread", *objects)
 
 
 @functools.cache

@@ -2,123 +2,24 @@
 
 #include <cstring>
 
-#include "arithmetic.h"
+#include "graphs.h"
+#include "movement.h"
 
 namespace sim {
-namespace {
-
 using namespace hybridcomm::gpu;
 
-const char* name_of(Kind kind) {
-  constexpr const char* kNames[] = {"ncclAllReduce", "ncclReduce", "ncclReduceScatter", "ncclAllGather",
-                                    "ncclBroadcast", "ncclSend",   "ncclRecv"};
-  return kNames[static_cast<size_t>(kind)];
-}
-
-bool is_message(const Part& part) { return part.kind == Kind::send || part.kind == Kind::receive; }
-
-// Bytes that a part reads and writes.
-std::pair<size_t, size_t> touched(const Part& part) {
-  const size_t nbytes = part.count * size_of(part.type);
-  const auto ranks = static_cast<size_t>(part.comm->clique->size);
-  const bool root = part.peer == part.comm->rank;
-  switch (part.kind) {
-    case Kind::all_reduce:
-      return {nbytes, nbytes};
-    case Kind::reduce:
-      return {nbytes, root ? nbytes : 0};
-    case Kind::reduce_scatter:
-      return {nbytes * ranks, nbytes};
-    case Kind::all_gather:
-      return {nbytes, nbytes * ranks};
-    case Kind::broadcast:
-      return {root ? nbytes : 0, nbytes};
-    case Kind::send:
-      return {nbytes, 0};
-    case Kind::receive:
-      return {0, nbytes};
-  }
-  return {0, 0};
-}
-
-const Part& of_rank(const Meeting& meeting, int rank) {
-  for (const Meeting::Come& each : meeting.come) {
-    if (each.part.comm->rank == rank) return each.part;
-  }
-  return meeting.come.front().part;
-}
-
-double factor_of(const Part& part) {
-  const auto own = static_cast<size_t>(part.op - (ncclAvg + 1));
-  return part.op > ncclAvg && own < part.comm->factors.size() ? part.comm->factors[own] : 1.0;
-}
-
-void move_reduction(const Meeting& meeting) {
-  const Part& first = meeting.come.front().part;
-  const int ranks = first.comm->clique->size;
-  const size_t pieces = first.kind == Kind::reduce_scatter ? static_cast<size_t>(ranks) : 1;
-  const size_t nbytes = first.count * size_of(first.type);
-  std::vector<const unsigned char*> inputs;
-  std::vector<double> factors;
-  for (int rank = 0; rank < ranks; ++rank) {
-    inputs.push_back(of_rank(meeting, rank).from);
-    factors.push_back(factor_of(of_rank(meeting, rank)));
-  }
-  std::vector<unsigned char> result(nbytes * pieces);
-  reduce(result.data(), inputs, first.count * pieces, first.type, first.op, factors);
-  for (const Meeting::Come& each : meeting.come) {
-    const Part& part = each.part;
-    if (part.kind == Kind::reduce && part.peer != part.comm->rank) continue;
-    const size_t piece = pieces == 1 ? 0 : static_cast<size_t>(part.comm->rank);
-    std::memcpy(part.to, result.data() + piece * nbytes, nbytes);
-  }
-}
-
-void move_copies(const Meeting& meeting) {
-  const Part& first = meeting.come.front().part;
-  const size_t nbytes = first.count * size_of(first.type);
-  std::vector<unsigned char> whole;
-  if (first.kind == Kind::all_gather) {
-    for (int rank = 0; rank < first.comm->clique->size; ++rank) {
-      const unsigned char* from = of_rank(meeting, rank).from;
-      whole.insert(whole.end(), from, from + nbytes);
-    }
-  } else {
-    const Part& root = of_rank(meeting, first.peer);
-    whole.assign(root.from, root.from + nbytes);
-  }
-  for (const Meeting::Come& each : meeting.come) std::memcpy(each.part.to, whole.data(), whole.size());
-}
-
-void move(const Meeting& meeting) {
-  const Part& first = meeting.come.front().part;
-  if (is_message(first)) {
-    const Part& last = meeting.come.back().part;
-    const Part &from = first.kind == Kind::send ? first : last, &to = first.kind == Kind::send ? last : first;
-    std::memcpy(to.to, from.from, from.count * size_of(from.type));
-  } else if (first.kind == Kind::all_gather || first.kind == Kind::broadcast) {
-    move_copies(meeting);
-  } else {
-    move_reduction(meeting);
-  }
-}
-
-}  // namespace
-
-std::string text_of(const Part& part) {
-  std::string text = std::string(name_of(part.kind)) + " of " + std::to_string(part.count) + " of type " +
-                     std::to_string(part.type);
-  if (part.peer >= 0) text += (is_message(part) ? " with " : " at ") + std::to_string(part.peer);
-  return text + " by rank " + std::to_string(part.comm->rank);
-}
-
 Communicators::Communicators() {
-  world().also_reset = [this] { cliques_.clear(), comms_.clear(), running_.clear(); };
-  world().also_finish = [this] {
+  world().also_reset.push_back([this] { cliques_.clear(), comms_.clear(), running_.clear(), made_.clear(); });
+  world().also_finish.push_back([this] {
     size_t left = 0;
-    for (const Comm& comm : comms_) left += comm.live;
+    for (const Comm& comm : comms_) left += comm.live && !world().broken(comm.device);
     if (left != 0) world().reports.add(Finding::leak, std::to_string(left) + " communicators");
-  };
+  });
+  world().also_break.push_back([this](int device) {
+    for (Comm& comm : comms_) {
+      if (comm.device == device && comm.live && !comm.aborted) leave(comm);
+    }
+  });
 }
 
 Communicators& communicators() {
@@ -136,8 +37,15 @@ std::shared_ptr<Clique> Communicators::clique(const std::string& id, int size) {
 }
 
 Comm* Communicators::join(const std::shared_ptr<Clique>& clique, int rank, bool blocking) {
-  Comm made{clique, rank, world().here().device, blocking, true, false, 0, 0, 0, nullptr, {}, {}};
+  const int device = world().here().device;
+  Comm made;
+  made.clique = clique;
+  made.rank = rank;
+  made.device = device;
+  made.ordinal = made_[device]++;
+  made.blocking = blocking;
   comms_.push_back(std::move(made));
+  clique->members.push_back(&comms_.back());
   ++clique->joined;
   world().wake();
   return &comms_.back();
@@ -210,41 +118,152 @@ void Communicators::come(Meeting& meeting, const Part& part, const Stream& strea
   if (meeting.come.size() == meeting.wanted) meet(meeting);
 }
 
-void Communicators::launch(Stream& stream, std::vector<Part> parts) {
-  const long id = ++operations_;
-  const auto meetings = std::make_shared<std::vector<std::shared_ptr<Meeting>>>();
-  const auto shared = std::make_shared<std::vector<Part>>(std::move(parts));
-  Operation operation;
-  operation.what = text_of(shared->front());
-  operation.record = std::make_shared<Record>();
-  std::shared_ptr<Record>& last = shared->front().comm->last;
-  if (last != nullptr) operation.after.push_back(last);
-  last = operation.record;
-  operation.admit = [this, id, meetings, shared](const Stream& on) {
-    long& running = running_[on.device];
-    if (running != 0 && running != id) return false;
-    if (meetings->empty()) {
-      running = id;
-      for (const Part& part : *shared) {
-        meetings->push_back(meeting_of(part));
-        come(*meetings->back(), part, on);
-      }
+// One operation while it runs.
+struct Communicators::Running {
+  long id;
+  std::vector<Part> parts;
+  std::vector<std::shared_ptr<Meeting>> meetings;
+  bool begun = false, stuck = false;
+  Comm& comm() const { return *parts.front().comm; }
+};
+
+bool Communicators::begin(Running& running, const Stream& on) {
+  long& busy = running_[on.device];
+  if (busy != 0 && busy != running.id) return false;
+  if (running.begun) return true;
+  busy = running.id;
+  running.begun = true;
+  Comm& comm = running.comm();
+  ++comm.inside;
+  const Fault fault = faults().at(comm.device, comm.ordinal, comm.operations++);
+  running.stuck = fault != kNone;
+  if (fault == kBreaks) world().break_now(comm.device);
+  if (fault != kNone && fault < kHangs) comm.failure = fault;
+  if (fault != kNone && fault != kHangs && fault != kBreaks) leave(comm);
+  if (running.stuck) return true;
+  for (const Part& part : running.parts) {
+    running.meetings.push_back(meeting_of(part));
+    come(*running.meetings.back(), part, on);
+  }
+  return true;
+}
+
+// Of one that was aborted, nobody can say what its targets hold.
+void Communicators::end(Running& running, Stream& on) {
+  Comm& comm = running.comm();
+  if (running_[on.device] == running.id) running_[on.device] = 0;
+  if (!running.begun) return;
+  --comm.inside;
+  for (const auto& meeting : running.meetings) {
+    if (meeting->met) on.clock.join(meeting->clock);
+  }
+  if (!comm.aborted) return;
+  for (const Part& part : running.parts) {
+    const auto to = reinterpret_cast<uintptr_t>(part.to);
+    const size_t writes = touched(part).second;
+    const std::string what = text_of(part) + ", aborted";
+    if (writes != 0 && world().memory.access(to, writes, true, on.actor, on.clock, on.device, what)) {
+      std::memset(part.to, kPoison, writes);
     }
-    bool met = true, aborted = false;
-    for (const auto& meeting : *meetings) met &= meeting->met;
-    for (const Part& part : *shared) aborted |= part.comm->aborted;
-    return met || aborted;
+  }
+}
+
+Operation Communicators::operation(std::vector<Part> parts) {
+  for (Part& part : parts) {
+    const bool message = is_message(part);
+    part.number = message ? part.comm->messages[{part.kind == Kind::send, part.peer}]++ : part.comm->calls++;
+  }
+  const auto running = std::make_shared<Running>();
+  running->id = ++operations_;
+  running->parts = std::move(parts);
+  Comm& comm = running->comm();
+  Operation made;
+  made.what = text_of(running->parts.front());
+  if (!comm.live) {  // launches of a graph come later than calls
+    world().reports.add(Finding::stranger, made.what + ": its communicator was destroyed");
+    return made;
+  }
+  made.record = std::make_shared<Record>();
+  if (comm.last != nullptr) made.after.push_back(comm.last);
+  comm.last = made.record;
+  made.admit = [this, running](const Stream& on) {
+    if (running->comm().aborted) return true;
+    if (!begin(*running, on) || running->stuck) return false;
+    bool met = true;
+    for (const auto& meeting : running->meetings) met &= meeting->met;
+    return met;
   };
-  operation.meet = [this, meetings](Stream& on) {
-    for (const auto& meeting : *meetings) on.clock.join(meeting->clock);
-    running_[on.device] = 0;
-  };
-  world().enqueue(stream, std::move(operation));
+  made.meet = [this, running](Stream& on) { end(*running, on); };
+  return made;
+}
+
+bool Communicators::launch(Stream& stream, const std::vector<Part>& parts) {
+  return graphs().add(stream, [this, parts] { return operation(parts); }) == CUDA_SUCCESS;
 }
 
 void Communicators::abort(Comm& comm) {
   comm.aborted = true;
+  leave(comm);
   world().wake();
+}
+
+void Communicators::leave(Comm& comm) {
+  const auto withdraw = [&comm](Meeting& meeting) {
+    if (meeting.met) return;
+    std::vector<Meeting::Come> others;
+    for (Meeting::Come& each : meeting.come) {
+      if (each.part.comm != &comm) others.push_back(std::move(each));
+    }
+    meeting.come.swap(others);
+  };
+  for (auto& [number, meeting] : comm.clique->meetings) withdraw(*meeting);
+  for (auto& [pair, all] : comm.clique->messages) {
+    for (auto& [number, meeting] : all) withdraw(*meeting);
+  }
+  for (Comm* peer : comm.clique->members) {
+    if (peer != &comm && peer->live && !peer->aborted) peer->told |= world().coin(50);
+  }
+}
+
+long Communicators::wish(Comm& comm, int color, int key) {
+  const long number = comm.makings++;
+  comm.clique->wishes[number][comm.rank] = {color, key};
+  world().wake();
+  return number;
+}
+
+Comm* Communicators::child(Comm& comm, long number) {
+  const auto& wishes = comm.clique->wishes[number];
+  const auto [color, key] = wishes.at(comm.rank);
+  if (color == kNcclNoColor) return nullptr;
+  std::vector<std::pair<int, int>> members;  // (key, rank)
+  for (const auto& [rank, wish] : wishes) {
+    if (wish.first == color) members.emplace_back(wish.second, rank);
+  }
+  std::sort(members.begin(), members.end());
+  auto& made = comm.clique->children[{number, color}];
+  if (made == nullptr) {
+    made = std::make_shared<Clique>();
+    made->size = static_cast<int>(members.size());
+  }
+  const auto self = std::find(members.begin(), members.end(), std::pair(key, comm.rank));
+  return join(made, static_cast<int>(self - members.begin()), comm.blocking);
+}
+
+ncclResult_t Communicators::state(Comm& comm) {
+  if (world().broken(comm.device)) return ncclUnhandledCudaError;
+  if (comm.failure == ncclSuccess && comm.told && comm.inside > 0) comm.failure = ncclRemoteError;
+  if (comm.failure != ncclSuccess) return comm.failure;
+  if (!comm.ready()) return ncclInProgress;
+  const std::shared_ptr<Job> job = comm.job;
+  if (job == nullptr) return ncclSuccess;
+  if (!job->done && (job->polls-- > 0 || !job->over())) return ncclInProgress;
+  comm.job = nullptr;
+  if (!job->done) {
+    job->done = true;
+    job->then();
+  }
+  return comm.failure;
 }
 
 }  // namespace sim

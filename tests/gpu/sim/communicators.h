@@ -6,6 +6,12 @@
 // relies on it relies on an accident. One operation runs on
 // a device at a time, as kernels that wait for each other may fill it: two communicators that ranks use in different
 // orders come to a deadlock under some seed, as they do on machines.
+//
+// What goes wrong (faults.h) leaves the rank's operation stuck: it never comes, so its peers are stuck too, until each
+// aborts. Some peers are told by ncclRemoteError, as a closed connection does, some are not.
+//
+// A communicator that is not blocking answers ncclInProgress, by dice, and has then to be asked for its state until that
+// is ncclSuccess. What was called is enqueued no sooner, so an event that is recorded before is recorded too early.
 #pragma once
 
 #include <deque>
@@ -15,12 +21,13 @@
 #include <string>
 #include <vector>
 
+#include "faults.h"
 #include "gpu_nccl_abi.h"
 #include "world.h"
 
 namespace sim {
 
-enum class Kind { all_reduce, reduce, reduce_scatter, all_gather, broadcast, send, receive };
+enum class Kind { all_reduce, reduce, reduce_scatter, all_gather, broadcast, all_to_all, send, receive };
 
 struct Comm;
 
@@ -33,8 +40,8 @@ struct Part {
   size_t count;
   hybridcomm::gpu::ncclDataType_t type;
   hybridcomm::gpu::ncclRedOp_t op;
-  int peer;  // or root; -1: none
-  long number;
+  int peer;          // or root; -1: none
+  long number = -1;  // of the communicator's calls, or of the pair's messages
 };
 
 // Parts that belong together; a message has two.
@@ -54,19 +61,33 @@ struct Meeting {
 struct Clique {
   int size;
   int joined = 0;
+  std::vector<Comm*> members;
   std::map<long, std::shared_ptr<Meeting>> meetings;
   std::map<std::pair<int, int>, std::map<long, std::shared_ptr<Meeting>>> messages;  // by (source, target)
-  std::map<long, std::map<int, std::pair<int, int>>> splits;                         // rank -> (color, key)
+  std::map<long, std::map<int, std::pair<int, int>>>
+      wishes;  // of one call that makes new ones: rank -> (color, key)
   std::map<std::pair<long, int>, std::shared_ptr<Clique>> children;
+};
+
+// What a communicator that is not blocking has still to do.
+struct Job {
+  int polls;                   // as often it is in progress, at least
+  std::function<bool()> over;  // whether it can end
+  std::function<void()> then;  // when it does; once, whoever of a group asks last
+  bool done = false;
 };
 
 struct Comm {
   std::shared_ptr<Clique> clique;
   int rank, device;
+  long ordinal;  // among those that were made on its device
   bool blocking;
   bool live = true, aborted = false;
+  bool told = false;  // that a peer is lost, where it waits for one
   hybridcomm::gpu::ncclResult_t failure = 0;
-  long calls = 0, splits = 0;
+  long calls = 0, makings = 0, operations = 0;
+  int inside = 0;  // operations that have begun and not ended
+  std::shared_ptr<Job> job;
   std::shared_ptr<Record> last;  // operations of one communicator run in the order of their calls
   std::map<std::pair<bool, int>, long> messages;  // (sends?, peer) -> how many
   std::vector<double> factors;                    // of its own reductions
@@ -80,11 +101,24 @@ class Communicators {
   std::shared_ptr<Clique> clique(const std::string& id, int size);
   Comm* join(const std::shared_ptr<Clique>& clique, int rank, bool blocking);
   Comm* find(void* handle);  // null (and a report) if it is none
-  // Parts that one call or group of a thread makes on a stream: one operation.
-  void launch(Stream& stream, std::vector<Part> parts);
+  // Parts that one call or group of a thread makes on a stream: one operation. Captured, if the stream is.
+  bool launch(Stream& stream, const std::vector<Part>& parts);
+  // Frees what is stuck on it on this rank.
   void abort(Comm& comm);
+  // Nothing comes of the rank any more: it is in no meeting, and some of its peers will hear of it.
+  void leave(Comm& comm);
+  // Ranks that make something together, by their calls of one number; `color` and `key` of this one.
+  long wish(Comm& comm, int color, int key);
+  // This rank's part of what those with its color have made of it, in the order of their keys.
+  Comm* child(Comm& comm, long number);
+  // What ncclCommGetAsyncError says.
+  hybridcomm::gpu::ncclResult_t state(Comm& comm);
 
  private:
+  struct Running;
+  Operation operation(std::vector<Part> parts);
+  bool begin(Running& running, const Stream& on);
+  void end(Running& running, Stream& on);
   std::shared_ptr<Meeting> meeting_of(const Part& part);
   void come(Meeting& meeting, const Part& part, const Stream& stream);
   void meet(Meeting& meeting);
@@ -94,6 +128,7 @@ class Communicators {
   std::map<std::string, std::shared_ptr<Clique>> cliques_;
   std::list<Comm> comms_;
   std::map<int, long> running_;  // device -> the operation that has it
+  std::map<int, long> made_;     // device -> communicators
   long operations_ = 0;
 };
 

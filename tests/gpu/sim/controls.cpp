@@ -49,6 +49,16 @@ EXPORT void sim_learn() {
   const std::lock_guard<std::mutex> lock(world().mutex);
   world().learn();
 }
+// Until the next reset, host threads of one device count as ordered among themselves.
+EXPORT void sim_share_hosts() {
+  const std::lock_guard<std::mutex> lock(world().mutex);
+  world().share_hosts();
+}
+// How long nothing may move while somebody waits or asks, before that is reported and all that waits fails.
+EXPORT void sim_patience(int milliseconds) {
+  const std::lock_guard<std::mutex> lock(world().mutex);
+  world().be_patient(milliseconds);
+}
 
 // Of the image "image", whose symbols are kernels' names; each argument is aligned to its size.
 EXPORT void sim_register(const char* name, const size_t* sizes, int count,
@@ -114,16 +124,16 @@ EXPORT int sim_adopt(uint64_t address, size_t nbytes, int device) {
 }
 EXPORT int sim_drop(uint64_t address) {
   const std::lock_guard<std::mutex> lock(world().mutex);
-  return world().memory.drop(address, world().here().clock);
+  return world().memory.drop(address, world().here().host->clock);
 }
 // This thread itself reads or writes device memory, now. Whatever it enqueues later comes after; for all else, it has to
 // have waited. 1: nothing is wrong.
 EXPORT int sim_host_access(uint64_t address, size_t nbytes, int write, const char* what) {
   const std::lock_guard<std::mutex> lock(world().mutex);
-  sim::Thread& thread = world().here();
-  thread.clock.tick(thread.actor);
+  sim::Host& host = *world().here().host;
+  host.clock.tick(host.actor);
   const size_t before = world().reports.found();
-  world().memory.access(address, nbytes, write != 0, thread.actor, thread.clock, -1,
+  world().memory.access(address, nbytes, write != 0, host.actor, host.clock, -1,
                         std::string("host: ") + what);
   return world().reports.found() == before;
 }

@@ -61,6 +61,12 @@ const DeviceMemory::Block* DeviceMemory::find(uintptr_t address) const {
   return beside;
 }
 
+void DeviceMemory::lose(int device) {
+  for (auto& [address, block] : blocks_) {
+    if (block.device == device) block.history.clear();
+  }
+}
+
 bool DeviceMemory::readable(uintptr_t address, size_t nbytes) const {
   const Block* block = find(address);
   return block != nullptr && block->live && address >= block->begin &&
@@ -139,10 +145,10 @@ bool DeviceMemory::access(uintptr_t begin, size_t nbytes, bool write, int actor,
   return true;
 }
 
-void DeviceMemory::finish() {
+void DeviceMemory::finish(const std::set<int>& broken) {
   for (const auto& [address, block] : blocks_) {
     if (block.zone == 0) continue;  // whoever lent it keeps it
-    if (block.live) {
+    if (block.live && broken.count(block.device) == 0) {
       reports_.add(Finding::leak, "device memory of " + std::to_string(block.nbytes) + " bytes");
     }
     const unsigned char* begin = reinterpret_cast<const unsigned char*>(block.begin);

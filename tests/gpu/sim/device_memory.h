@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -35,13 +36,16 @@ class DeviceMemory {
   // values, and nothing stands around it.
   bool adopt(uintptr_t address, size_t nbytes, int device);
   bool drop(uintptr_t address, const Clock& clock);
+  // Nothing is under way on a device any more, as its context is lost.
+  void lose(int device);
   // Whether all of it is in memory that is there.
   bool readable(uintptr_t address, size_t nbytes) const;
   // An access by `actor`, whose clock this is, on a device (-1: on any); whether the bytes may be touched at all.
   bool access(uintptr_t begin, size_t nbytes, bool write, int actor, const Clock& clock, int device,
               const std::string& what);
   // Reports what is still allocated, and red zones that somebody has written to.
-  void finish();
+  // Not of devices that are broken, whose memory nobody can give back.
+  void finish(const std::set<int>& broken);
   void clear() { blocks_.clear(); }
 
  private:

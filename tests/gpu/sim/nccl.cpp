@@ -1,84 +1,122 @@
-// libnccl's functions, as far as the engine calls them, on the simulated machine.
-#include "gpu_nccl_abi.h"
+// libnccl's communicators and groups, as far as the engine calls them, on the simulated machine.
+#include "nccl.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 
 #include "arithmetic.h"
-#include "communicators.h"
 
 using namespace hybridcomm::gpu;
 using sim::Comm;
 using sim::communicators;
 using sim::Finding;
-using sim::Kind;
+using sim::locked;
+using sim::misuse;
 using sim::Part;
 using sim::world;
 
 namespace {
 
 int made = 0;
+int version = nccl_version(2, 18, 5);
 
+struct Call {
+  sim::Stream* stream;
+  Part part;
+};
 // Calls of this thread between ncclGroupStart and ncclGroupEnd.
 struct Group {
   int depth = 0;
-  std::vector<std::pair<CUstream, Part>> parts;
+  std::vector<Call> calls;
 };
 thread_local Group group;
 
-std::unique_lock<std::mutex> locked() {
-  std::unique_lock<std::mutex> lock(world().mutex);
-  communicators();
-  world().here();
-  return lock;
+// Calls of one communicator on one stream go together; communicators follow each other in the order of their first calls.
+bool launch_now(std::vector<Call> calls) {
+  bool sound = true;
+  while (!calls.empty()) {
+    sim::Stream* stream = calls.front().stream;
+    const Comm* comm = calls.front().part.comm;
+    std::vector<Part> together;
+    std::vector<Call> others;
+    for (const Call& each : calls) {
+      if (each.stream == stream && each.part.comm == comm) {
+        together.push_back(each.part);
+      } else {
+        others.push_back(each);
+      }
+    }
+    sound &= communicators().launch(*stream, together);
+    calls.swap(others);
+  }
+  return sound;
 }
+
+ncclResult_t launch(const std::vector<Call>& calls) {
+  const bool blocking =
+      std::all_of(calls.begin(), calls.end(), [](const Call& each) { return each.part.comm->blocking; });
+  const int polls = world().coin(50) ? 0 : world().coin(50) ? 1 : 2;
+  if (blocking || polls == 0) return launch_now(calls) ? ncclSuccess : ncclUnhandledCudaError;
+  const auto job = std::make_shared<sim::Job>();
+  job->polls = polls;
+  job->over = [] { return true; };
+  job->then = [calls] {
+    if (launch_now(calls)) return;
+    for (const Call& each : calls) each.part.comm->failure = ncclUnhandledCudaError;
+  };
+  for (const Call& each : calls) each.part.comm->job = job;
+  return ncclInProgress;
+}
+
+ncclResult_t joined(std::unique_lock<std::mutex>& lock, const char* what, Comm* comm) {
+  if (!comm->blocking) return comm->ready() && world().coin(50) ? ncclSuccess : ncclInProgress;
+  return sim::wait_for(lock, what, [comm] { return comm->ready(); });
+}
+
+ncclResult_t initialise(const char* what, ncclComm_t* comm, int ranks, const ncclUniqueId& id, int rank,
+                        const ncclConfig_t* config) {
+  auto lock = locked();
+  if (rank < 0 || rank >= ranks || world().here().device < 0) return ncclInvalidArgument;
+  if (sim::broken()) return ncclUnhandledCudaError;
+  const auto clique = communicators().clique(id.internal, ranks);
+  if (clique->size != ranks) return misuse(std::string(what) + ": ranks say different sizes");
+  const bool blocking = config == nullptr || config->blocking != 0;
+  Comm* made_one = communicators().join(clique, rank, blocking);
+  *comm = reinterpret_cast<ncclComm_t>(made_one);
+  return joined(lock, what, made_one);
+}
+
+// Whether the host has waited for all that was called on it.
+bool at_rest(const Comm& comm) {
+  const bool done = comm.last == nullptr || comm.last->known(world().here().host->clock);
+  return comm.aborted || world().broken(comm.device) || (done && comm.job == nullptr);
+}
+
+}  // namespace
+
+namespace sim {
 
 ncclResult_t misuse(const std::string& what) {
   world().reports.add(Finding::misuse, what);
   return ncclInvalidUsage;
 }
 
-// Calls are numbered when they are made, parts of one communicator on one stream go together.
-ncclResult_t launch(std::vector<std::pair<CUstream, Part>> parts) {
-  while (!parts.empty()) {
-    const CUstream handle = parts.front().first;
-    const Comm* comm = parts.front().second.comm;
-    std::vector<Part> together;
-    std::vector<std::pair<CUstream, Part>> others;
-    for (auto& [stream, part] : parts) {
-      if (stream == handle && part.comm == comm) {
-        together.push_back(part);
-      } else {
-        others.emplace_back(stream, part);
-      }
-    }
-    sim::Stream* stream = world().stream(handle);
-    if (stream == nullptr) return ncclInvalidArgument;
-    if (stream->device != comm->device) return misuse("a stream of another device than the communicator's");
-    communicators().launch(*stream, std::move(together));
-    parts.swap(others);
-  }
-  return ncclSuccess;
-}
-
-ncclResult_t call(Kind kind, const void* from, void* to, size_t count, ncclDataType_t type, ncclRedOp_t op,
-                  int peer, ncclComm_t handle, CUstream stream) {
-  const auto lock = locked();
+Comm* usable(ncclComm_t handle, ncclResult_t& why) {
   Comm* comm = communicators().find(handle);
-  if (comm == nullptr || sim::size_of(type) == 0) return ncclInvalidArgument;
-  if (comm->aborted) return misuse("a call on a communicator that was aborted");
-  if (!comm->ready()) return misuse("a call on a communicator that is still in progress");
-  if (peer >= comm->clique->size) return ncclInvalidArgument;
-  const bool message = kind == Kind::send || kind == Kind::receive;
-  const long number = message ? comm->messages[{kind == Kind::send, peer}]++ : comm->calls++;
-  const Part part{
-      kind, comm,  static_cast<const unsigned char*>(from), static_cast<unsigned char*>(to), count, type, op,
-      peer, number};
-  if (group.depth > 0) {
-    group.parts.emplace_back(stream, part);
-    return ncclSuccess;
+  why = ncclSuccess;
+  if (comm == nullptr) {
+    why = ncclInvalidArgument;
+  } else if (world().broken(comm->device)) {
+    why = ncclUnhandledCudaError;
+  } else if (comm->aborted) {
+    why = misuse("a call on a communicator that was aborted");
+  } else if (!comm->ready() || comm->job != nullptr) {
+    why = misuse("a call on a communicator that is still in progress");
+  } else if (comm->failure != ncclSuccess && comm->failure != ncclInvalidUsage) {
+    why = comm->failure;
   }
-  return launch({{stream, part}});
+  return why == ncclSuccess ? comm : nullptr;
 }
 
 ncclResult_t wait_for(std::unique_lock<std::mutex>& lock, const char* what,
@@ -86,12 +124,51 @@ ncclResult_t wait_for(std::unique_lock<std::mutex>& lock, const char* what,
   return world().wait(lock, what, over) ? ncclSuccess : ncclSystemError;
 }
 
-}  // namespace
+ncclResult_t act(std::unique_lock<std::mutex>& lock, Comm& comm, const char* what,
+                 const std::function<bool()>& over, const std::function<void()>& then) {
+  if (comm.blocking) {
+    const ncclResult_t result = wait_for(lock, what, over);
+    if (result == ncclSuccess) then();
+    return result;
+  }
+  comm.job = std::make_shared<Job>();
+  comm.job->polls = world().coin(50) ? 0 : 1;
+  comm.job->over = over;
+  comm.job->then = then;
+  return ncclInProgress;
+}
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
+ncclResult_t call(CUstream handle, ncclComm_t comm_handle, Part part) {
+  const auto lock = locked();
+  ncclResult_t why;
+  Comm* comm = usable(comm_handle, why);
+  if (comm == nullptr) return why;
+  if (size_of(part.type) == 0 || part.peer >= comm->clique->size) return ncclInvalidArgument;
+  Stream* stream = world().stream(handle);
+  if (stream == nullptr) return ncclInvalidArgument;
+  if (stream->device != comm->device) return misuse("a stream of another device than the communicator's");
+  part.comm = comm;
+  if (group.depth > 0) {
+    group.calls.push_back({stream, part});
+    return ncclSuccess;
+  }
+  return launch({{stream, part}});
+}
 
-EXPORT ncclResult_t ncclGetVersion(int* version) {
-  *version = nccl_version(2, 18, 5);
+bool has(int since, const char* name) {
+  if (version >= since) return true;
+  misuse(std::string(name) + ": the version that ncclGetVersion says has none");
+  return false;
+}
+
+}  // namespace sim
+
+EXPORT void sim_nccl_version(int says) {
+  const auto lock = locked();
+  version = says;
+}
+EXPORT ncclResult_t ncclGetVersion(int* says) {
+  *says = version;
   return ncclSuccess;
 }
 EXPORT const char* ncclGetErrorString(ncclResult_t) { return "a simulated error"; }
@@ -105,56 +182,71 @@ EXPORT ncclResult_t ncclGetUniqueId(ncclUniqueId* id) {
 
 EXPORT ncclResult_t ncclCommInitRankConfig(ncclComm_t* comm, int ranks, ncclUniqueId id, int rank,
                                            ncclConfig_t* config) {
-  auto lock = locked();
-  if (rank < 0 || rank >= ranks || world().here().device < 0) return ncclInvalidArgument;
-  const auto clique = communicators().clique(id.internal, ranks);
-  if (clique->size != ranks) return misuse("ncclCommInitRankConfig: ranks say different sizes");
-  const bool blocking = config == nullptr || config->blocking != 0;
-  Comm* joined = communicators().join(clique, rank, blocking);
-  *comm = reinterpret_cast<ncclComm_t>(joined);
-  if (!blocking) return joined->ready() ? ncclSuccess : ncclInProgress;
-  return wait_for(lock, "ncclCommInitRankConfig", [joined] { return joined->ready(); });
+  return initialise("ncclCommInitRankConfig", comm, ranks, id, rank, config);
+}
+EXPORT ncclResult_t ncclCommInitRankScalable(ncclComm_t* comm, int ranks, int rank, int count,
+                                             ncclUniqueId* ids, ncclConfig_t* config) {
+  {
+    const auto lock = locked();
+    if (!sim::has(nccl_version(2, 23, 4), "ncclCommInitRankScalable")) return ncclInvalidUsage;
+  }
+  if (count < 1 || count > ranks) return ncclInvalidArgument;
+  return initialise("ncclCommInitRankScalable", comm, ranks, ids[0], rank, config);
 }
 
-// All ranks have said their colors when the last one comes; those of one color are ordered by key, then by rank.
+namespace {
+
+// The handle is there when the parent's call has ended; the child may still be in progress then.
+ncclResult_t make(std::unique_lock<std::mutex>& lock, const char* what, Comm& comm, long number,
+                  size_t wanted, ncclComm_t* child) {
+  *child = nullptr;
+  const auto clique = comm.clique;
+  const ncclResult_t result = sim::act(
+      lock, comm, what, [clique, number, wanted] { return clique->wishes[number].size() >= wanted; },
+      [&comm, number, child] { *child = reinterpret_cast<ncclComm_t>(communicators().child(comm, number)); });
+  if (result != ncclSuccess || *child == nullptr) return result;
+  return joined(lock, what, reinterpret_cast<Comm*>(*child));
+}
+
+}  // namespace
+
+// All ranks have said their colors when the last one comes.
 EXPORT ncclResult_t ncclCommSplit(ncclComm_t handle, int color, int key, ncclComm_t* child, ncclConfig_t*) {
   auto lock = locked();
+  ncclResult_t why;
+  Comm* comm = sim::usable(handle, why);
+  if (comm == nullptr) return why;
+  const long number = communicators().wish(*comm, color, key);
+  return make(lock, "ncclCommSplit", *comm, number, static_cast<size_t>(comm->clique->size), child);
+}
+EXPORT ncclResult_t ncclCommShrink(ncclComm_t handle, int* excluded, int count, ncclComm_t* child,
+                                   ncclConfig_t*, int flags) {
+  auto lock = locked();
+  if (!sim::has(nccl_version(2, 27, 3), "ncclCommShrink")) return ncclInvalidUsage;
   Comm* comm = communicators().find(handle);
   if (comm == nullptr) return ncclInvalidArgument;
-  const auto clique = comm->clique;
-  const long number = comm->splits++;
-  auto& said = clique->splits[number];
-  said[comm->rank] = {color, key};
-  world().wake();
-  const auto all = [&said, &clique] { return static_cast<int>(said.size()) == clique->size; };
-  const ncclResult_t result = wait_for(lock, "ncclCommSplit", all);
-  *child = nullptr;
-  if (result != ncclSuccess || color == kNcclNoColor) return result;
-  std::vector<std::pair<int, int>> members;  // (key, rank)
-  for (const auto& [rank, wish] : said) {
-    if (wish.first == color) members.emplace_back(wish.second, rank);
-  }
-  std::sort(members.begin(), members.end());
-  auto& made_of = clique->children[{number, color}];
-  if (made_of == nullptr) {
-    made_of = std::make_shared<sim::Clique>();
-    made_of->size = static_cast<int>(members.size());
-  }
-  const auto self = std::find(members.begin(), members.end(), std::pair(key, comm->rank));
-  Comm* joined = communicators().join(made_of, static_cast<int>(self - members.begin()), comm->blocking);
-  *child = reinterpret_cast<ncclComm_t>(joined);
-  if (!joined->blocking) return joined->ready() ? ncclSuccess : ncclInProgress;
-  return wait_for(lock, "ncclCommSplit", [joined] { return joined->ready(); });
+  if (std::find(excluded, excluded + count, comm->rank) != excluded + count)
+    return misuse("ncclCommShrink without oneself");
+  constexpr int kAbort = 1;
+  if (flags == kAbort && !comm->aborted) communicators().abort(*comm);
+  if (!comm->aborted && !at_rest(*comm)) return misuse("ncclCommShrink while operations are queued");
+  const long number = communicators().wish(*comm, 0, comm->rank);
+  return make(lock, "ncclCommShrink", *comm, number, static_cast<size_t>(comm->clique->size - count), child);
 }
 
 EXPORT ncclResult_t ncclCommFinalize(ncclComm_t handle) {
-  const auto lock = locked();
-  return communicators().find(handle) == nullptr ? ncclInvalidArgument : ncclSuccess;
+  auto lock = locked();
+  Comm* comm = communicators().find(handle);
+  if (comm == nullptr) return ncclInvalidArgument;
+  if (!at_rest(*comm))
+    return misuse("ncclCommFinalize while operations are queued that nobody has waited for");
+  return sim::act(lock, *comm, "ncclCommFinalize", [] { return true; }, [] {});
 }
 EXPORT ncclResult_t ncclCommDestroy(ncclComm_t handle) {
   const auto lock = locked();
   Comm* comm = communicators().find(handle);
   if (comm == nullptr) return ncclInvalidArgument;
+  if (!at_rest(*comm)) misuse("ncclCommDestroy while operations are queued that nobody has waited for");
   comm->live = false;
   return ncclSuccess;
 }
@@ -164,13 +256,24 @@ EXPORT ncclResult_t ncclCommAbort(ncclComm_t handle) {
   if (comm == nullptr) return ncclInvalidArgument;
   communicators().abort(*comm);
   comm->live = false;
+  return world().broken(comm->device) ? ncclUnhandledCudaError : ncclSuccess;
+}
+// As ncclCommAbort, but what is left can be shrunk.
+EXPORT ncclResult_t ncclCommRevoke(ncclComm_t handle, int) {
+  const auto lock = locked();
+  if (!sim::has(nccl_version(2, 29, 2), "ncclCommRevoke")) return ncclInvalidUsage;
+  Comm* comm = communicators().find(handle);
+  if (comm == nullptr) return ncclInvalidArgument;
+  communicators().abort(*comm);
   return ncclSuccess;
 }
 EXPORT ncclResult_t ncclCommGetAsyncError(ncclComm_t handle, ncclResult_t* result) {
-  const auto lock = locked();
-  const Comm* comm = communicators().find(handle);
+  auto lock = locked();
+  Comm* comm = communicators().find(handle);
   if (comm == nullptr) return ncclInvalidArgument;
-  *result = comm->failure != ncclSuccess ? comm->failure : comm->ready() ? ncclSuccess : ncclInProgress;
+  const bool patient = world().poll(lock);
+  *result = communicators().state(*comm);
+  if (!patient && *result == ncclInProgress) *result = ncclInternalError;
   return ncclSuccess;
 }
 EXPORT ncclResult_t ncclCommCount(const ncclComm_t handle, int* count) {
@@ -194,58 +297,7 @@ EXPORT ncclResult_t ncclGroupEnd() {
   const auto lock = locked();
   if (group.depth == 0) return misuse("ncclGroupEnd without ncclGroupStart");
   if (--group.depth > 0) return ncclSuccess;
-  std::vector<std::pair<CUstream, Part>> parts;
-  parts.swap(group.parts);
-  return launch(std::move(parts));
+  std::vector<Call> calls;
+  calls.swap(group.calls);
+  return calls.empty() ? ncclSuccess : launch(calls);
 }
-
-EXPORT ncclResult_t ncclAllReduce(const void* from, void* to, size_t count, ncclDataType_t type,
-                                  ncclRedOp_t op, ncclComm_t comm, CUstream stream) {
-  return call(Kind::all_reduce, from, to, count, type, op, -1, comm, stream);
-}
-EXPORT ncclResult_t ncclReduce(const void* from, void* to, size_t count, ncclDataType_t type, ncclRedOp_t op,
-                               int root, ncclComm_t comm, CUstream stream) {
-  return call(Kind::reduce, from, to, count, type, op, root, comm, stream);
-}
-EXPORT ncclResult_t ncclReduceScatter(const void* from, void* to, size_t count, ncclDataType_t type,
-                                      ncclRedOp_t op, ncclComm_t comm, CUstream stream) {
-  return call(Kind::reduce_scatter, from, to, count, type, op, -1, comm, stream);
-}
-EXPORT ncclResult_t ncclAllGather(const void* from, void* to, size_t count, ncclDataType_t type,
-                                  ncclComm_t comm, CUstream stream) {
-  return call(Kind::all_gather, from, to, count, type, ncclSum, -1, comm, stream);
-}
-EXPORT ncclResult_t ncclBroadcast(const void* from, void* to, size_t count, ncclDataType_t type, int root,
-                                  ncclComm_t comm, CUstream stream) {
-  return call(Kind::broadcast, from, to, count, type, ncclSum, root, comm, stream);
-}
-EXPORT ncclResult_t ncclSend(const void* from, size_t count, ncclDataType_t type, int peer, ncclComm_t comm,
-                             CUstream stream) {
-  return call(Kind::send, from, nullptr, count, type, ncclSum, peer, comm, stream);
-}
-EXPORT ncclResult_t ncclRecv(void* to, size_t count, ncclDataType_t type, int peer, ncclComm_t comm,
-                             CUstream stream) {
-  return call(Kind::receive, nullptr, to, count, type, ncclSum, peer, comm, stream);
-}
-
-// The factor is read now, or (ncclScalarDevice) would be while a collective runs, which nothing of ours asks for.
-EXPORT ncclResult_t ncclRedOpCreatePreMulSum(ncclRedOp_t* op, void* scalar, ncclDataType_t type,
-                                             ncclScalarResidence_t residence, ncclComm_t handle) {
-  const auto lock = locked();
-  Comm* comm = communicators().find(handle);
-  if (comm == nullptr || residence != ncclScalarHostImmediate) return ncclInvalidArgument;
-  double factor = 0;
-  if (type == ncclFloat32) {
-    float value;
-    std::memcpy(&value, scalar, sizeof(value));
-    factor = static_cast<double>(value);
-  } else if (type == ncclFloat64) {
-    std::memcpy(&factor, scalar, sizeof(factor));
-  } else {
-    return ncclInvalidArgument;
-  }
-  comm->factors.push_back(factor);
-  *op = ncclAvg + static_cast<int>(comm->factors.size());
-  return ncclSuccess;
-}
-EXPORT ncclResult_t ncclRedOpDestroy(ncclRedOp_t, ncclComm_t) { return ncclSuccess; }

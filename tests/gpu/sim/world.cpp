@@ -1,6 +1,7 @@
 #include "world.h"
 
 #include <algorithm>
+#include <thread>
 
 namespace sim {
 
@@ -37,27 +38,31 @@ void World::reset(unsigned seed, int eager_percent, int threads) {
   active_ = threads;
   awaited_ = threads;
   published_ = Clock();
+  shared_ = gave_up_ = false;
+  hosts_.clear(), broken_.clear(), breaks_.clear();
+  moved_ = std::chrono::steady_clock::now();
   ++round_;
-  if (also_reset) also_reset();
+  for (const auto& each : also_reset) each();
 }
 
 int World::finish() {
   size_t streams = 0, events = 0, left = 0;
   for (const Stream& each : streams_) {
-    streams += each.live && !each.legacy;
+    if (broken(each.device)) continue;
+    streams += each.live && !each.legacy && !each.hidden;
     left += each.queue.size();
   }
-  for (const Event& each : events_) events += each.live;
+  for (const Event& each : events_) events += each.live && !broken(each.device);
   if (streams != 0) reports.add(Finding::leak, std::to_string(streams) + " streams");
   if (events != 0) reports.add(Finding::leak, std::to_string(events) + " events");
   if (left != 0) reports.add(Finding::leak, std::to_string(left) + " operations that nobody waited for");
-  if (also_finish) also_finish();
-  memory.finish();
+  for (const auto& each : also_finish) each();
+  memory.finish(broken_);
   return static_cast<int>(reports.lines().size());
 }
 
 void World::enter(bool counted) {
-  threads_.push_back({actors_++, published_, -1, counted, nullptr});
+  threads_.push_back({std::make_shared<Host>(Host{actors_++, published_}), -1, counted, nullptr});
   leaver.thread = &threads_.back();
   leaver.round = round_;
   if (!counted) return;
@@ -80,10 +85,20 @@ void World::stand_by() {
   changed_.notify_all();
 }
 
-void World::publish() { published_.join(here().clock); }
+void World::publish() { published_.join(here().host->clock); }
 
-Stream* World::make_stream(int device, bool blocking) {
-  streams_.push_back({actors_++, device, false, blocking, true, {}, {}, nullptr});
+void World::use(int device) {
+  Thread& thread = here();
+  thread.device = device;
+  if (!shared_ || device < 0) return;
+  std::shared_ptr<Host>& host = hosts_[device];
+  if (host == nullptr) host = std::make_shared<Host>(Host{actors_++, {}});
+  host->clock.join(thread.host->clock);
+  thread.host = host;
+}
+
+Stream* World::make_stream(int device, bool blocking, bool hidden) {
+  streams_.push_back({actors_++, device, false, blocking, true, hidden, {}, {}, nullptr, nullptr});
   return &streams_.back();
 }
 
@@ -106,7 +121,7 @@ Stream* World::stream(void* handle) {
 }
 
 Event* World::make_event() {
-  events_.push_back({nullptr, true});
+  events_.push_back({nullptr, here().device, true, nullptr, {}});
   return &events_.back();
 }
 
@@ -122,9 +137,11 @@ Event* World::event(void* handle) {
 void World::destroy(Stream& stream) { stream.live = false; }
 
 void World::enqueue(Stream& stream, Operation operation) {
-  Thread& thread = here();
-  thread.clock.tick(thread.actor);
-  operation.issued = thread.clock;
+  Host& host = *here().host;
+  host.clock.tick(host.actor);
+  operation.issued = host.clock;
+  moved_ = std::chrono::steady_clock::now();
+  if (operation.issue) operation.issue();
   if (operation.record == nullptr) operation.record = std::make_shared<Record>();
   for (Stream& other : streams_) {
     const bool ordered = stream.legacy ? other.blocking : (stream.blocking && other.legacy);
@@ -167,17 +184,66 @@ void World::run_head(Stream& stream) {
   if (sound && operation.run) operation.run();
   if (operation.meet) operation.meet(stream);
   operation.record->clock = stream.clock;
+  operation.record->actor = stream.actor;
   operation.record->done = true;
 }
 
 bool World::run_one() {
   std::vector<Stream*> heads;
   for (Stream& each : streams_) {
-    if (!each.queue.empty() && ready(each)) heads.push_back(&each);
+    if (!each.queue.empty() && !broken(each.device)) heads.push_back(&each);
   }
+  std::shuffle(heads.begin(), heads.end(),
+               dice_);  // collectives begin when they are asked whether they are ready
+  heads.erase(std::remove_if(heads.begin(), heads.end(), [this](Stream* each) { return !ready(*each); }),
+              heads.end());
   if (heads.empty()) return false;
-  run_head(*heads[dice_() % heads.size()]);
+  Stream& chosen = *heads[dice_() % heads.size()];
+  run_head(chosen);
+  moved_ = std::chrono::steady_clock::now();
+  const auto left = breaks_.find(chosen.device);
+  if (left != breaks_.end() && --left->second <= 0) break_now(chosen.device);
   return true;
+}
+
+void World::break_now(int device) {
+  broken_.insert(device);
+  breaks_.erase(device);
+  for (const auto& each : also_break) each(device);
+  memory.lose(device);
+  changed_.notify_all();
+}
+
+bool World::poll(std::unique_lock<std::mutex>& lock) {
+  if (run_one()) {
+    changed_.notify_all();
+  } else {
+    lock.unlock();
+    std::this_thread::sleep_for(std::chrono::microseconds(20));
+    lock.lock();
+  }
+  return patient();
+}
+
+std::string World::standstill() const {
+  std::string text;
+  for (const Stream& each : streams_) {
+    if (each.queue.empty()) continue;
+    const Operation& head = each.queue.front();
+    text += (text.empty() ? ": " : "; ") + head.what + " on device " + std::to_string(each.device) +
+            (head.begun ? " has begun" : " waits for others");
+  }
+  return text;
+}
+
+bool World::patient() {
+  if (!gave_up_ && std::chrono::steady_clock::now() - moved_ > patience_) {
+    reports.add(Finding::deadlock,
+                "nothing has moved for " + std::to_string(patience_.count()) + " ms" + standstill());
+    gave_up_ = true;
+    changed_.notify_all();
+  }
+  return !gave_up_;
 }
 
 // Asleep for good: nothing can run, and no thread is awake or has what it waits for.
@@ -200,12 +266,15 @@ bool World::wait(std::unique_lock<std::mutex>& lock, const std::string& what,
     if (run_one()) {
       changed_.notify_all();
     } else if (stuck()) {
-      reports.add(Finding::deadlock,
-                  "every host thread waits, this one in " + what + ", and no stream can go on");
+      reports.add(Finding::deadlock, "every host thread waits, this one in " + what +
+                                         ", and no stream can go on" + standstill());
+      reached = false;
+      break;
+    } else if (!patient()) {
       reached = false;
       break;
     } else {
-      changed_.wait(lock);
+      changed_.wait_for(lock, std::chrono::milliseconds(100));
     }
   }
   thread.over = nullptr;

@@ -14,6 +14,7 @@
 // extension. A kernel's function calls nothing of the simulation but what says that it may (controls.cpp).
 #pragma once
 
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <functional>
@@ -22,6 +23,7 @@
 #include <memory>
 #include <mutex>
 #include <random>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -40,15 +42,20 @@ struct Range {
 // One record of an event: what was known when the stream came to it.
 struct Record {
   bool done = false;
+  int actor = -1;
   Clock clock;
+  // Whether somebody who knows so much has waited for it.
+  bool known(const Clock& other) const { return done && other.at(actor) >= clock.at(actor); }
 };
 
 struct Stream;
+struct Capture;
 
 struct Operation {
   std::string what;
-  bool begun = false;  // it is at the head, and its stream's clock has what it waited for
-  Clock issued;        // what the host thread knew
+  bool begun = false;           // it is at the head, and its stream's clock has what it waited for
+  Clock issued;                 // what the host thread knew
+  std::function<void()> issue;  // when it is enqueued; may be empty
   std::vector<Range> ranges;
   std::function<bool(std::vector<Range>&)> look;  // more of them, once it is about to run; false: it must not
   std::function<bool(const Stream&)> admit;       // once begun, asked again and again: may it run? Empty: yes
@@ -58,24 +65,36 @@ struct Operation {
   std::vector<std::shared_ptr<Record>> after;     // likewise, but nothing is learned by it
   std::shared_ptr<Record> record;                 // done when it has run
 };
+// Makes an operation each time it is enqueued: once, or with every launch of a graph.
+using Make = std::function<Operation()>;
 
 struct Stream {
   int actor, device;
   bool legacy, blocking;  // blocking: ordered with the legacy stream
   bool live = true;
+  bool hidden = false;  // of a graph, no handle of anyone's
   Clock clock;
   std::deque<Operation> queue;
-  std::shared_ptr<Record> last;  // of the operation enqueued last
+  std::shared_ptr<Record> last;      // of the operation enqueued last
+  std::shared_ptr<Capture> capture;  // while it is captured
 };
 
 struct Event {
   std::shared_ptr<Record> record;  // null: never recorded
+  int device = -1;
   bool live = true;
+  std::shared_ptr<Capture> capture;  // it was recorded last while this was made,
+  std::vector<size_t> nodes;         // behind these of its nodes
+};
+
+// Host threads that know what any of them knows; one thread, unless they share.
+struct Host {
+  int actor;
+  Clock clock;
 };
 
 struct Thread {
-  int actor;
-  Clock clock;
+  std::shared_ptr<Host> host;
   int device = -1;
   bool counted = true;                          // a standstill without it is none
   const std::function<bool()>* over = nullptr;  // while it waits: what for
@@ -94,7 +113,8 @@ class World {
   void reset(unsigned seed, int eager_percent, int threads);
   // Leaks are reported; how many lines there are.
   int finish();
-  std::function<void()> also_reset, also_finish;  // of what is built on it
+  std::vector<std::function<void()>> also_reset, also_finish;  // of what is built on it
+  std::vector<std::function<void(int device)>> also_break;
   void wake() { changed_.notify_all(); }
 
   Thread& here();  // this thread
@@ -102,8 +122,12 @@ class World {
   void stand_by();
   // What this thread knows, threads know that come from now on, or that ask.
   void publish();
-  void learn() { here().clock.join(published_); }
-  Stream* make_stream(int device, bool blocking);
+  void learn() { here().host->clock.join(published_); }
+  // Host threads of one device are from now on taken for well ordered among themselves: what one of them has waited for,
+  // all know. For engines whose threads hand work to each other by means that are not seen here.
+  void share_hosts() { shared_ = true; }
+  void use(int device);  // by this thread
+  Stream* make_stream(int device, bool blocking, bool hidden = false);
   Stream& legacy(int device);
   Stream* stream(void* handle);  // null (and a report) if it is none; the null handle is the legacy stream
   void destroy(Stream& stream);
@@ -113,10 +137,16 @@ class World {
   void enqueue(Stream& stream, Operation operation);
   // Runs until `over`; false: it never will be (reported).
   bool wait(std::unique_lock<std::mutex>& lock, const std::string& what, const std::function<bool()>& over);
-  // Who asks again and again must see things go on.
-  void step() {
-    if (run_one()) wake();
-  }
+  // Who asks again and again must see things go on. False: nothing has moved for so long that nobody should wait.
+  bool poll(std::unique_lock<std::mutex>& lock);
+  bool coin(int percent) { return static_cast<int>(dice_() % 100) < percent; }
+
+  // After so many more operations that have run on a device, nothing does any more, as after an illegal access.
+  void break_after(int device, long operations) { breaks_[device] = operations; }
+  void break_now(int device);
+  bool broken(int device) const { return broken_.count(device) != 0; }
+  // How long nothing may move while somebody waits, in milliseconds of real time.
+  void be_patient(long milliseconds) { patience_ = std::chrono::milliseconds(milliseconds); }
 
  private:
   void enter(bool counted);
@@ -124,11 +154,19 @@ class World {
   void run_head(Stream& stream);
   bool run_one();  // a head that is ready; false: there is none
   bool stuck() const;
+  bool patient();
+  std::string standstill() const;  // what could not go on
 
   std::mt19937 dice_;
   int eager_ = 0, actors_ = 0;
   int awaited_ = 0;  // of the host threads that are expected, those that have not come yet
   Clock published_;
+  bool shared_ = false, gave_up_ = false;
+  std::map<int, std::shared_ptr<Host>> hosts_;  // by device, where they share
+  std::set<int> broken_;
+  std::map<int, long> breaks_;
+  std::chrono::steady_clock::time_point moved_;
+  std::chrono::milliseconds patience_{60000};
   unsigned round_ = 0;
   std::condition_variable changed_;
   std::list<Stream> streams_;

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import torch
 
     from hybridcomm import _C
-    from hybridcomm.context import Context
     from hybridcomm.device_work import DeviceWork
+    from hybridcomm.groups import Grouping
     from hybridcomm.reduction import Op
     from hybridcomm.stream_provider import StreamProvider
 
@@ -33,7 +33,7 @@ __all__ = ["DeviceCollectives"]
 class DeviceCollectives:
     """One rank's part in them; `hybridcomm.device_context.DeviceContext` has the rest."""
 
-    host: Context
+    host: Grouping
     provider: StreamProvider
     _comms: dict[tuple[int, ...], int]
     _programs: OrderedDict[tuple[Any, ...], tuple[_C.DeviceProgram, DevicePlan, Sequence[Any]]]
@@ -95,6 +95,34 @@ class DeviceCollectives:
         whole, own = view_of(out, self.provider, "out"), view_of(t, self.provider)
         self._check_parts(whole, own, "out", "t")
         return self._one("all_gather", own, whole, own.numel(), async_op, stream)
+
+    def all_gather(self, out: Any, t: Any, *, async_op: bool = False, stream: Any = None) -> Any:
+        """Copies every rank's ``t`` into ``out[rank]`` of all ranks; a list, or one tensor as above."""
+        if not isinstance(out, (list, tuple)):
+            return self.all_gather_into_tensor(out, t, async_op=async_op, stream=stream)
+        if not self._is_ours(t):
+            return self.host.all_gather(out, t, async_op=async_op)
+        own, parts = view_of(t, self.provider), self._parts(out, "out")
+        if parts[self.host.rank].numel() != own.numel() or any(part.dtype != own.dtype for part in parts):
+            raise UnsupportedError("all_gather: out[rank] must have the dtype of t, and this rank's its size")
+        calls = [("broadcast", own if r == self.host.rank else part, part, r) for r, part in enumerate(parts)]
+        return self._several(calls, {}, async_op, stream, [*parts, own])
+
+    def reduce_scatter(
+        self, out: Any, input_list: Any, *, op: Op = "sum", async_op: bool = False, stream: Any = None
+    ) -> Any:
+        """Reduces ``input_list[r]`` over all ranks into rank r's ``out``; a list, or one tensor as below."""
+        if not isinstance(input_list, (list, tuple)):
+            return self.reduce_scatter_tensor(out, input_list, op=op, async_op=async_op, stream=stream)
+        if not self._is_ours(out):
+            return self.host.reduce_scatter(out, input_list, op=op, async_op=async_op)
+        own, parts = view_of(out, self.provider, "out"), self._parts(input_list, "input_list")
+        if parts[self.host.rank].numel() != own.numel() or any(part.dtype != own.dtype for part in parts):
+            raise UnsupportedError(
+                "reduce_scatter: inputs must have the dtype of out, and this rank's its size"
+            )
+        calls = [("reduce", part, own if r == self.host.rank else part, r) for r, part in enumerate(parts)]
+        return self._several(calls, self._reduction(op, own), async_op, stream, [*parts, own])
 
     def reduce_scatter_tensor(
         self, out: Any, t: Any, *, op: Op = "sum", async_op: bool = False, stream: Any = None
@@ -190,6 +218,62 @@ class DeviceCollectives:
                 key, _plan(self._text(kind, count, dtype), facts, [operation], buffers), ()
             )
         return self._start(program, [source, target], async_op, stream, kind)
+
+    def _parts(self, arrays: Sequence[Any], name: str) -> list[torch.Tensor]:
+        if len(arrays) != self.host.world_size:
+            raise UnsupportedError(
+                f"{name} holds {len(arrays)} tensors; {self.host.world_size} ranks need one each"
+            )
+        return [view_of(array, self.provider, f"{name}[{rank}]") for rank, array in enumerate(arrays)]
+
+    def _several(
+        self,
+        calls: Sequence[tuple[str, torch.Tensor, torch.Tensor, int]],
+        fields: dict[str, Any],
+        async_op: bool,
+        stream: Any,
+        tensors: Sequence[Any],
+    ) -> Any:
+        """Rooted operations, (kind, source, target, root), as one NCCL group; only a root's target is written by a
+        reduce, and all others' by a broadcast."""
+        kind = calls[0][0]
+        key = ("group", kind, *((s.data_ptr(), t.data_ptr(), t.numel(), t.dtype) for _, s, t, _ in calls))
+        program = self._programs.get((*key, *sorted(fields.items())))
+        if program is None:
+            operations = []
+            for i, (_, source, target, root) in enumerate(calls):
+                wrote = (root == self.host.rank) == (kind == "reduce")
+                size = target.numel() * target.element_size()
+                touches = [Touch(target.data_ptr(), target.data_ptr() + size, wrote)]
+                if source.data_ptr() != target.data_ptr():
+                    touches = [
+                        Touch(source.data_ptr(), source.data_ptr() + size, False),
+                        Touch(target.data_ptr(), target.data_ptr() + size, True),
+                    ]
+                operations.append(
+                    Operation(
+                        kind=kind,
+                        word="exchange",
+                        stream="inter",
+                        step=0,
+                        touches=tuple(touches),
+                        after=(START,) if i == 0 else (),
+                        group=0,
+                        source=source.data_ptr(),
+                        target=target.data_ptr(),
+                        count=target.numel(),
+                        dtype=self._dtype(target),
+                        comm=self._comms[tuple(range(self.host.world_size))],
+                        peer=root,
+                        **fields,
+                    )
+                )
+            sizes = [target.numel() for _, _, target, _ in calls]
+            facts = f"{kind} {sizes} {calls[0][2].dtype} {sorted(fields.items())}"
+            buffers = _buffers({f"{i}": t for i, t in enumerate(tensors)})
+            made = _plan(self._text(kind, sum(sizes), ""), facts, operations, buffers)
+            program = self._remember((*key, *sorted(fields.items())), made, ())
+        return self._start(program, tensors, async_op, stream, kind)
 
     def _messages(
         self,

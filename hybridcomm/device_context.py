@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from hybridcomm.compress import ByLink, Compressor
     from hybridcomm.context import Context
     from hybridcomm.device_plan import DevicePlan
+    from hybridcomm.groups import Grouping
     from hybridcomm.plan import Plan
     from hybridcomm.reduction import Op
     from hybridcomm.residual import Residual
@@ -56,15 +57,16 @@ class DeviceContext(DeviceCollectives):
 
     def __init__(
         self,
-        host: Context,
+        host: Grouping,
         provider: StreamProvider,
         engine: _C.GpuEngine,
         comms: dict[tuple[int, ...], int],
         *,
         streams: tuple[int, int, int],
+        flat: bool,
         debug: bool,
     ) -> None:
-        self.host, self.provider, self.debug = host, provider, debug
+        self.host, self.provider, self.flat, self.debug = host, provider, flat, debug
         self._engine, self._comms, self._streams = engine, comms, streams
         self._plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
         self._programs: OrderedDict[tuple[Any, ...], tuple[_C.DeviceProgram, DevicePlan, Sequence[Any]]] = (
@@ -80,12 +82,14 @@ class DeviceContext(DeviceCollectives):
         host: Context,
         provider: StreamProvider | None = None,
         *,
+        flat: bool = True,
         watch: float = _WATCH_S,
         debug: bool = False,
     ) -> DeviceContext:
         """Loads CUDA and NCCL, and connects this rank's device to the others'; all ranks of ``host`` call it.
 
-        ``provider``: whose streams and tensors (default: torch's, of its current device). ``watch``: s between looks
+        ``provider``: whose streams and tensors (default: torch's, of its current device). ``flat``: what is not
+        compressed is left to NCCL's own algorithms; False: it takes the plan's route, stage by stage. ``watch``: s between looks
         of the watchdog, which ends everything with a typed error where NCCL failed in the background, or something was
         not done within the context's timeout; 0: none. ``debug``: before each call ranks compare what they are about
         to do, which makes the host wait, and raise `PlanMismatchError` where they differ.
@@ -107,7 +111,7 @@ class DeviceContext(DeviceCollectives):
         device_comms.check_alike(host, facts)
         comms = device_comms.connect(engine, host)
         # One stream for all of NCCL: kernels of two communicators that wait for each other may fill a device.
-        return cls(host, provider, engine, comms, streams=(0, 1, 1), debug=debug)
+        return cls(host, provider, engine, comms, streams=(0, 1, 1), flat=flat, debug=debug)
 
     # -- facts ---------------------------------------------------------------------------------------------
 
@@ -124,9 +128,21 @@ class DeviceContext(DeviceCollectives):
         return self.host.topology
 
     @property
-    def bucket_align(self) -> int:
-        """Elements; in buckets of a multiple of it, shards are alike, and NCCL moves them in one call."""
-        return policy.DENSE_ALIGN * self.topology.K * len(self.topology.nodes)
+    def bucket_parts(self) -> int:
+        """Buckets that can be cut into so many equal parts have shards alike, which NCCL moves in one call."""
+        return self.topology.K
+
+    def group(self, ranks: Sequence[int]) -> DeviceContext:
+        """The devices of ``ranks``, which get the ranks 0, 1, ... in that order; its members call it together.
+
+        It shares this context's streams, and its place in the order of calls. A rank that is not in it gets a handle
+        that only its host's group, and so an error, comes out of.
+        """
+        host = self.host.group(ranks)
+        comms = device_comms.connect(self._engine, host) if host.is_member else {}
+        return DeviceContext(
+            host, self.provider, self._engine, comms, streams=self._streams, flat=self.flat, debug=self.debug
+        )
 
     def describe(self) -> str:
         """One line for a log: libraries, and the route that tensors take."""
@@ -144,7 +160,9 @@ class DeviceContext(DeviceCollectives):
         """
         import torch
 
-        shape = torch.Size(size[0] if len(size) == 1 and isinstance(size[0], (tuple, list, torch.Size)) else size)
+        shape = torch.Size(
+            size[0] if len(size) == 1 and isinstance(size[0], (tuple, list, torch.Size)) else size
+        )
         dtype = torch.float32 if dtype is None else dtype
         nbytes = shape.numel() * dtype.itemsize
         memory = self._engine.allocate(max(nbytes, 1))
@@ -165,13 +183,13 @@ class DeviceContext(DeviceCollectives):
         residual_key: str = _UNNAMED,
         spans: Sequence[Span] | None = None,
         stream: Any = None,
-        flat: bool = True,
+        flat: bool | None = None,
     ) -> Any:
         """As `hybridcomm.allreduce`, of a tensor on the device (others are the host context's).
 
-        ``stream``: that the tensor belongs to (torch's, cupy's or an address; default: the current one). ``flat``: an
-        uncompressed tensor is left to NCCL's own algorithm; False: the plan's route, stage by stage. Fastest where
-        tensors stay where they are: the operations of a call are made once per address.
+        ``stream``: that the tensor belongs to (torch's, cupy's or an address; default: the current one). ``flat``: as
+        in `connect`, for this call. Fastest where tensors stay where they are: the operations of a call are made once
+        per address.
 
         Raises `UnsupportedError` where no kernel is shipped for ``compress``, or sizes are not multiples of 16.
         """
@@ -187,6 +205,7 @@ class DeviceContext(DeviceCollectives):
         if factor is not None:
             raise UnsupportedError("op=premul_sum on a GPU: multiply the tensor first")
         codec = self._codec(compress, dtype, name)
+        flat = self.flat if flat is None else flat
         key = ("allreduce", tensor.numel(), dtype, name, str(codec), codec, exchange, flat)
         plan = self._plan(
             key, lambda: self._plan_allreduce(tensor.numel(), dtype, name, codec, exchange, flat)
@@ -351,7 +370,10 @@ class DeviceContext(DeviceCollectives):
     # -- end -----------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Waits for what is under way, says goodbye to the peers, gives streams and communicators back. Idempotent."""
+        """Waits for what is under way, says goodbye to the peers, gives streams and communicators back. Idempotent.
+
+        Ends its groups too; close the context, not a group.
+        """
         try:
             self._engine.close()
         finally:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hybridcomm import policy
 from hybridcomm import reducer_report as report
 from hybridcomm import reducer_setup as setup
 from hybridcomm.bucket import Bucket, BucketLayout, BucketState
@@ -75,8 +74,8 @@ class Reducer:
         self._parameters = setup.trainable(module)
         self._moves = setup.mover(ctx, next(iter(self._parameters.values())).device)
         choices = setup.choices_of(module, self._parameters, self.policy)
-        align = getattr(ctx, "bucket_align", policy.DENSE_ALIGN)
-        self.layouts = setup.layouts_of(self._parameters, choices, bucket_cap_mb, align)
+        parts = getattr(ctx, "bucket_parts", 1)
+        self.layouts = setup.layouts_of(self._parameters, choices, bucket_cap_mb, parts)
         compresses = any(layout.compress != "none" for layout in self.layouts)
         if residual is not None and not compresses:
             raise UnsupportedError("residual= has nothing to do without compress=")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -169,20 +168,18 @@ def layouts_of(
     parameters: Mapping[str, torch.nn.Parameter],
     choices: Mapping[str, str | Schedule],
     bucket_cap_mb: float | None,
-    align: int = policy.DENSE_ALIGN,
+    parts: int = 1,
 ) -> tuple[BucketLayout, ...]:
     """Buckets of up to ``bucket_cap_mb`` MiB (None: policy); fp32 where they may be compressed, else of the
-    parameters' dtype. ``align``: of what the context makes best use of.
+    parameters' dtype. ``parts``: into how many equal ones, each of whole blocks, the context would cut them.
     """
     sizes = []
     for name, p in parameters.items():
         choice = choices[name]
         dense = isinstance(choice, Schedule) and not choice.codecs
         dtype = dtype_name(p.dtype) if dense else "float32"
-        own = choice.align if isinstance(choice, Schedule) else policy.DENSE_ALIGN
-        sizes.append(
-            ParameterSize(name, p.numel(), dtype, "none" if dense else str(choice), math.lcm(own, align))
-        )
+        align = choice.align if isinstance(choice, Schedule) else policy.DENSE_ALIGN
+        sizes.append(ParameterSize(name, p.numel(), dtype, "none" if dense else str(choice), align * parts))
     total = sum(size.numel * policy.itemsize(size.dtype) for size in sizes)
     cap = policy.bucket_nbytes(total) if bucket_cap_mb is None else int(bucket_cap_mb * (1 << 20))
     return plan_buckets(sizes, cap_nbytes=cap)

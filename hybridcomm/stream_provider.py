@@ -75,6 +75,10 @@ class StreamProvider(TensorMover, Protocol):
         """``target += factor * source`` on the current stream."""
         ...
 
+    def place(self, module: torch.nn.Module) -> None:
+        """Moves a module's parameters and buffers to the device; parameters stay the same objects."""
+        ...
+
 
 class HostTensors:
     """CPU tensors, whose work is done when a call returns."""
@@ -159,6 +163,9 @@ class TorchCuda(HostTensors):
 
     def add(self, target: torch.Tensor, source: torch.Tensor, factor: float) -> None:
         target.add_(source, alpha=factor)
+
+    def place(self, module: torch.nn.Module) -> None:
+        module.to(self.device)
 
 
 class _Interface:

@@ -37,10 +37,10 @@ def target_ranks(
     """
     items.check(table)
     tiles = Tiles(hidden, table, len(table), tile)
-    index = torch.arange(items.begin, items.end)
+    index = torch.arange(items.begin, items.end, device=hidden.device)
     excluded = _Excluded(histories, targets, items, tile)
     # Both passes compute the same tiles with the same bits, so a target ties with itself and with its equals.
-    own = torch.zeros(len(hidden) + 1, dtype=tiles.dtype)
+    own = hidden.new_zeros(len(hidden) + 1, dtype=tiles.dtype)
     places = targets - items.begin
     for rows, block in tiles.blocks():
         for part, _, scores in tiles.of(block):
@@ -51,7 +51,7 @@ def target_ranks(
         TOTAL.forward(items.tp, own, 0, False)
     if own[-1] != 0:
         raise NotFiniteError("the model's scores are not finite; the training has diverged")
-    better = torch.zeros(len(hidden), dtype=torch.int64)
+    better = hidden.new_zeros(len(hidden), dtype=torch.int64)
     for rows, block in tiles.blocks():
         target = own[:-1][rows, None]
         for part, _, scores in tiles.of(block):
@@ -69,8 +69,9 @@ class _Excluded:
     def __init__(self, histories: Sequence[np.ndarray], targets: Tensor, items: Items, tile: Tile) -> None:
         rows = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
         columns = np.concatenate([np.zeros(0, np.int64), *histories])
-        self.targets = torch.zeros(len(targets), dtype=torch.bool)
-        self.targets[torch.from_numpy(rows[columns == targets.numpy()[rows]])] = True
+        found = np.zeros(len(targets), np.bool_)
+        found[rows[columns == targets.cpu().numpy()[rows]]] = True
+        self.targets, self._device = torch.from_numpy(found).to(targets.device), targets.device
         here = (columns >= items.begin) & (columns < items.end)
         rows, columns = rows[here], columns[here] - items.begin
         self._tile, self._across = tile, -(-(items.end - items.begin) // tile.columns)
@@ -83,6 +84,5 @@ class _Excluded:
         place = rows.start // self._tile.rows * self._across + part.start // self._tile.columns
         begin, end = np.searchsorted(self._place, [place, place + 1])
         found = slice(int(begin), int(end))
-        return torch.from_numpy(self._rows[found] - rows.start), torch.from_numpy(
-            self._columns[found] - part.start
-        )
+        places = self._rows[found] - rows.start, self._columns[found] - part.start
+        return torch.from_numpy(places[0]).to(self._device), torch.from_numpy(places[1]).to(self._device)

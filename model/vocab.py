@@ -202,7 +202,7 @@ def sampled_item_loss(
         tp=items.tp,
         count=len(rows),
         own=own,
-        places=torch.arange(len(own)) + len(rows),
+        places=torch.arange(len(own), device=rows.device) + len(rows),
         bias=-negatives.log_expected[drawn].to(hidden.dtype),
         names=negatives.items[drawn],
         leave_out=targets,

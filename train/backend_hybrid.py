@@ -8,6 +8,7 @@ taking processor time shows up in backward.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import hybridcomm
 from hybridcomm import collective_plans
 from hybridcomm.context import Context
+from hybridcomm.device_context import DeviceContext
 from hybridcomm.groups import Grouping
 from model.parts import Part
 from train.backend import Backend
@@ -36,11 +38,14 @@ __all__ = ["HybridBackend"]
 class HybridBackend(Backend):
     """One rank of a mesh of replicas, stages and shares of layers."""
 
-    def __init__(self, config: TrainConfig, context: Context | None = None) -> None:
+    def __init__(self, config: TrainConfig, context: Context | DeviceContext | None = None) -> None:
         """``context``: this rank's, if it has joined the job already; it stays open then."""
         self._config = config
         self._joined = context is None
-        self.context = hybridcomm.init(timeout=config.wire.timeout) if context is None else context
+        self.context = _join(config) if context is None else context
+        provider = getattr(self.context, "provider", None)
+        self._place = None if provider is None else provider.place
+        self._device = torch.device("cpu") if provider is None else provider.device
         self.rank, self.world_size = self.context.rank, self.context.world_size
         self.mesh = Mesh.over(self.context.topology, pp=config.pp, tp=config.tp, outer=config.outer)
         self.replica, self.replicas = self.mesh.at(self.rank).dp, self.mesh.dp
@@ -55,7 +60,7 @@ class HybridBackend(Backend):
         self.schedule, self.parts = self._cut(spec)
         self._agree()
         self._replica = Replica(
-            spec,
+            replace(spec, place=self._place),
             self.parts,
             self.schedule,
             mesh=self.mesh,
@@ -120,7 +125,7 @@ class HybridBackend(Backend):
             self._shared.attach(optimizer)
 
     def step(self, batches: Sequence[Packed], scale: float, times: StepTimes) -> float:
-        return self._replica.step(batches, scale, times)
+        return self._replica.step([batch.to(self._device) for batch in batches], scale, times)
 
     def optimized(self, begin: float, end: float) -> None:
         self._replica.recorder.add("instructions", "optimizer", begin, end)
@@ -140,7 +145,7 @@ class HybridBackend(Backend):
             reducer.rollback()
 
     def target_ranks(self, batch: Packed, histories: Sequence[np.ndarray]) -> Tensor:
-        return self._replica.target_ranks(batch, histories)
+        return self._replica.target_ranks(batch.to(self._device), histories).cpu()
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         total = values.copy()
@@ -196,7 +201,21 @@ class HybridBackend(Backend):
         if self._node is not None:
             self._node.close()
         if self._joined:
+            if isinstance(self.context, DeviceContext):
+                self.context.close()
             hybridcomm.shutdown()
 
     def _reducers(self) -> list[hybridcomm.Reducer]:
         return self._replica.runtime.all_reducers()
+
+
+def _join(config: TrainConfig) -> Context | DeviceContext:
+    """Meets the other ranks, and with ``--device cuda`` connects this one's GPU to theirs."""
+    host = hybridcomm.init(timeout=config.wire.timeout)
+    if config.device == "cpu":
+        return host
+    from hybridcomm.stream_provider import TorchCuda
+
+    return DeviceContext.connect(
+        host, TorchCuda(f"cuda:{host.local_rank % max(torch.cuda.device_count(), 1)}")
+    )

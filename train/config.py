@@ -101,6 +101,10 @@ class TrainConfig(BaseModel):
     )
     max_steps: int = Field(0, ge=0, description="Stop after this many optimizer steps; 0 runs all epochs.")
     seed: int = Field(0, ge=0, description="Seed of weights, dropout and order.")
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu",
+        description="cuda: each rank trains on the GPU of its place on the node (torchrun's LOCAL_RANK).",
+    )
     comm: Literal["hybridcomm", "ddp"] = Field(
         "hybridcomm", description="Who averages gradients; ddp is the peer."
     )
@@ -170,6 +174,12 @@ class TrainConfig(BaseModel):
             raise ValueError("--profile draws what --comm hybridcomm runs; DDP has no list of instructions")
         if self.emulate is not None and self.comm == "ddp":
             raise ValueError("--emulate plays what --comm hybridcomm runs: leave out --comm ddp")
+        if self.device == "cuda" and self.pp > 1:
+            raise ValueError(
+                "--pp on GPUs is not there yet: use --tp and replicas, or leave out --device cuda"
+            )
+        if self.device == "cuda" and (self.comm == "ddp" or self.emulate is not None):
+            raise ValueError("--device cuda goes with --comm hybridcomm, and without --emulate")
         if self.sequence and self.tp == 1:
             raise ValueError("--sequence splits tokens over tensor-parallel ranks: pass --tp too")
         if self.nodes > self.nproc:

@@ -46,7 +46,10 @@ __all__ = ["ModelSpec", "Replica"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """The whole model: what every rank knows of it, whatever its part is. ``negatives``: items of the loss; 0: all."""
+    """The whole model: what every rank knows of it, whatever its part is. ``negatives``: items of the loss; 0: all.
+
+    ``place``: moves a module that was just made to where it is computed.
+    """
 
     config: ModelConfig
     num_items: int
@@ -55,6 +58,7 @@ class ModelSpec:
     dtype: torch.dtype = torch.float32
     computing: Computing = PLAIN
     negatives: int = 0
+    place: Callable[[nn.Module], None] | None = None
 
 
 class Replica:
@@ -133,6 +137,8 @@ class Replica:
             spec.config, spec.num_items, spec.features,
             part=part, tp=self.tp, split_head=self.schedule.split_head, computing=spec.computing,
         ).to(spec.dtype)  # fmt: skip
+        if spec.place is not None:
+            spec.place(module)
         if not self.schedule.splits_backward:
             never_defer(module)
         return module
@@ -257,9 +263,10 @@ class Replica:
             and (name in split or self.place.tp == 0)
             and not (copied and name.startswith("table."))
         ]
-        square = torch.zeros(1, dtype=torch.float64)
+        square = torch.zeros(1, dtype=torch.float64, device=mine[0].device if mine else None)
         for norm in torch._foreach_norm(mine) if mine else ():
             square += norm.double().square()
+        square = square.cpu()  # where the step is decided on
         if self._model is not None:
             self._model.allreduce(square)
         return square.sqrt()[0]

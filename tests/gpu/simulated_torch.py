@@ -42,8 +42,8 @@ def _tensor(address: int, count: int, kind: int) -> torch.Tensor:
 
 
 @functools.cache
-def _elementwise() -> int:
-    """The function of one kernel that stands for torch's: target = (adds: target +) source * factor, any two types."""
+def _register() -> None:
+    """One kernel stands for torch's: target = (adds: target +) source * factor, any two types."""
 
     def run(buffer: int, _: int) -> None:
         target, source, count, types, factor, adds = _arguments(buffer)
@@ -58,7 +58,8 @@ def _elementwise() -> int:
             (target, count * _TORCH[types % 4].itemsize, 1),
             (source, count * _TORCH[types // 4].itemsize, 0),
         ]
-        sim_library().sim_touch(collector, np.array(rows, np.uint64).ctypes.data, len(rows))
+        table = np.array(rows, np.uint64)  # held by its name while the call reads it
+        sim_library().sim_touch(collector, table.ctypes.data, len(rows))
 
     functions = _RUN(run), _RANGES(touch)
     _kept.append(functions)
@@ -74,6 +75,12 @@ def _elementwise() -> int:
         0,
         *functions,
     )
+
+
+@functools.cache
+def _elementwise(ordinal: int) -> int:
+    """Its function on the calling thread's device, which is ``ordinal``."""
+    _register()
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     _call("cuModuleLoadData", ctypes.byref(module), _IMAGE)
     _call("cuModuleGetFunction", ctypes.byref(function), module, b"elementwise")
@@ -220,5 +227,5 @@ class SimulatedTorch:
         given = ctypes.create_string_buffer(buffer, len(buffer))
         extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(given), 2, ctypes.addressof(size), 0)
         _call(
-            "cuLaunchKernel", ctypes.c_void_p(_elementwise()), 1, 1, 1, 1, 1, 1, 0, self._stream, None, extra
+            "cuLaunchKernel", ctypes.c_void_p(_elementwise(self.ordinal)), 1, 1, 1, 1, 1, 1, 0, self._stream, None, extra
         )  # fmt: skip

@@ -71,6 +71,7 @@ class DeviceContext(DeviceCollectives):
             OrderedDict()
         )
         self._running: deque[DeviceWork] = deque()
+        self._captured: list[Any] = []  # memory of programs in graphs, which may be launched at any time
         self._calls = 0
         self._residuals = DeviceResiduals(provider)
 
@@ -144,7 +145,9 @@ class DeviceContext(DeviceCollectives):
         """
         import torch
 
-        shape = torch.Size(size[0] if len(size) == 1 and isinstance(size[0], (tuple, list, torch.Size)) else size)
+        shape = torch.Size(
+            size[0] if len(size) == 1 and isinstance(size[0], (tuple, list, torch.Size)) else size
+        )
         dtype = torch.float32 if dtype is None else dtype
         nbytes = shape.numel() * dtype.itemsize
         memory = self._engine.allocate(max(nbytes, 1))
@@ -323,7 +326,10 @@ class DeviceContext(DeviceCollectives):
         )
         while self._running and self._running[0].is_completed():
             self._running.popleft()
-        self._running.append(work)
+        if work.captured:
+            self._captured += kept
+        else:
+            self._running.append(work)
         if async_op:
             return work
         work.wait(producer)
@@ -356,6 +362,7 @@ class DeviceContext(DeviceCollectives):
             self._engine.close()
         finally:
             self._running.clear()
+            self._captured.clear()
             self._programs.clear()
 
     def abort(self) -> None:

@@ -117,11 +117,11 @@ class DevicePayloads:
 
     @property
     def kept(self) -> tuple[torch.Tensor, ...]:
-        """Tensors whose addresses the launches hold."""
+        """Own memory whose addresses the launches hold; the caller's tensors are not the program's to keep."""
         return (
             self._scratch,
             *self._workspace.values(),
-            *self._recorder.kept,
+            *(() if self._residual is not None else (self._zeros, self._unused)),
             *(header.template for header in self._headers.values()),
         )
 

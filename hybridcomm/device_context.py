@@ -73,6 +73,7 @@ class DeviceContext(DeviceCollectives):
             OrderedDict()
         )
         self._running: deque[DeviceWork] = deque()
+        self._captured: list[Any] = []  # memory of programs in graphs, which may be launched at any time
         self._calls = 0
         self._residuals = DeviceResiduals(provider)
 
@@ -342,7 +343,10 @@ class DeviceContext(DeviceCollectives):
         )
         while self._running and self._running[0].is_completed():
             self._running.popleft()
-        self._running.append(work)
+        if work.captured:
+            self._captured += kept
+        else:
+            self._running.append(work)
         if async_op:
             return work
         work.wait(producer)
@@ -378,6 +382,7 @@ class DeviceContext(DeviceCollectives):
             self._engine.close()
         finally:
             self._running.clear()
+            self._captured.clear()
             self._programs.clear()
 
     def abort(self) -> None:

@@ -40,21 +40,20 @@ class Recorded:
 
 
 class Recorder:
-    """Collects what is asked for while `recording`.
+    """Collects what is asked for while `record` runs.
 
-    ``find``: the image of a kernel's name for the device. Tensors are kept, since their addresses are written down.
+    ``find``: the image of a kernel's name for the device. Addresses are written down, and no tensor is kept: whoever
+    has them recorded sees to that.
     """
 
     def __init__(self, find: Callable[[str], Image]) -> None:
         self._find = find
         self._recorded: list[Recorded] = []
         self._numel = 0
-        self.kept: list[torch.Tensor] = []
 
     def run(self, kernel: DeviceKernel, programs: int, arguments: Mapping[str, Any]) -> None:
         """A `hybridcomm.kernels.cubins.launcher.Run`."""
         values = {name: _value(value) for name, value in arguments.items()}
-        self.kept += [value for value in arguments.values() if isinstance(value, torch.Tensor)]
         image = self._find(kernel.name)
         touched = ranges(kernel, {"numel": self._numel, **values}, programs=programs)
         self._recorded.append(
@@ -93,7 +92,6 @@ class Recorder:
         touches = [Touch(at, at + nbytes, True)]
         if source is not None:
             touches.append(Touch(source.data_ptr(), source.data_ptr() + nbytes, False))
-        self.kept += [target] if source is None else [target, source]
         self._recorded.append(
             Recorded(
                 kind=kind,

@@ -53,6 +53,11 @@ class DeviceWork:
         if not self._engine.synchronize(self._work, 1e9 if timeout is None else timeout):
             raise StallError(f"the collective was not done on the device after {timeout} s; it goes on")
 
+    @property
+    def captured(self) -> bool:
+        """Whether it went into a graph, whose launches then run it: no host can wait for it."""
+        return self._work.captured
+
     def is_completed(self) -> bool:
         """Whether the device is done with it."""
         return self._engine.done(self._work)

@@ -157,7 +157,8 @@ void bind_communicators(py::class_<GpuEngine, std::shared_ptr<GpuEngine>>& engin
 
 void bind_gpu(py::module_& module) {
   bind_programs(module);
-  py::class_<GpuWork, std::shared_ptr<GpuWork>>(module, "GpuWork");
+  py::class_<GpuWork, std::shared_ptr<GpuWork>>(module, "GpuWork")
+      .def_property_readonly("captured", &GpuWork::captured);
   py::class_<GpuMemory, std::unique_ptr<GpuMemory, WithoutGil<GpuMemory>>>(module, "GpuMemory")
       .def_property_readonly("address", &GpuMemory::address)
       .def_property_readonly("nbytes", &GpuMemory::nbytes);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <thread>
+#include <utility>
 
 namespace hybridcomm::gpu {
 namespace {
@@ -126,17 +127,20 @@ ncclRedOp_t Comms::mean_of(int comm, int32_t dtype, uint32_t divisor) {
 
 void Comms::settle(int comm, ncclResult_t result, const char* call) { settle(at(comm), result, call); }
 
+// What it asks, and what it says of a failure, is under the lock of abort(): a communicator that is gone must not be asked.
 void Comms::settle(ncclComm_t comm, ncclResult_t result, const char* call) {
   const auto limit = hybridcomm::Clock::now() + seconds(timeout_s_);
-  while (result == ncclInProgress) {
+  while (result != ncclSuccess) {
     {
-      // Under the lock of abort(): a communicator that is gone must not be asked.
       const std::lock_guard lock(mutex_);
       if (aborted_) throw Error(Code::aborted, std::string(call) + ": the communicators were aborted");
-      const ncclResult_t asked = nccl_.ncclCommGetAsyncError(comm, &result);
-      if (asked != ncclSuccess) result = asked;
+      if (result == ncclInProgress) {
+        const ncclResult_t asked = nccl_.ncclCommGetAsyncError(comm, &result);
+        if (asked != ncclSuccess) result = asked;
+      }
+      if (result == ncclSuccess) return;
+      if (result != ncclInProgress) fail(comm, result, call);
     }
-    if (result != ncclInProgress) break;
     if (hybridcomm::Clock::now() > limit) {
       throw Error(Code::stall,
                   std::string(call) + ": not done after " + std::to_string(timeout_s_) +
@@ -145,21 +149,28 @@ void Comms::settle(ncclComm_t comm, ncclResult_t result, const char* call) {
     interrupted_();
     std::this_thread::sleep_for(kPoll);
   }
-  if (result != ncclSuccess) fail(comm, result, call);
 }
 
-void Comms::group_start() {
-  const ncclResult_t result = nccl_.ncclGroupStart();
-  if (result != ncclSuccess) fail(nullptr, result, "ncclGroupStart");
+std::unique_lock<std::mutex> Comms::hold() const {
+  std::unique_lock lock(mutex_);
+  if (aborted_) throw Error(Code::aborted, "the communicators were aborted");
+  return lock;
 }
 
-void Comms::group_end(const std::vector<int>& comms) {
-  const ncclResult_t result = nccl_.ncclGroupEnd();
-  if (result != ncclSuccess && result != ncclInProgress) {
-    fail(comms.empty() ? nullptr : at(comms.front()), result, "ncclGroupEnd");
-  }
-  for (const int comm : comms) settle(comm, ncclInProgress, "ncclGroupEnd");
+void Comms::check(int comm, ncclResult_t result, const char* call) const {
+  if (result != ncclSuccess && result != ncclInProgress) fail(at(comm), result, call);
 }
+
+NcclGroup::NcclGroup(const Nccl& nccl, bool wanted) : nccl_(nccl), open_(wanted) {
+  if (wanted && nccl_.ncclGroupStart() != ncclSuccess)
+    throw Error(Code::invalid, "ncclGroupStart has failed");
+}
+
+NcclGroup::~NcclGroup() {
+  if (open_) nccl_.ncclGroupEnd();
+}
+
+ncclResult_t NcclGroup::end() { return std::exchange(open_, false) ? nccl_.ncclGroupEnd() : ncclSuccess; }
 
 std::optional<Error> Comms::async_error() {
   const std::lock_guard lock(mutex_);
@@ -188,6 +199,8 @@ void Comms::close() {
     if (aborted_) return;
     comms = comms_;
   }
+  for (const auto& [comm, handle] : registered_) nccl_.ncclCommDeregister(at(comm), handle);
+  registered_.clear();
   for (const auto& [key, op] : means_) nccl_.ncclRedOpDestroy(op, at(std::get<0>(key)));
   means_.clear();
   for (auto comm = comms.rbegin(); comm != comms.rend(); ++comm) {  // children first
@@ -202,15 +215,22 @@ void Comms::close() {
 void* Comms::register_buffer(int comm, void* data, size_t nbytes) {
   void* handle = nullptr;
   if (nccl_.ncclCommRegister == nullptr) return nullptr;
-  settle(comm, nccl_.ncclCommRegister(at(comm), data, nbytes, &handle), "ncclCommRegister");
+  ncclResult_t result = ncclSuccess;
+  {
+    const auto held = hold();
+    result = nccl_.ncclCommRegister(at(comm), data, nbytes, &handle);
+    if (handle != nullptr) registered_.emplace_back(comm, handle);
+  }
+  settle(comm, result, "ncclCommRegister");
   return handle;
 }
 
 void Comms::deregister_buffer(int comm, void* handle) {
   const std::lock_guard lock(mutex_);
-  if (!aborted_ && handle != nullptr && nccl_.ncclCommDeregister != nullptr) {
-    nccl_.ncclCommDeregister(at(comm), handle);
-  }
+  const auto found = std::find(registered_.begin(), registered_.end(), std::make_pair(comm, handle));
+  if (aborted_ || found == registered_.end()) return;  // whoever has said goodbye did it
+  nccl_.ncclCommDeregister(at(comm), handle);
+  registered_.erase(found);
 }
 
 }  // namespace hybridcomm::gpu

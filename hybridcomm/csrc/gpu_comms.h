@@ -19,6 +19,20 @@
 
 namespace hybridcomm::gpu {
 
+// NCCL's group on this thread. One that is left by an exception is closed, since calls would gather in it for ever.
+class NcclGroup {
+ public:
+  NcclGroup(const Nccl& nccl, bool wanted);
+  ~NcclGroup();
+  NcclGroup(const NcclGroup&) = delete;
+  NcclGroup& operator=(const NcclGroup&) = delete;
+  ncclResult_t end();  // success where none was wanted
+
+ private:
+  const Nccl& nccl_;
+  bool open_;
+};
+
 class Comms {
  public:
   // `interrupted` is called now and then in waits, and may throw.
@@ -38,10 +52,12 @@ class Comms {
   // The sum of inputs times 1 / divisor, for elements of `dtype`; made once.
   ncclRedOp_t mean_of(int comm, int32_t dtype, uint32_t divisor);
 
-  // After a call that may return before it is done: until it is, or has failed.
+  // While this is held nobody aborts, so that calls may take communicators. Raises Code::aborted where that is over.
+  std::unique_lock<std::mutex> hold() const;
+  // Of a call under `hold`. Raises if it has failed.
+  void check(int comm, ncclResult_t result, const char* call) const;
+  // After a call that may return before it is done, without `hold`: until it is, or has failed.
   void settle(int comm, ncclResult_t result, const char* call);
-  void group_start();
-  void group_end(const std::vector<int>& comms);  // those that took part
 
   // What NCCL reports of itself in the background; nothing: all is well.
   std::optional<Error> async_error();
@@ -66,6 +82,7 @@ class Comms {
   std::function<void()> interrupted_;
   mutable std::mutex mutex_;  // of the list, which the watchdog reads
   std::vector<ncclComm_t> comms_;
+  std::vector<std::pair<int, void*>> registered_;  // (communicator, handle)
   std::map<std::tuple<int, int32_t, uint32_t>, ncclRedOp_t> means_;
   std::atomic<bool> aborted_{false};
 };

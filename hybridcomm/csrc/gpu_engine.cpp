@@ -6,6 +6,7 @@ namespace hybridcomm::gpu {
 namespace {
 
 constexpr auto kPoll = std::chrono::microseconds(50);
+constexpr double kEnding = 10;                  // s that streams get to end in behind an abort
 constexpr double kForever = 1e9;                // s
 constexpr unsigned kUnaskedShared = 48 * 1024;  // bytes of shared memory that a block gets without asking
 
@@ -43,6 +44,7 @@ GpuEngine::~GpuEngine() {
   } catch (const std::exception&) {
     // Who wants to hear of it calls close() himself.
   }
+  if (context_ != nullptr) cuda_->cuDevicePrimaryCtxRelease_v2(device_);
 }
 
 void GpuEngine::make_current() const { cuda_->check(cuda_->cuCtxSetCurrent(context_), "cuCtxSetCurrent"); }
@@ -96,6 +98,7 @@ bool GpuEngine::done(GpuWork& work) {
   const std::lock_guard lock(issuing_);
   check();
   make_current();
+  if (in_capture()) return work.over_;  // asking for an event would break the capture
   return work.issued_ && poll(work);
 }
 
@@ -133,6 +136,16 @@ void GpuEngine::drain() {
   }
 }
 
+// Behind an abort what was queued runs on, and memory that it touches must not go before.
+void GpuEngine::let_streams_end() const {
+  const auto limit = hybridcomm::Clock::now() + seconds(kEnding);
+  for (CUstream stream : streams_) {
+    while (cuda_->cuStreamQuery(stream) == CUDA_ERROR_NOT_READY && hybridcomm::Clock::now() < limit) {
+      std::this_thread::sleep_for(kPoll);
+    }
+  }
+}
+
 void GpuEngine::close() {
   {
     const std::lock_guard lock(mutex_);
@@ -157,10 +170,15 @@ void GpuEngine::close() {
   if (watchdog_.joinable()) watchdog_.join();
   const std::lock_guard lock(issuing_);
   make_current();
-  if (failed || failure) {
-    comms_.abort();
-  } else {
-    comms_.close();
+  try {
+    if (failed || failure) {
+      comms_.abort();
+      let_streams_end();
+    } else {
+      comms_.close();
+    }
+  } catch (...) {
+    failure = std::current_exception();
   }
   running_.clear();
   pending_.reset();

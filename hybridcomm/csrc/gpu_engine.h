@@ -38,6 +38,9 @@ struct GpuConfig {
 
 // A program that was started.
 class GpuWork {
+ public:
+  bool captured() const { return captured_; }
+
  private:
   friend class GpuEngine;
   GpuWork(std::shared_ptr<const DeviceProgram> program, const std::shared_ptr<EventPool>& pool)
@@ -85,16 +88,22 @@ class GpuEngine {
 
  private:
   void wait_for_earlier(const GpuWork& work);
+  void forget(bool capture);
   void issue(GpuWork& work, size_t begin, size_t end);
   void wait_for(GpuWork& work, const DeviceOp& op);
-  void issue_nccl(const DeviceOp& op);
+  void issue_one(const DeviceOp& op);
+  void issue_nccl(const DeviceProgram& program, size_t first, size_t behind);
+  ncclResult_t call_nccl(const DeviceOp& op, ncclRedOp_t reduction);
   void launch(const DeviceOp& op);
+  void fail_by_current();
   void finish_issue(const std::shared_ptr<GpuWork>& work);
   bool capturing(CUstream stream) const;
+  bool in_capture() const;
   bool poll(GpuWork& work) const;
   void watch();
   std::optional<Error> look();
   void drain();
+  void let_streams_end() const;
 
   std::shared_ptr<const Cuda> cuda_;
   std::shared_ptr<const Nccl> nccl_;
@@ -111,8 +120,6 @@ class GpuEngine {
 
   std::mutex issuing_;                // one order for the device
   std::shared_ptr<GpuWork> pending_;  // whose tail is to be issued
-  std::map<const DeviceProgram*, std::weak_ptr<GpuWork>>
-      latest_;  // a program's next start waits for its last
 
   mutable std::mutex mutex_;  // of what the watchdog reads
   std::condition_variable changed_;

@@ -13,8 +13,6 @@ constexpr uintptr_t kBufferPointer = 1, kBufferSize = 2, kEnd = 0;
 const void* pointer(CUdeviceptr address) { return reinterpret_cast<const void*>(address); }
 void* mutable_pointer(CUdeviceptr address) { return reinterpret_cast<void*>(address); }
 
-bool is_nccl(DeviceKind kind) { return kind >= DeviceKind::all_reduce; }
-
 }  // namespace
 
 bool GpuEngine::capturing(CUstream stream) const {
@@ -23,15 +21,17 @@ bool GpuEngine::capturing(CUstream stream) const {
   return status == CU_STREAM_CAPTURE_STATUS_ACTIVE;
 }
 
+// Streams that have joined a capture are captured until it ends.
+bool GpuEngine::in_capture() const {
+  return std::any_of(streams_.begin(), streams_.end(), [this](CUstream stream) { return capturing(stream); });
+}
+
 std::shared_ptr<GpuWork> GpuEngine::start(std::shared_ptr<const DeviceProgram> program, CUstream producer) {
   const std::lock_guard lock(issuing_);
   check();
   make_current();
   const bool capture = capturing(producer);
-  {
-    const std::lock_guard state(mutex_);
-    capturing_ = capture;  // what the watchdog asks could break it
-  }
+  forget(capture);
   const std::shared_ptr<GpuWork> work(new GpuWork(std::move(program), pool_));
   work->captured_ = capture;
   // What is pending belongs before a capture that it is no part of, and before whoever needs its result.
@@ -39,14 +39,14 @@ std::shared_ptr<GpuWork> GpuEngine::start(std::shared_ptr<const DeviceProgram> p
     finish_issue(pending_);
   }
   cuda_->check(cuda_->cuEventRecord(work->start_.get(), producer), "cuEventRecord");
-  wait_for_earlier(*work);
   try {
+    wait_for_earlier(*work);
     issue(*work, 0, work->program_->tail);
-    if (pending_ != nullptr) finish_issue(pending_);
-  } catch (const Error& error) {
-    fail(error);  // half of a program is on the streams, and peers are in its other half
+  } catch (...) {
+    fail_by_current();
     throw;
   }
+  if (pending_ != nullptr) finish_issue(pending_);
   if (work->program_->tail == work->program_->ops.size()) {
     work->issued_ = true;
   } else {
@@ -58,15 +58,41 @@ std::shared_ptr<GpuWork> GpuEngine::start(std::shared_ptr<const DeviceProgram> p
   return work;
 }
 
+// Before a start: works that are over, and those of a capture that has ended, which nothing may wait for.
+void GpuEngine::forget(bool capture) {
+  const bool same = capture && in_capture();
+  if (pending_ != nullptr && pending_->captured_ && !same) pending_.reset();
+  const std::lock_guard state(mutex_);
+  capturing_ = capture;  // what the watchdog asks could break it
+  if (!same) {
+    const auto captured = [](const std::shared_ptr<GpuWork>& other) { return other->captured_; };
+    running_.erase(std::remove_if(running_.begin(), running_.end(), captured), running_.end());
+  }
+  if (capture) return;
+  try {
+    while (!running_.empty() && running_.front()->issued_ && poll(*running_.front())) running_.pop_front();
+  } catch (const Error&) {
+    // The device is lost: what is put on it next says so, and ends everything.
+  }
+}
+
+// Raised in the middle of a program, anything ends everything: half of it is on the streams, and peers are in its other
+// half.
+void GpuEngine::fail_by_current() {
+  try {
+    throw;
+  } catch (const Error& error) {
+    fail(error);
+  } catch (...) {
+    fail(Error(Code::aborted, "a collective was interrupted while it was put on the streams"));
+  }
+}
+
 // Of those under way that touch the same memory, whoever has waited for them; streams keep the order of others.
 void GpuEngine::wait_for_earlier(const GpuWork& work) {
   std::vector<std::shared_ptr<GpuWork>> earlier;
   {
     const std::lock_guard state(mutex_);
-    if (!work.captured_) {
-      const auto captured = [](const std::shared_ptr<GpuWork>& other) { return other->captured_; };
-      running_.erase(std::remove_if(running_.begin(), running_.end(), captured), running_.end());
-    }
     for (const std::shared_ptr<GpuWork>& other : running_) {
       if (!other->over_ && other->captured_ == work.captured_ && other->program_->meets(*work.program_)) {
         earlier.push_back(other);
@@ -93,8 +119,8 @@ void GpuEngine::finish_issue(const std::shared_ptr<GpuWork>& work) {
   if (pending_ == held) pending_.reset();
   try {
     issue(*held, held->program_->tail, held->program_->ops.size());
-  } catch (const Error& error) {
-    fail(error);
+  } catch (...) {
+    fail_by_current();
     throw;
   }
   held->issued_ = true;
@@ -104,6 +130,12 @@ void GpuEngine::wait(const std::shared_ptr<GpuWork>& work, CUstream consumer) {
   const std::lock_guard lock(issuing_);
   check();
   make_current();
+  if (capturing(consumer) != work->captured_) {
+    throw Error(Code::invalid,
+                work->program_->name + (work->captured_
+                                            ? ": was captured into a graph: wait for it within the capture"
+                                            : ": was started before the capture: wait for it before that"));
+  }
   finish_issue(work);
   for (const size_t end : work->program_->ends) {
     cuda_->check(cuda_->cuStreamWaitEvent(consumer, work->events_.at(end).get(), 0), "cuStreamWaitEvent");
@@ -115,24 +147,11 @@ void GpuEngine::issue(GpuWork& work, size_t begin, size_t end) {
   for (size_t first = begin; first < end;) {
     const size_t behind = program.end_of_group(first);
     for (size_t i = first; i < behind; ++i) wait_for(work, program.ops[i]);
-    const bool grouped = program.ops[first].group != kNoGroup;
-    std::set<int> comms;
-    if (grouped) comms_.group_start();
-    for (size_t i = first; i < behind; ++i) {
-      const DeviceOp& op = program.ops[i];
-      CUstream stream = streams_.at(static_cast<size_t>(op.stream));
-      if (is_nccl(op.kind)) {
-        issue_nccl(op);
-        comms.insert(op.comm);
-      } else if (op.kind == DeviceKind::launch) {
-        launch(op);
-      } else if (op.kind == DeviceKind::copy) {
-        cuda_->check(cuda_->cuMemcpyDtoDAsync_v2(op.to, op.from, op.count, stream), "cuMemcpyDtoDAsync");
-      } else {
-        cuda_->check(cuda_->cuMemsetD8Async(op.to, op.value, op.count, stream), "cuMemsetD8Async");
-      }
+    if (is_nccl(program.ops[first].kind)) {
+      issue_nccl(program, first, behind);
+    } else {
+      issue_one(program.ops[first]);
     }
-    if (grouped) comms_.group_end({comms.begin(), comms.end()});
     for (size_t i = first; i < behind; ++i) {
       if (!program.awaited[i]) continue;
       CUevent event = work.events_.try_emplace(i, pool_).first->second.get();
@@ -151,6 +170,17 @@ void GpuEngine::wait_for(GpuWork& work, const DeviceOp& op) {
   }
 }
 
+void GpuEngine::issue_one(const DeviceOp& op) {
+  CUstream stream = streams_.at(static_cast<size_t>(op.stream));
+  if (op.kind == DeviceKind::launch) {
+    launch(op);
+  } else if (op.kind == DeviceKind::copy) {
+    cuda_->check(cuda_->cuMemcpyDtoDAsync_v2(op.to, op.from, op.count, stream), "cuMemcpyDtoDAsync");
+  } else {
+    cuda_->check(cuda_->cuMemsetD8Async(op.to, op.value, op.count, stream), "cuMemsetD8Async");
+  }
+}
+
 void GpuEngine::launch(const DeviceOp& op) {
   size_t nbytes = op.arguments.size();
   void* extra[] = {reinterpret_cast<void*>(kBufferPointer), const_cast<unsigned char*>(op.arguments.data()),
@@ -161,42 +191,49 @@ void GpuEngine::launch(const DeviceOp& op) {
       "cuLaunchKernel");
 }
 
-void GpuEngine::issue_nccl(const DeviceOp& op) {
+// One call, or the calls of one group. The watchdog aborts before or after them, not in between.
+void GpuEngine::issue_nccl(const DeviceProgram& program, size_t first, size_t behind) {
+  std::set<int> comms;
+  std::vector<ncclRedOp_t> reductions;  // made before, since that may have to wait
+  for (size_t i = first; i < behind; ++i) {
+    const DeviceOp& op = program.ops[i];
+    reductions.push_back(op.divisor == 1 ? op.op : comms_.mean_of(op.comm, op.dtype, op.divisor));
+    comms.insert(op.comm);
+  }
+  {
+    const auto held = comms_.hold();
+    NcclGroup group(*nccl_, program.ops[first].group != kNoGroup);
+    for (size_t i = first; i < behind; ++i) {
+      comms_.check(program.ops[i].comm, call_nccl(program.ops[i], reductions[i - first]), "an NCCL call");
+    }
+    comms_.check(program.ops[first].comm, group.end(), "ncclGroupEnd");
+  }
+  for (const int comm : comms) comms_.settle(comm, ncclInProgress, "an NCCL call");
+}
+
+ncclResult_t GpuEngine::call_nccl(const DeviceOp& op, ncclRedOp_t reduction) {
   const Nccl& nccl = *nccl_;
   ncclComm_t comm = comms_.at(op.comm);
   CUstream stream = streams_.at(static_cast<size_t>(op.stream));
   const void* from = pointer(op.from);
   void* to = mutable_pointer(op.to);
-  const ncclRedOp_t reduction = op.divisor == 1 ? op.op : comms_.mean_of(op.comm, op.dtype, op.divisor);
-  ncclResult_t result = ncclInternalError;
   switch (op.kind) {
     case DeviceKind::all_reduce:
-      result = nccl.ncclAllReduce(from, to, op.count, op.dtype, reduction, comm, stream);
-      break;
+      return nccl.ncclAllReduce(from, to, op.count, op.dtype, reduction, comm, stream);
     case DeviceKind::reduce:
-      result = nccl.ncclReduce(from, to, op.count, op.dtype, reduction, op.peer, comm, stream);
-      break;
+      return nccl.ncclReduce(from, to, op.count, op.dtype, reduction, op.peer, comm, stream);
     case DeviceKind::reduce_scatter:
-      result = nccl.ncclReduceScatter(from, to, op.count, op.dtype, reduction, comm, stream);
-      break;
+      return nccl.ncclReduceScatter(from, to, op.count, op.dtype, reduction, comm, stream);
     case DeviceKind::all_gather:
-      result = nccl.ncclAllGather(from, to, op.count, op.dtype, comm, stream);
-      break;
+      return nccl.ncclAllGather(from, to, op.count, op.dtype, comm, stream);
     case DeviceKind::broadcast:
-      result = nccl.ncclBroadcast(from, to, op.count, op.dtype, op.peer, comm, stream);
-      break;
+      return nccl.ncclBroadcast(from, to, op.count, op.dtype, op.peer, comm, stream);
     case DeviceKind::send:
-      result = nccl.ncclSend(from, op.count, op.dtype, op.peer, comm, stream);
-      break;
+      return nccl.ncclSend(from, op.count, op.dtype, op.peer, comm, stream);
     case DeviceKind::receive:
-      result = nccl.ncclRecv(to, op.count, op.dtype, op.peer, comm, stream);
-      break;
+      return nccl.ncclRecv(to, op.count, op.dtype, op.peer, comm, stream);
     default:
-      break;
-  }
-  // Within a group nothing has been done yet: its end settles it.
-  if (op.group == kNoGroup || (result != ncclSuccess && result != ncclInProgress)) {
-    comms_.settle(op.comm, result, "an NCCL call");
+      return ncclInternalError;
   }
 }
 

@@ -15,9 +15,14 @@ GpuMemory::GpuMemory(std::shared_ptr<GpuEngine> engine, size_t nbytes)
                                      " bytes: " + nccl.ncclGetErrorString(result));
     }
     address_ = reinterpret_cast<CUdeviceptr>(data);
-    for (int comm = 0; comm < engine_->comms().count(); ++comm) {
-      void* handle = engine_->comms().register_buffer(comm, data, nbytes);
-      if (handle != nullptr) handles_.emplace_back(comm, handle);
+    try {
+      for (int comm = 0; comm < engine_->comms().count(); ++comm) {
+        void* handle = engine_->comms().register_buffer(comm, data, nbytes);
+        if (handle != nullptr) handles_.emplace_back(comm, handle);
+      }
+    } catch (...) {
+      release();
+      throw;
     }
   } else {
     const Cuda& cuda = engine_->cuda();
@@ -25,7 +30,9 @@ GpuMemory::GpuMemory(std::shared_ptr<GpuEngine> engine, size_t nbytes)
   }
 }
 
-GpuMemory::~GpuMemory() {
+GpuMemory::~GpuMemory() { release(); }
+
+void GpuMemory::release() {
   for (const auto& [comm, handle] : handles_) engine_->comms().deregister_buffer(comm, handle);
   try {
     engine_->make_current();

@@ -23,6 +23,8 @@ class GpuMemory {
   bool registered() const { return !handles_.empty(); }
 
  private:
+  void release();
+
   std::shared_ptr<GpuEngine> engine_;
   size_t nbytes_;
   CUdeviceptr address_ = 0;

@@ -56,6 +56,8 @@ DeviceProgram::DeviceProgram(uint64_t digest, std::string name, std::vector<Devi
         refuse(this->name, i, "waits for " + std::to_string(before) + ", which is not before it");
       }
     }
+    if (ops[i].group != kNoGroup && !is_nccl(ops[i].kind))
+      refuse(this->name, i, "is in a group, but not NCCL's");
     if (first != i && ops[first].stream != ops[i].stream)
       refuse(this->name, i, "is on another stream than its group");
     if (first < tail && i >= tail) refuse(this->name, i, "is behind the head that its group begins in");

@@ -25,6 +25,8 @@ enum class DeviceKind : uint8_t {
   receive,         // from `peer`
 };
 
+constexpr bool is_nccl(DeviceKind kind) { return kind >= DeviceKind::all_reduce; }
+
 constexpr int kStart = -1;    // among `after`: what the caller's stream had done when the program was started
 constexpr int kNoGroup = -1;  // of operations that are no part of an NCCL group
 
@@ -58,7 +60,7 @@ struct DeviceRange {
 class DeviceProgram {
  public:
   // `tail`: the first operation of the second half; operations.size(): there is none. Raises Code::invalid where an
-  // operation waits for one that is not before it, or a group is not one run of neighbours on one stream.
+  // operation waits for one that is not before it, or a group is not one run of NCCL's operations on one stream.
   DeviceProgram(uint64_t digest, std::string name, std::vector<DeviceOp> operations, size_t tail,
                 std::vector<DeviceRange> memory);
 

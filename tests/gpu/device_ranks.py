@@ -13,7 +13,7 @@ import torch
 
 from hybridcomm.device_context import DeviceContext
 from hybridcomm.topology import Topology
-from tests.engine_ranks import engine_contexts
+from tests.engine_ranks import TIMEOUT_S, engine_contexts
 from tests.gpu.simulated import Simulation
 from tests.gpu.simulated_torch import SimulatedTorch
 from tests.gpu.simulation import library
@@ -22,6 +22,9 @@ from tests.ranks import run_ranks
 __all__ = ["Rank", "gradient", "run_devices"]
 
 T = TypeVar("T")
+
+NCCL = 21805
+"""The oldest that is supported: nothing beyond 2.18."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +53,21 @@ def run_devices(
     seed: int = 1,
     eager_percent: int = 50,
     timeout: float = 60.0,
+    stall_s: float = TIMEOUT_S,
+    nccl: int = NCCL,
+    return_exceptions: bool = False,
     **options: Any,
 ) -> tuple[list[T], list[str]]:
-    """``body`` on every rank; (results by rank, what the simulation reported). ``options``: of `DeviceContext.connect`."""
+    """``body`` on every rank; (results by rank, what the simulation reported). ``options``: of `DeviceContext.connect`.
+
+    ``stall_s``: the contexts' timeout; ``nccl``: the version that is simulated.
+    """
     os.environ["HYBRIDCOMM_CUDA"] = os.environ["HYBRIDCOMM_NCCL"] = str(library())
     world = topology.world_size
-    with engine_contexts(topology) as contexts:
+    with engine_contexts(topology, timeout=stall_s) as contexts:
         simulation = Simulation(seed=seed, eager_percent=eager_percent, threads=world)
         simulation.register_shipped_kernels()
+        simulation.nccl_version(nccl)
         providers: list[SimulatedTorch] = []
 
         def ranked(host: Any) -> T:
@@ -71,7 +81,7 @@ def run_devices(
                 provider.close()
 
         with simulation:
-            results = run_ranks(ranked, contexts, timeout=timeout)
+            results = run_ranks(ranked, contexts, timeout=timeout, return_exceptions=return_exceptions)
             gc.collect()  # tensors give device memory back
             reports = simulation.finish()
             for provider in providers:

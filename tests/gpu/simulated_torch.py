@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from tests.gpu.simulated import Simulation, sim_library
 __all__ = ["SimulatedTorch"]
 
 _NON_BLOCKING = 1
+_THREAD_LOCAL = 1  # how torch captures
 _IMAGE = b"elementwise"
 _FIELDS = ("target", "source", "count", "types", "factor", "adds")  # eight bytes each
 _RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint)
@@ -42,8 +44,8 @@ def _tensor(address: int, count: int, kind: int) -> torch.Tensor:
 
 
 @functools.cache
-def _register() -> None:
-    """One kernel stands for torch's: target = (adds: target +) source * factor, any two types."""
+def _register_elementwise() -> None:
+    """One kernel that stands for torch's: target = (adds: target +) source * factor, any two types."""
 
     def run(buffer: int, _: int) -> None:
         target, source, count, types, factor, adds = _arguments(buffer)
@@ -79,8 +81,8 @@ def _register() -> None:
 
 @functools.cache
 def _elementwise(ordinal: int) -> int:
-    """Its function on the calling thread's device, which is ``ordinal``."""
-    _register()
+    """Its function on a device, that of the calling thread."""
+    _register_elementwise()
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     _call("cuModuleLoadData", ctypes.byref(module), _IMAGE)
     _call("cuModuleGetFunction", ctypes.byref(function), module, b"elementwise")
@@ -192,6 +194,36 @@ class SimulatedTorch:
         return bool((self.download(tensor).abs() <= limit).all())
 
     # -- for tests -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def other_stream(self) -> Iterator[int]:
+        """A second stream, which is the current one meanwhile; at the end the host waits for it."""
+        first, second = self._stream, ctypes.c_void_p()
+        _call("cuStreamCreateWithPriority", ctypes.byref(second), _NON_BLOCKING, 0)
+        self._stream = second
+        try:
+            yield second.value or 0
+            self.synchronize()
+        finally:
+            self._stream = first
+            _call("cuStreamDestroy_v2", second)
+
+    @contextmanager
+    def capture(self) -> Iterator[list[ctypes.c_void_p]]:
+        """What is put on the current stream goes into a graph; behind it, the list has it, to be launched."""
+        graph, made, executable = ctypes.c_void_p(), [], ctypes.c_void_p()
+        _call("cuStreamBeginCapture_v2", self._stream, _THREAD_LOCAL)
+        yield made
+        _call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
+        _call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
+        _call("cuGraphDestroy", graph)
+        made.append(executable)
+
+    def replay(self, executable: ctypes.c_void_p) -> None:
+        _call("cuGraphLaunch", executable, self._stream)
+
+    def forget(self, executable: ctypes.c_void_p) -> None:
+        _call("cuGraphExecDestroy", executable)
 
     def synchronize(self) -> None:
         _call("cuStreamSynchronize", self._stream)

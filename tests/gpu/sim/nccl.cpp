@@ -1,6 +1,8 @@
 // libnccl's communicators and groups, as far as the engine calls them, on the simulated machine.
 #include "nccl.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -148,6 +150,10 @@ ncclResult_t call(CUstream handle, ncclComm_t comm_handle, Part part) {
   if (stream == nullptr) return ncclInvalidArgument;
   if (stream->device != comm->device) return misuse("a stream of another device than the communicator's");
   part.comm = comm;
+  part.rank = comm->rank;
+  part.ranks = comm->clique->size;
+  const auto own = static_cast<size_t>(part.op - (ncclAvg + 1));
+  if (part.op > ncclAvg && own < comm->factors.size()) part.factor = comm->factors[own];
   if (group.depth > 0) {
     group.calls.push_back({stream, part});
     return ncclSuccess;
@@ -176,7 +182,8 @@ EXPORT const char* ncclGetLastError(ncclComm_t) { return "simulated"; }
 EXPORT ncclResult_t ncclGetUniqueId(ncclUniqueId* id) {
   const auto lock = locked();
   std::memset(id, 0, sizeof(*id));
-  std::snprintf(id->internal, sizeof(id->internal), "simulated %d", ++made);
+  std::snprintf(id->internal, sizeof(id->internal), "simulated %d of %d", ++made,
+                static_cast<int>(::getpid()));
   return ncclSuccess;
 }
 
@@ -202,7 +209,10 @@ ncclResult_t make(std::unique_lock<std::mutex>& lock, const char* what, Comm& co
   *child = nullptr;
   const auto clique = comm.clique;
   const ncclResult_t result = sim::act(
-      lock, comm, what, [clique, number, wanted] { return clique->wishes[number].size() >= wanted; },
+      lock, comm, what,
+      [clique, number, wanted, rank = comm.rank] {
+        return communicators().wished(*clique, rank, number, wanted);
+      },
       [&comm, number, child] { *child = reinterpret_cast<ncclComm_t>(communicators().child(comm, number)); });
   if (result != ncclSuccess || *child == nullptr) return result;
   return joined(lock, what, reinterpret_cast<Comm*>(*child));
@@ -216,8 +226,9 @@ EXPORT ncclResult_t ncclCommSplit(ncclComm_t handle, int color, int key, ncclCom
   ncclResult_t why;
   Comm* comm = sim::usable(handle, why);
   if (comm == nullptr) return why;
-  const long number = communicators().wish(*comm, color, key);
-  return make(lock, "ncclCommSplit", *comm, number, static_cast<size_t>(comm->clique->size), child);
+  const auto wanted = static_cast<size_t>(comm->clique->size);
+  const long number = communicators().wish(*comm, color, key, wanted);
+  return make(lock, "ncclCommSplit", *comm, number, wanted, child);
 }
 EXPORT ncclResult_t ncclCommShrink(ncclComm_t handle, int* excluded, int count, ncclComm_t* child,
                                    ncclConfig_t*, int flags) {
@@ -230,8 +241,9 @@ EXPORT ncclResult_t ncclCommShrink(ncclComm_t handle, int* excluded, int count, 
   constexpr int kAbort = 1;
   if (flags == kAbort && !comm->aborted) communicators().abort(*comm);
   if (!comm->aborted && !at_rest(*comm)) return misuse("ncclCommShrink while operations are queued");
-  const long number = communicators().wish(*comm, 0, comm->rank);
-  return make(lock, "ncclCommShrink", *comm, number, static_cast<size_t>(comm->clique->size - count), child);
+  const auto wanted = static_cast<size_t>(comm->clique->size - count);
+  const long number = communicators().wish(*comm, 0, comm->rank, wanted);
+  return make(lock, "ncclCommShrink", *comm, number, wanted, child);
 }
 
 EXPORT ncclResult_t ncclCommFinalize(ncclComm_t handle) {

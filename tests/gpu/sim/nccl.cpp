@@ -92,7 +92,7 @@ ncclResult_t initialise(const char* what, ncclComm_t* comm, int ranks, const ncc
 // Whether the host has waited for all that was called on it.
 bool at_rest(const Comm& comm) {
   const bool done = comm.last == nullptr || comm.last->known(world().here().host->clock);
-  return comm.aborted || world().broken(comm.device) || (done && comm.job == nullptr);
+  return comm.aborted || world().broken(comm.device) || (done && (comm.job == nullptr || comm.job->done));
 }
 
 }  // namespace
@@ -113,7 +113,7 @@ Comm* usable(ncclComm_t handle, ncclResult_t& why) {
     why = ncclUnhandledCudaError;
   } else if (comm->aborted) {
     why = misuse("a call on a communicator that was aborted");
-  } else if (!comm->ready() || comm->job != nullptr) {
+  } else if (!comm->ready() || (comm->job != nullptr && !comm->job->done)) {
     why = misuse("a call on a communicator that is still in progress");
   } else if (comm->failure != ncclSuccess && comm->failure != ncclInvalidUsage) {
     why = comm->failure;
@@ -177,7 +177,17 @@ EXPORT ncclResult_t ncclGetVersion(int* says) {
   *says = version;
   return ncclSuccess;
 }
-EXPORT const char* ncclGetErrorString(ncclResult_t) { return "a simulated error"; }
+EXPORT const char* ncclGetErrorString(ncclResult_t result) {
+  constexpr const char* kTexts[] = {"no error",
+                                    "unhandled cuda error",
+                                    "unhandled system error",
+                                    "internal error",
+                                    "invalid argument",
+                                    "invalid usage",
+                                    "remote process exited or there was a network error",
+                                    "NCCL operation in progress"};
+  return result >= ncclSuccess && result <= ncclInProgress ? kTexts[result] : "unknown result code";
+}
 EXPORT const char* ncclGetLastError(ncclComm_t) { return "simulated"; }
 EXPORT ncclResult_t ncclGetUniqueId(ncclUniqueId* id) {
   const auto lock = locked();

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tests.gpu.sim_device import Device
+from tests.gpu.sim_device import Device, in_threads
 from tests.gpu.sim_nccl import FLOAT32, REMOTE_ERROR, SUCCESS, SUM, Communicator, UniqueId, until
 from tests.gpu.simulated import Fault, Simulation, sim_library
 
@@ -25,16 +25,18 @@ Floats = npt.NDArray[np.float32]
 class Rank:
     """Its communicator, a stream, and what it has lent to the device."""
 
-    def __init__(self, sim: Simulation, number: int, ranks: int, identity: UniqueId) -> None:
+    def __init__(
+        self, sim: Simulation, number: int, ranks: int, identity: UniqueId, ordinal: int = 0
+    ) -> None:
         self.sim, self.number, self.ranks = sim, number, ranks
-        self.device, self.library = Device(0), sim_library()
+        self.device, self.library = Device(ordinal), sim_library()
         self.stream, self.other = self.device.stream(), self.device.stream()
         self.lent: list[Floats] = []
         self.comm = Communicator.join(identity, ranks, number)
 
     def lend(self, values: Any) -> Floats:
         made = np.array(values, np.float32)
-        self.sim.adopt(made, 0)
+        self.sim.adopt(made, self.device.ordinal)
         self.lent.append(made)
         return made
 
@@ -149,6 +151,19 @@ def joins(identity: UniqueId) -> bool:
     return device.ordinal == 0
 
 
+def two_threads(sim: Simulation, number: int, ranks: int, identity: UniqueId) -> bool:
+    """Two ranks in each process."""
+    right = []
+
+    def thread(ordinal: int) -> None:
+        own = Rank(sim, 2 * number + ordinal, 2 * ranks, identity, ordinal)
+        right.append(everything(own))
+        own.close()
+
+    in_threads(2, thread)
+    return right == [True, True]
+
+
 def run(own: Rank, case: str) -> bool:
     if case == "everything":
         return everything(own)
@@ -162,13 +177,15 @@ def main(number: int, ranks: int, identity: str, case: str, seed: int) -> None:
     with Simulation() as sim:
         sim.nccl_version(22902)
         sim.patience(30_000)
-        sim.reset(seed, (0, 60, 97)[seed % 3], 1)
-        if case == "alone":
-            sim.patience(500)
-            assert not joins(UniqueId.from_buffer_copy(bytes.fromhex(identity)))
-            print(json.dumps({"right": True, "lines": sim.finish()}))
+        sim.reset(seed, (0, 60, 97)[seed % 3], 2 if case == "two threads" else 0)
+        unique = UniqueId.from_buffer_copy(bytes.fromhex(identity))
+        if case in ("alone", "two threads"):
+            if case == "alone":
+                sim.patience(500)
+            right = two_threads(sim, number, ranks, unique) if case == "two threads" else not joins(unique)
+            print(json.dumps({"right": right, "lines": sim.finish()}))
             return
-        own = Rank(sim, number, ranks, UniqueId.from_buffer_copy(bytes.fromhex(identity)))
+        own = Rank(sim, number, ranks, unique)
         right = run(own, case)
         if case in ("missing", "lost"):
             own.device.end(own.stream, own.other)

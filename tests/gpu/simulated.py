@@ -150,7 +150,7 @@ def register(name: str, arch: int = ARCH, twin: Callable[[DeviceKernel], Twin] =
 class Simulation:
     """A round. ``seed`` and ``eager_percent`` say how operations are ordered; ``threads``: ranks that will come.
 
-    The thread that makes it need not be waited for.
+    The thread that makes it need not be waited for: where it is the only rank, ``threads`` is 0.
     """
 
     seed: int = 1

@@ -67,6 +67,12 @@ def test_collectives_and_messages_between_processes(broker: Broker, count: int, 
 
 
 @pytest.mark.parametrize("seed", range(3))
+def test_processes_may_have_several_ranks(broker: Broker, seed: int) -> None:
+    for said in ranks(broker, "two threads", 2, seed):
+        assert said == Said(right=True, lines=[])
+
+
+@pytest.mark.parametrize("seed", range(3))
 def test_clocks_go_through_other_processes(broker: Broker, seed: int) -> None:
     """What has been told by a message and its answer is known, and what has not is a race."""
     for said in ranks(broker, "told", 2, seed):
@@ -101,4 +107,5 @@ def test_nobody_at_the_socket_is_told(broker: Broker) -> None:
     away = Broker.__new__(Broker)
     away.path = f"{broker.path}-away"
     (said,) = ranks(away, "alone", 1)
+    assert said.right
     assert said.lines[0] == f"misuse: HYBRIDCOMM_SIM_BROKER: nobody listens at {away.path}"

@@ -71,6 +71,7 @@ from hybridcomm.verbs import (
 from hybridcomm.work import Work
 
 if TYPE_CHECKING:
+    from hybridcomm.device_context import DeviceContext
     from hybridcomm.reducer import Reducer
 
 __all__ = [
@@ -78,6 +79,7 @@ __all__ = [
     "Compressor",
     "Context",
     "CustomCompressor",
+    "DeviceContext",
     "Group",
     "HybridCommError",
     "P2POp",
@@ -120,8 +122,13 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Reducer":  # imported on first use: it is the only part that needs torch
+    # Imported on first use: they are the only parts that need torch.
+    if name == "Reducer":
         from hybridcomm.reducer import Reducer
 
         return Reducer
+    if name == "DeviceContext":
+        from hybridcomm.device_context import DeviceContext
+
+        return DeviceContext
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,8 @@
 
 One library per process: handles, modules and registered kernels outlive a round. Locks: the simulation runs kernels'
 functions, which are Python's, under its own lock, so whoever has the interpreter's lock must not wait for it.
-ctypes.CDLL gives that lock up around every call; extensions have to do so themselves.
+ctypes.CDLL gives that lock up around every call; extensions have to do so themselves. Garbage is not collected by
+itself while a simulation is there: finalizers that call the driver would do so inside of a kernel, with the lock held.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import functools
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -89,17 +90,11 @@ def sim_library() -> ctypes.CDLL:
 
 @contextmanager
 def _careful(collector: int | None, name: str) -> Iterator[None]:
-    """Inside of a kernel's function: what fails is reported, for no exception gets through C. No garbage is collected,
-    as finalizers may call the simulation, whose lock this thread has."""
-    collecting = gc.isenabled()
-    gc.disable()
+    """Inside of a kernel's function: what fails is reported, for no exception gets through C."""
     try:
         yield
     except Exception as error:
         sim_library().sim_failed(collector, f"{name}: {type(error).__name__}: {error}".encode())
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def _read(address: int, nbytes: int) -> bytes:
@@ -155,21 +150,27 @@ def register(name: str, arch: int = ARCH, twin: Callable[[DeviceKernel], Twin] =
 class Simulation:
     """A round. ``seed`` and ``eager_percent`` say how operations are ordered; ``threads``: ranks that will come.
 
-    The thread that makes it need not be waited for.
+    The thread that makes it need not be waited for: where it is the only rank, ``threads`` is 0.
     """
 
     seed: int = 1
     eager_percent: int = 0
     threads: int = 1
+    _collecting: bool = field(default=True, init=False)
 
     def __enter__(self) -> Simulation:
+        self._collecting = gc.isenabled()
+        gc.disable()
         self.reset(self.seed, self.eager_percent, self.threads)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        """The next round forgets this one."""
+        """Garbage goes before the next round, which forgets this one."""
+        gc.collect()
+        if self._collecting:
+            gc.enable()
 
     def reset(self, seed: int, eager_percent: int = 0, threads: int = 1) -> None:
         """A new round: nothing that was allocated or made is there any more."""
@@ -178,7 +179,8 @@ class Simulation:
         sim_library().sim_stand_by()
 
     def finish(self) -> list[str]:
-        """What was reported, leaks included."""
+        """What was reported, leaks included; garbage is none."""
+        gc.collect()
         lines = sim_library().sim_finish()
         return [sim_library().sim_report(i).decode() for i in range(lines)]
 

@@ -23,7 +23,9 @@ EAGER = (0, 60, 97)
 
 @functools.cache
 def library() -> Path:
-    """The simulation, in a folder that goes with the process."""
+    """The simulation, in a folder that goes with the process; or what HYBRIDCOMM_SIM names, for its children."""
+    if os.environ.get("HYBRIDCOMM_SIM"):
+        return Path(os.environ["HYBRIDCOMM_SIM"])
     folder, sim = Path(tempfile.mkdtemp(prefix="hybridcomm-sim-")), HERE / "sim"
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     options = ("-fPIC", "-pthread", "-O1", f"-I{GPU}", f"-I{sim}")

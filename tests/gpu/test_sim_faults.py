@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from tests.gpu.sim_device import Device, in_threads
 from tests.gpu.sim_nccl import (
     IN_PROGRESS,
     REMOTE_ERROR,
@@ -22,7 +23,6 @@ from tests.gpu.sim_nccl import (
     unique_id,
     until,
 )
-from tests.gpu.sim_ranks import Device, in_threads
 from tests.gpu.simulated import Fault, Simulation
 
 pytestmark = [

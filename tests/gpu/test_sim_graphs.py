@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.gpu.sim_device import Device, in_threads
 from tests.gpu.sim_nccl import SUCCESS, Communicator, UniqueId, unique_id
-from tests.gpu.sim_ranks import Device, in_threads
 from tests.gpu.simulated import Simulation
 
 pytestmark = [

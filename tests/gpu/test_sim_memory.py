@@ -17,7 +17,8 @@ pytest.importorskip("triton", reason="triton is not installed: its kernels' host
 from hybridcomm.kernels.cubins.launcher import Launcher
 from hybridcomm.kernels.triton import bucket
 from tests.gpu import simulated
-from tests.gpu.sim_ranks import Adopting, Device, Encode, in_threads
+from tests.gpu.sim_device import Device, in_threads
+from tests.gpu.sim_ranks import Adopting, Encode
 from tests.gpu.simulated import Simulation
 from tests.gpu.test_twins import flawed
 

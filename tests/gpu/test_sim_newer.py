@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.gpu.sim_device import Device, in_threads
 from tests.gpu.sim_nccl import (
     FLOAT32,
     INVALID_USAGE,
@@ -19,7 +20,6 @@ from tests.gpu.sim_nccl import (
     UniqueId,
     unique_id,
 )
-from tests.gpu.sim_ranks import Device, in_threads
 from tests.gpu.simulated import Fault, Simulation, sim_library
 
 pytestmark = [

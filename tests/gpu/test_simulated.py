@@ -14,7 +14,8 @@ pytest.importorskip("triton", reason="triton is not installed: its kernels' host
 from hybridcomm.kernels import parse
 from hybridcomm.kernels.cubins import find
 from tests.gpu.codec_cases import SPECS, decoded, encoded, sizes
-from tests.gpu.sim_ranks import Adopting, Device, Encode, in_threads
+from tests.gpu.sim_device import Device, in_threads
+from tests.gpu.sim_ranks import Adopting, Encode
 from tests.gpu.simulated import ARCH, Simulation
 
 pytestmark = [

@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "broker.h"
 #include "graphs.h"
 #include "movement.h"
 
@@ -32,6 +33,7 @@ std::shared_ptr<Clique> Communicators::clique(const std::string& id, int size) {
   if (found == nullptr) {
     found = std::make_shared<Clique>();
     found->size = size;
+    found->name = id;
   }
   return found;
 }
@@ -47,6 +49,10 @@ Comm* Communicators::join(const std::shared_ptr<Clique>& clique, int rank, bool 
   comms_.push_back(std::move(made));
   clique->members.push_back(&comms_.back());
   ++clique->joined;
+  if (Broker* broker = Broker::get()) {
+    world().be_remote();
+    broker->put(clique->name + " join", static_cast<size_t>(clique->size), rank, "");
+  }
   world().wake();
   return &comms_.back();
 }
@@ -62,8 +68,7 @@ Comm* Communicators::find(void* handle) {
 std::shared_ptr<Meeting> Communicators::meeting_of(const Part& part) {
   Clique& clique = *part.comm->clique;
   const bool sends = part.kind == Kind::send;
-  const std::pair<int, int> pair =
-      sends ? std::pair(part.comm->rank, part.peer) : std::pair(part.peer, part.comm->rank);
+  const std::pair<int, int> pair = sends ? std::pair(part.rank, part.peer) : std::pair(part.peer, part.rank);
   std::shared_ptr<Meeting>& found =
       is_message(part) ? clique.messages[pair][part.number] : clique.meetings[part.number];
   if (found == nullptr) {
@@ -109,7 +114,7 @@ void Communicators::meet(Meeting& meeting) {
   const bool alike = same(meeting);
   if (alike && may_touch(meeting)) return move(meeting);
   for (const Meeting::Come& each : meeting.come) {
-    if (!alike) each.part.comm->failure = ncclInvalidUsage;
+    if (!alike && each.part.comm != nullptr) each.part.comm->failure = ncclInvalidUsage;
   }
 }
 
@@ -117,15 +122,6 @@ void Communicators::come(Meeting& meeting, const Part& part, const Stream& strea
   meeting.come.push_back({part, stream.actor, stream.clock, stream.device});
   if (meeting.come.size() == meeting.wanted) meet(meeting);
 }
-
-// One operation while it runs.
-struct Communicators::Running {
-  long id;
-  std::vector<Part> parts;
-  std::vector<std::shared_ptr<Meeting>> meetings;
-  bool begun = false, stuck = false;
-  Comm& comm() const { return *parts.front().comm; }
-};
 
 bool Communicators::begin(Running& running, const Stream& on) {
   long& busy = running_[on.device];
@@ -142,6 +138,11 @@ bool Communicators::begin(Running& running, const Stream& on) {
   if (fault != kNone && fault != kHangs && fault != kBreaks) leave(comm);
   if (running.stuck) return true;
   for (const Part& part : running.parts) {
+    if (Broker::get() != nullptr) {
+      running.meetings.push_back(send_part(part, on));
+      comm.open.push_back(running.meetings.back());
+      continue;
+    }
     running.meetings.push_back(meeting_of(part));
     come(*running.meetings.back(), part, on);
   }
@@ -154,6 +155,7 @@ void Communicators::end(Running& running, Stream& on) {
   if (running_[on.device] == running.id) running_[on.device] = 0;
   if (!running.begun) return;
   --comm.inside;
+  comm.open.clear();  // operations of a communicator follow each other
   for (const auto& meeting : running.meetings) {
     if (meeting->met) on.clock.join(meeting->clock);
   }
@@ -190,10 +192,11 @@ Operation Communicators::operation(std::vector<Part> parts) {
     if (running->comm().aborted) return true;
     if (!begin(*running, on) || running->stuck) return false;
     bool met = true;
-    for (const auto& meeting : running->meetings) met &= meeting->met;
+    for (const auto& meeting : running->meetings) met &= meeting->met || arrived(*meeting, *running);
     return met;
   };
   made.meet = [this, running](Stream& on) { end(*running, on); };
+  made.missing = [this, running] { return missing(*running); };
   return made;
 }
 
@@ -220,16 +223,42 @@ void Communicators::leave(Comm& comm) {
   for (auto& [pair, all] : comm.clique->messages) {
     for (auto& [number, meeting] : all) withdraw(*meeting);
   }
+  if (Broker* broker = Broker::get()) {
+    for (const auto& meeting : comm.open) {
+      if (!meeting->met) broker->withdraw(meeting->place, meeting->own);
+    }
+    return broker->lose(comm.clique->name, comm.rank);
+  }
   for (Comm* peer : comm.clique->members) {
     if (peer != &comm && peer->live && !peer->aborted) peer->told |= world().coin(50);
   }
 }
 
-long Communicators::wish(Comm& comm, int color, int key) {
+long Communicators::wish(Comm& comm, int color, int key, size_t wanted) {
   const long number = comm.makings++;
-  comm.clique->wishes[number][comm.rank] = {color, key};
-  world().wake();
+  if (Broker* broker = Broker::get()) {
+    const std::string place = comm.clique->name + " wish " + std::to_string(number);
+    broker->put(place, wanted, comm.rank,
+                Packer().number(static_cast<uint32_t>(color)).number(static_cast<uint32_t>(key)).bytes());
+  } else {
+    comm.clique->wishes[number][comm.rank] = {color, key};
+    world().wake();
+  }
   return number;
+}
+
+bool Communicators::wished(Clique& clique, int rank, long number, size_t wanted) {
+  auto& wishes = clique.wishes[number];
+  std::map<int, std::string> all;
+  Broker* broker = Broker::get();
+  if (wishes.size() >= wanted || broker == nullptr) return wishes.size() >= wanted;
+  if (!broker->found(clique.name + " wish " + std::to_string(number), rank, all)) return false;
+  for (const auto& [who, what] : all) {
+    Unpacker unpacker(what);
+    const auto color = static_cast<int>(unpacker.number());
+    wishes[who] = {color, static_cast<int>(unpacker.number())};
+  }
+  return true;
 }
 
 Comm* Communicators::child(Comm& comm, long number) {
@@ -245,6 +274,7 @@ Comm* Communicators::child(Comm& comm, long number) {
   if (made == nullptr) {
     made = std::make_shared<Clique>();
     made->size = static_cast<int>(members.size());
+    made->name = comm.clique->name + " " + std::to_string(number) + " " + std::to_string(color);
   }
   const auto self = std::find(members.begin(), members.end(), std::pair(key, comm.rank));
   return join(made, static_cast<int>(self - members.begin()), comm.blocking);
@@ -252,6 +282,7 @@ Comm* Communicators::child(Comm& comm, long number) {
 
 ncclResult_t Communicators::state(Comm& comm) {
   if (world().broken(comm.device)) return ncclUnhandledCudaError;
+  hear(comm);
   if (comm.failure == ncclSuccess && comm.told && comm.inside > 0) comm.failure = ncclRemoteError;
   if (comm.failure != ncclSuccess) return comm.failure;
   if (!comm.ready()) return ncclInProgress;

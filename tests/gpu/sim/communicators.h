@@ -18,6 +18,7 @@
 #include <list>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -34,14 +35,16 @@ struct Comm;
 // What one rank wants of a meeting.
 struct Part {
   Kind kind;
-  Comm* comm;
+  Comm* comm;  // null: of another process, which has no `to` here
   const unsigned char* from;
   unsigned char* to;
   size_t count;
   hybridcomm::gpu::ncclDataType_t type;
   hybridcomm::gpu::ncclRedOp_t op;
-  int peer;          // or root; -1: none
-  long number = -1;  // of the communicator's calls, or of the pair's messages
+  int peer;  // or root; -1: none
+  int rank = 0, ranks = 0;
+  double factor = 1.0;  // of a pre-multiplied sum
+  long number = -1;     // of the communicator's calls, or of the pair's messages
 };
 
 // Parts that belong together; a message has two.
@@ -56,13 +59,21 @@ struct Meeting {
   std::vector<Come> come;
   bool met = false;
   Clock clock;  // of all that have come
+  // Where ranks are in several processes: each has a meeting of its own, of which the others' parts come by the broker.
+  std::string place;
+  int own = 0;                    // the rank's number there
+  std::vector<std::string> held;  // what others' parts read
+  bool sound = true;
 };
 
 struct Clique {
   int size;
+  std::string name;
   int joined = 0;
+  bool complete = false;
+  bool ready();  // whether all have joined
   std::vector<Comm*> members;
-  std::map<long, std::shared_ptr<Meeting>> meetings;
+  std::map<long, std::shared_ptr<Meeting>> meetings;                                 // by number
   std::map<std::pair<int, int>, std::map<long, std::shared_ptr<Meeting>>> messages;  // by (source, target)
   std::map<long, std::map<int, std::pair<int, int>>>
       wishes;  // of one call that makes new ones: rank -> (color, key)
@@ -86,12 +97,14 @@ struct Comm {
   bool told = false;  // that a peer is lost, where it waits for one
   hybridcomm::gpu::ncclResult_t failure = 0;
   long calls = 0, makings = 0, operations = 0;
-  int inside = 0;  // operations that have begun and not ended
+  int inside = 0;                              // operations that have begun and not ended
+  std::set<int> heard;                         // lost ranks of other processes
+  std::vector<std::shared_ptr<Meeting>> open;  // meetings that others come to by the broker
   std::shared_ptr<Job> job;
   std::shared_ptr<Record> last;  // operations of one communicator run in the order of their calls
   std::map<std::pair<bool, int>, long> messages;  // (sends?, peer) -> how many
   std::vector<double> factors;                    // of its own reductions
-  bool ready() const { return clique->joined >= clique->size; }
+  bool ready() const { return clique->ready(); }
 };
 
 class Communicators {
@@ -108,19 +121,32 @@ class Communicators {
   // Nothing comes of the rank any more: it is in no meeting, and some of its peers will hear of it.
   void leave(Comm& comm);
   // Ranks that make something together, by their calls of one number; `color` and `key` of this one.
-  long wish(Comm& comm, int color, int key);
+  long wish(Comm& comm, int color, int key, size_t wanted);
+  // Whether so many have said theirs.
+  bool wished(Clique& clique, int rank, long number, size_t wanted);
   // This rank's part of what those with its color have made of it, in the order of their keys.
   Comm* child(Comm& comm, long number);
   // What ncclCommGetAsyncError says.
   hybridcomm::gpu::ncclResult_t state(Comm& comm);
 
  private:
-  struct Running;
+  // One operation while it runs.
+  struct Running {
+    long id;
+    std::vector<Part> parts;
+    std::vector<std::shared_ptr<Meeting>> meetings;
+    bool begun = false, stuck = false;
+    Comm& comm() const { return *parts.front().comm; }
+  };
   Operation operation(std::vector<Part> parts);
   bool begin(Running& running, const Stream& on);
   void end(Running& running, Stream& on);
   std::shared_ptr<Meeting> meeting_of(const Part& part);
   void come(Meeting& meeting, const Part& part, const Stream& stream);
+  std::shared_ptr<Meeting> send_part(const Part& part, const Stream& stream);
+  bool arrived(Meeting& meeting, const Running& running);
+  void hear(Comm& comm);
+  std::string missing(const Running& running) const;
   void meet(Meeting& meeting);
   bool same(const Meeting& meeting);
   bool may_touch(const Meeting& meeting);

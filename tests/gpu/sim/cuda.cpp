@@ -41,10 +41,37 @@ EXPORT CUresult cuDriverGetVersion(int* version) {
   return CUDA_SUCCESS;
 }
 EXPORT CUresult cuGetErrorName(CUresult result, const char** name) {
-  *name = result == CUDA_SUCCESS                 ? "CUDA_SUCCESS"
-          : result == CUDA_ERROR_ILLEGAL_ADDRESS ? "CUDA_ERROR_ILLEGAL_ADDRESS"
-                                                 : "a simulated error";
-  return CUDA_SUCCESS;
+#define NAME(each) \
+  case each:       \
+    *name = #each; \
+    return CUDA_SUCCESS;
+  switch (result) {
+    NAME(CUDA_SUCCESS)
+    NAME(CUDA_ERROR_INVALID_VALUE)
+    NAME(CUDA_ERROR_OUT_OF_MEMORY)
+    NAME(CUDA_ERROR_INVALID_DEVICE)
+    NAME(CUDA_ERROR_INVALID_IMAGE)
+    NAME(CUDA_ERROR_INVALID_CONTEXT)
+    NAME(CUDA_ERROR_INVALID_HANDLE)
+    NAME(CUDA_ERROR_ILLEGAL_STATE)
+    NAME(CUDA_ERROR_NOT_FOUND)
+    NAME(CUDA_ERROR_NOT_READY)
+    NAME(CUDA_ERROR_ILLEGAL_ADDRESS)
+    NAME(CUDA_ERROR_LAUNCH_FAILED)
+    NAME(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED)
+    NAME(CUDA_ERROR_STREAM_CAPTURE_INVALIDATED)
+    NAME(CUDA_ERROR_STREAM_CAPTURE_MERGE)
+    NAME(CUDA_ERROR_STREAM_CAPTURE_UNMATCHED)
+    NAME(CUDA_ERROR_STREAM_CAPTURE_UNJOINED)
+    NAME(CUDA_ERROR_STREAM_CAPTURE_ISOLATION)
+    NAME(CUDA_ERROR_STREAM_CAPTURE_IMPLICIT)
+    NAME(CUDA_ERROR_CAPTURED_EVENT)
+    NAME(CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD)
+    default:
+      *name = nullptr;
+      return CUDA_ERROR_INVALID_VALUE;
+  }
+#undef NAME
 }
 EXPORT CUresult cuDeviceGetCount(int* count) {
   const auto lock = locked();

@@ -98,8 +98,9 @@ EXPORT CUresult cuLaunchKernel(CUfunction handle, unsigned x, unsigned y, unsign
                                void** parameters, void** extra) {
   const auto lock = locked();
   if (broken()) return CUDA_ERROR_ILLEGAL_ADDRESS;
+  if (!on_a_device()) return CUDA_ERROR_INVALID_CONTEXT;
   const Function* function = function_of(handle);
-  sim::Stream* stream = on_a_device() ? world().stream(to) : nullptr;
+  const sim::Stream* stream = world().stream(to);
   if (function == nullptr || stream == nullptr) return CUDA_ERROR_INVALID_HANDLE;
   const sim::Kernel& kernel = *function->kernel;
   const sim::Launch launch{{x, y, z}, {threads_x, threads_y, threads_z}, shared, parameters, extra};

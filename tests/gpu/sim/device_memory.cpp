@@ -137,7 +137,9 @@ bool DeviceMemory::access(uintptr_t begin, size_t nbytes, bool write, int actor,
       reports_.add(Finding::race,
                    what + kind(write) + " is not ordered after " + before.what + kind(before.write));
     }
-    const bool covered = ordered && write && before.begin >= now.begin && before.end <= now.end;
+    // What is not ordered after this access will be told so; what is, is ordered after that one too.
+    const bool covered =
+        ordered && (write || !before.write) && before.begin >= now.begin && before.end <= now.end;
     if (!covered) kept.push_back(std::move(before));
   }
   kept.push_back(std::move(now));

@@ -12,8 +12,8 @@ bool is_message(const Part& part) { return part.kind == Kind::send || part.kind 
 
 std::pair<size_t, size_t> touched(const Part& part) {
   const size_t nbytes = part.count * size_of(part.type);
-  const auto ranks = static_cast<size_t>(part.comm->clique->size);
-  const bool root = part.peer == part.comm->rank;
+  const auto ranks = static_cast<size_t>(part.ranks);
+  const bool root = part.peer == part.rank;
   switch (part.kind) {
     case Kind::all_reduce:
       return {nbytes, nbytes};
@@ -45,33 +45,28 @@ const char* name_of(Kind kind) {
 
 const Part& of_rank(const Meeting& meeting, int rank) {
   for (const Meeting::Come& each : meeting.come) {
-    if (each.part.comm->rank == rank) return each.part;
+    if (each.part.rank == rank) return each.part;
   }
   return meeting.come.front().part;
 }
 
-double factor_of(const Part& part) {
-  const auto own = static_cast<size_t>(part.op - (ncclAvg + 1));
-  return part.op > ncclAvg && own < part.comm->factors.size() ? part.comm->factors[own] : 1.0;
-}
-
 void move_reduction(const Meeting& meeting) {
   const Part& first = meeting.come.front().part;
-  const int ranks = first.comm->clique->size;
+  const int ranks = first.ranks;
   const size_t pieces = first.kind == Kind::reduce_scatter ? static_cast<size_t>(ranks) : 1;
   const size_t nbytes = first.count * size_of(first.type);
   std::vector<const unsigned char*> inputs;
   std::vector<double> factors;
   for (int rank = 0; rank < ranks; ++rank) {
     inputs.push_back(of_rank(meeting, rank).from);
-    factors.push_back(factor_of(of_rank(meeting, rank)));
+    factors.push_back(of_rank(meeting, rank).factor);
   }
   std::vector<unsigned char> result(nbytes * pieces);
   reduce(result.data(), inputs, first.count * pieces, first.type, first.op, factors);
   for (const Meeting::Come& each : meeting.come) {
     const Part& part = each.part;
-    if (part.kind == Kind::reduce && part.peer != part.comm->rank) continue;
-    const size_t piece = pieces == 1 ? 0 : static_cast<size_t>(part.comm->rank);
+    if (part.comm == nullptr || (part.kind == Kind::reduce && part.peer != part.rank)) continue;
+    const size_t piece = pieces == 1 ? 0 : static_cast<size_t>(part.rank);
     std::memcpy(part.to, result.data() + piece * nbytes, nbytes);
   }
 }
@@ -81,7 +76,7 @@ void move_copies(const Meeting& meeting) {
   const size_t nbytes = first.count * size_of(first.type);
   std::vector<unsigned char> whole;
   if (first.kind == Kind::all_gather) {
-    for (int rank = 0; rank < first.comm->clique->size; ++rank) {
+    for (int rank = 0; rank < first.ranks; ++rank) {
       const unsigned char* from = of_rank(meeting, rank).from;
       whole.insert(whole.end(), from, from + nbytes);
     }
@@ -89,21 +84,23 @@ void move_copies(const Meeting& meeting) {
     const Part& root = of_rank(meeting, first.peer);
     whole.assign(root.from, root.from + nbytes);
   }
-  for (const Meeting::Come& each : meeting.come) std::memcpy(each.part.to, whole.data(), whole.size());
+  for (const Meeting::Come& each : meeting.come) {
+    if (each.part.comm != nullptr) std::memcpy(each.part.to, whole.data(), whole.size());
+  }
 }
 
 void move_pieces(const Meeting& meeting) {
   const Part& first = meeting.come.front().part;
   const size_t nbytes = first.count * size_of(first.type);
-  const int ranks = first.comm->clique->size;
+  const int ranks = first.ranks;
   std::vector<std::vector<unsigned char>> whole;
   for (int rank = 0; rank < ranks; ++rank) {
     const unsigned char* from = of_rank(meeting, rank).from;
     whole.emplace_back(from, from + nbytes * static_cast<size_t>(ranks));
   }
   for (const Meeting::Come& each : meeting.come) {
-    for (size_t rank = 0; rank < whole.size(); ++rank) {
-      const size_t own = static_cast<size_t>(each.part.comm->rank);
+    for (size_t rank = 0; each.part.comm != nullptr && rank < whole.size(); ++rank) {
+      const size_t own = static_cast<size_t>(each.part.rank);
       std::memcpy(each.part.to + rank * nbytes, whole[rank].data() + own * nbytes, nbytes);
     }
   }
@@ -116,7 +113,7 @@ void move(const Meeting& meeting) {
   if (is_message(first)) {
     const Part& last = meeting.come.back().part;
     const Part &from = first.kind == Kind::send ? first : last, &to = first.kind == Kind::send ? last : first;
-    std::memcpy(to.to, from.from, from.count * size_of(from.type));
+    if (to.comm != nullptr) std::memcpy(to.to, from.from, from.count * size_of(from.type));
   } else if (first.kind == Kind::all_to_all) {
     move_pieces(meeting);
   } else if (first.kind == Kind::all_gather || first.kind == Kind::broadcast) {
@@ -130,7 +127,7 @@ std::string text_of(const Part& part) {
   std::string text = std::string(name_of(part.kind)) + " of " + std::to_string(part.count) + " of type " +
                      std::to_string(part.type);
   if (part.peer >= 0) text += (is_message(part) ? " with " : " at ") + std::to_string(part.peer);
-  return text + " by rank " + std::to_string(part.comm->rank);
+  return text + " by rank " + std::to_string(part.rank);
 }
 
 }  // namespace sim

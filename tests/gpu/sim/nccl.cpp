@@ -1,6 +1,8 @@
 // libnccl's communicators and groups, as far as the engine calls them, on the simulated machine.
 #include "nccl.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -90,7 +92,7 @@ ncclResult_t initialise(const char* what, ncclComm_t* comm, int ranks, const ncc
 // Whether the host has waited for all that was called on it.
 bool at_rest(const Comm& comm) {
   const bool done = comm.last == nullptr || comm.last->known(world().here().host->clock);
-  return comm.aborted || world().broken(comm.device) || (done && comm.job == nullptr);
+  return comm.aborted || world().broken(comm.device) || (done && (comm.job == nullptr || comm.job->done));
 }
 
 }  // namespace
@@ -111,7 +113,7 @@ Comm* usable(ncclComm_t handle, ncclResult_t& why) {
     why = ncclUnhandledCudaError;
   } else if (comm->aborted) {
     why = misuse("a call on a communicator that was aborted");
-  } else if (!comm->ready() || comm->job != nullptr) {
+  } else if (!comm->ready() || (comm->job != nullptr && !comm->job->done)) {
     why = misuse("a call on a communicator that is still in progress");
   } else if (comm->failure != ncclSuccess && comm->failure != ncclInvalidUsage) {
     why = comm->failure;
@@ -148,6 +150,10 @@ ncclResult_t call(CUstream handle, ncclComm_t comm_handle, Part part) {
   if (stream == nullptr) return ncclInvalidArgument;
   if (stream->device != comm->device) return misuse("a stream of another device than the communicator's");
   part.comm = comm;
+  part.rank = comm->rank;
+  part.ranks = comm->clique->size;
+  const auto own = static_cast<size_t>(part.op - (ncclAvg + 1));
+  if (part.op > ncclAvg && own < comm->factors.size()) part.factor = comm->factors[own];
   if (group.depth > 0) {
     group.calls.push_back({stream, part});
     return ncclSuccess;
@@ -171,12 +177,23 @@ EXPORT ncclResult_t ncclGetVersion(int* says) {
   *says = version;
   return ncclSuccess;
 }
-EXPORT const char* ncclGetErrorString(ncclResult_t) { return "a simulated error"; }
+EXPORT const char* ncclGetErrorString(ncclResult_t result) {
+  constexpr const char* kTexts[] = {"no error",
+                                    "unhandled cuda error",
+                                    "unhandled system error",
+                                    "internal error",
+                                    "invalid argument",
+                                    "invalid usage",
+                                    "remote process exited or there was a network error",
+                                    "NCCL operation in progress"};
+  return result >= ncclSuccess && result <= ncclInProgress ? kTexts[result] : "unknown result code";
+}
 EXPORT const char* ncclGetLastError(ncclComm_t) { return "simulated"; }
 EXPORT ncclResult_t ncclGetUniqueId(ncclUniqueId* id) {
   const auto lock = locked();
   std::memset(id, 0, sizeof(*id));
-  std::snprintf(id->internal, sizeof(id->internal), "simulated %d", ++made);
+  std::snprintf(id->internal, sizeof(id->internal), "simulated %d of %d", ++made,
+                static_cast<int>(::getpid()));
   return ncclSuccess;
 }
 
@@ -202,7 +219,10 @@ ncclResult_t make(std::unique_lock<std::mutex>& lock, const char* what, Comm& co
   *child = nullptr;
   const auto clique = comm.clique;
   const ncclResult_t result = sim::act(
-      lock, comm, what, [clique, number, wanted] { return clique->wishes[number].size() >= wanted; },
+      lock, comm, what,
+      [clique, number, wanted, rank = comm.rank] {
+        return communicators().wished(*clique, rank, number, wanted);
+      },
       [&comm, number, child] { *child = reinterpret_cast<ncclComm_t>(communicators().child(comm, number)); });
   if (result != ncclSuccess || *child == nullptr) return result;
   return joined(lock, what, reinterpret_cast<Comm*>(*child));
@@ -216,8 +236,9 @@ EXPORT ncclResult_t ncclCommSplit(ncclComm_t handle, int color, int key, ncclCom
   ncclResult_t why;
   Comm* comm = sim::usable(handle, why);
   if (comm == nullptr) return why;
-  const long number = communicators().wish(*comm, color, key);
-  return make(lock, "ncclCommSplit", *comm, number, static_cast<size_t>(comm->clique->size), child);
+  const auto wanted = static_cast<size_t>(comm->clique->size);
+  const long number = communicators().wish(*comm, color, key, wanted);
+  return make(lock, "ncclCommSplit", *comm, number, wanted, child);
 }
 EXPORT ncclResult_t ncclCommShrink(ncclComm_t handle, int* excluded, int count, ncclComm_t* child,
                                    ncclConfig_t*, int flags) {
@@ -230,8 +251,9 @@ EXPORT ncclResult_t ncclCommShrink(ncclComm_t handle, int* excluded, int count, 
   constexpr int kAbort = 1;
   if (flags == kAbort && !comm->aborted) communicators().abort(*comm);
   if (!comm->aborted && !at_rest(*comm)) return misuse("ncclCommShrink while operations are queued");
-  const long number = communicators().wish(*comm, 0, comm->rank);
-  return make(lock, "ncclCommShrink", *comm, number, static_cast<size_t>(comm->clique->size - count), child);
+  const auto wanted = static_cast<size_t>(comm->clique->size - count);
+  const long number = communicators().wish(*comm, 0, comm->rank, wanted);
+  return make(lock, "ncclCommShrink", *comm, number, wanted, child);
 }
 
 EXPORT ncclResult_t ncclCommFinalize(ncclComm_t handle) {

@@ -177,10 +177,11 @@ EXPORT ncclResult_t ncclCommWindowRegister(ncclComm_t handle, void* buffer, size
   if (comm == nullptr) return why;
   *window = static_cast<ncclWindow_t>(registered(*comm, buffer, nbytes, true));
   if (*window == nullptr) return ncclInvalidArgument;
-  const long number = communicators().wish(*comm, static_cast<int>(nbytes), 0);
   const auto clique = comm->clique;
-  const auto all = [clique, number] {
-    return static_cast<int>(clique->wishes[number].size()) == clique->size;
+  const auto wanted = static_cast<size_t>(clique->size);
+  const long number = communicators().wish(*comm, static_cast<int>(nbytes), 0, wanted);
+  const auto all = [clique, number, wanted, rank = comm->rank] {
+    return communicators().wished(*clique, rank, number, wanted);
   };
   return sim::act(lock, *comm, "ncclCommWindowRegister", all, [clique, number] {
     for (const auto& [rank, wish] : clique->wishes[number]) {

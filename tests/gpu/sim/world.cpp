@@ -231,7 +231,8 @@ std::string World::standstill() const {
     if (each.queue.empty()) continue;
     const Operation& head = each.queue.front();
     text += (text.empty() ? ": " : "; ") + head.what + " on device " + std::to_string(each.device) +
-            (head.begun ? " has begun" : " waits for others");
+            (head.begun ? " has begun" : " waits for others") +
+            (head.begun && head.missing ? head.missing() : "");
   }
   return text;
 }
@@ -248,6 +249,7 @@ bool World::patient() {
 
 // Asleep for good: nothing can run, and no thread is awake or has what it waits for.
 bool World::stuck() const {
+  if (remote_) return false;
   int asleep = 0;
   for (const Thread& thread : threads_) {
     if (thread.over == nullptr) continue;
@@ -274,7 +276,7 @@ bool World::wait(std::unique_lock<std::mutex>& lock, const std::string& what,
       reached = false;
       break;
     } else {
-      changed_.wait_for(lock, std::chrono::milliseconds(100));
+      changed_.wait_for(lock, std::chrono::milliseconds(remote_ ? 1 : 100));
     }
   }
   thread.over = nullptr;

@@ -60,6 +60,7 @@ struct Operation {
   std::function<bool(std::vector<Range>&)> look;  // more of them, once it is about to run; false: it must not
   std::function<bool(const Stream&)> admit;       // once begun, asked again and again: may it run? Empty: yes
   std::function<void(Stream&)> meet;              // before it is done: what it has learned of others
+  std::function<std::string()> missing;           // what it waits for, once begun; may be empty
   std::function<void()> run;                      // may be empty
   std::vector<std::shared_ptr<Record>> waits;     // has to be done before it runs
   std::vector<std::shared_ptr<Record>> after;     // likewise, but nothing is learned by it
@@ -108,6 +109,8 @@ class World {
   Reports reports;
   DeviceMemory memory;
   int devices = 8;
+  // Others may move what stands still here: ranks are in several processes.
+  void be_remote() { remote_ = true; }
 
   // `threads`: host threads that will come. Until they have ended, those that have not come yet are not at a standstill.
   void reset(unsigned seed, int eager_percent, int threads);
@@ -161,7 +164,7 @@ class World {
   int eager_ = 0, actors_ = 0;
   int awaited_ = 0;  // of the host threads that are expected, those that have not come yet
   Clock published_;
-  bool shared_ = false, gave_up_ = false;
+  bool shared_ = false, gave_up_ = false, remote_ = false;
   std::map<int, std::shared_ptr<Host>> hosts_;  // by device, where they share
   std::set<int> broken_;
   std::map<int, long> breaks_;

@@ -90,10 +90,10 @@ class DeviceContext(DeviceCollectives):
         """Loads CUDA and NCCL, and connects this rank's device to the others'; all ranks of ``host`` call it.
 
         ``provider``: whose streams and tensors (default: torch's, of its current device). ``flat``: what is not
-        compressed is left to NCCL's own algorithms; False: it takes the plan's route, stage by stage. ``watch``: s between looks
-        of the watchdog, which ends everything with a typed error where NCCL failed in the background, or something was
-        not done within the context's timeout; 0: none. ``debug``: before each call ranks compare what they are about
-        to do, which makes the host wait, and raise `PlanMismatchError` where they differ.
+        compressed is left to NCCL's own algorithms; False: it takes the plan's route, stage by stage. ``watch``: s
+        between looks of the watchdog, which ends everything with a typed error where NCCL failed in the background,
+        or something was not done within the context's timeout; 0: none. ``debug``: before each call ranks compare what
+        they are about to do, which makes the host wait, and raise `PlanMismatchError` where they differ.
 
         Raises `UnsupportedError` where a library is missing or too old, or ranks differ in it.
         """

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -197,14 +198,14 @@ class Residual:
     def deliver(
         self,
         name: str,
-        flat: FloatArray,
+        flat: Any,
         *,
         regions: RegionsByOp,
         spans: Sequence[Span] | None = None,
     ) -> None:
         """A dense step follows: adds to ``flat`` what compressed steps left here, and stages an empty residual.
 
-        ``flat`` is this rank's share of the dense sum. One rank of a node holds an element's residual, so the
+        ``flat``, an array or a device's tensor, is this rank's share of the dense sum. One rank of a node holds an element's residual, so the
         sum delivers it once per node. ``regions`` and ``spans`` as in `stage`. Raises `UnsupportedError` with
         ``momentum``: a dense sum does not tell that of a node, which the velocity is made of.
         """

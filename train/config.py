@@ -154,8 +154,6 @@ class TrainConfig(BaseModel):
             combinations.check(self)
         except ConfigError as error:
             raise ValueError(str(error)) from None
-        if self.comm != "ddp" and self.wire.ddp_hook != "none":
-            raise ValueError("--wire.ddp-hook acts on --comm ddp only")
         if (
             self.optim.final_lr > 0
             and self.optim.schedule == "constant"
@@ -187,6 +185,16 @@ class TrainConfig(BaseModel):
                 f"--nodes {self.nodes} needs as many ranks or more, --nproc is {self.nproc}; pass both"
             )
         return self
+
+    def _backend_acts(self) -> None:
+        if self.comm != "ddp" and self.wire.ddp_hook != "none":
+            raise ValueError("--wire.ddp-hook acts on --comm ddp only")
+        if self.device == "cuda" and self.pp > 1:
+            raise ValueError(
+                "--pp on GPUs is not there yet: use --tp and replicas, or leave out --device cuda"
+            )
+        if self.device == "cuda" and (self.comm == "ddp" or self.emulate is not None):
+            raise ValueError("--device cuda goes with --comm hybridcomm, and without --emulate")
 
 
 PRESETS: dict[str, dict[str, Any]] = {

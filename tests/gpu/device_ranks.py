@@ -1,4 +1,4 @@
-"""Ranks with a simulated GPU each, as threads of one process: the host's contexts are real, the driver and NCCL are not."""
+"""Ranks with a simulated GPU each, as threads of one process: host contexts are real, driver and NCCL are not."""
 
 from __future__ import annotations
 
@@ -79,10 +79,12 @@ def run_devices(
             finally:
                 device.close()
                 provider.close()
+                simulation.publish()
 
         with simulation:
             results = run_ranks(ranked, contexts, timeout=timeout, return_exceptions=return_exceptions)
-            gc.collect()  # tensors give device memory back
+            simulation.learn()  # what the ranks have waited for, before their tensors give device memory back
+            gc.collect()
             reports = simulation.finish()
             for provider in providers:
                 provider.over = True

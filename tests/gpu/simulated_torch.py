@@ -1,4 +1,4 @@
-"""torch on the simulated device: its memory behind CPU tensors, and what torch would put on a stream, on a simulated one.
+"""torch on the simulated device: memory behind CPU tensors, and what torch would put on a stream, on a simulated one.
 
 A `StreamProvider` for the GPU engine. What it allocates is poisoned device memory between red zones, and goes back when
 its tensors do, so that an engine that lets go too early is reported. CPU tensors can be adopted: they count as the
@@ -104,6 +104,9 @@ class SimulatedTorch:
     def __init__(self, simulation: Simulation, ordinal: int) -> None:
         self.simulation, self.ordinal, self.device = simulation, ordinal, torch.device("cpu")
         self._ranges: dict[int, int] = {}
+        self._placed: list[torch.Tensor] = []
+        self._hooks: list[Any] = []
+        self._grads: dict[torch.Tensor, torch.Tensor] = {}
         self.over = False  # the simulation has forgotten all memory
         context, stream = ctypes.c_void_p(), ctypes.c_void_p()
         _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), ordinal)
@@ -193,6 +196,22 @@ class SimulatedTorch:
     def finite(self, tensor: torch.Tensor, limit: float) -> bool:
         return bool((self.download(tensor).abs() <= limit).all())
 
+    def place(self, module: torch.nn.Module) -> None:
+        """Parameters, and their gradients as autograd makes them, count as the device's."""
+        for parameter in module.parameters():
+            self._placed.append(self.adopt(parameter.data))
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(self._made))
+
+    def _made(self, parameter: torch.Tensor) -> None:
+        """What was the gradient in the last step is given back, as a caching allocator would take it."""
+        before, grad = self._grads.get(parameter), parameter.grad
+        assert grad is not None
+        if before is None or before.data_ptr() != grad.data_ptr():
+            if before is not None:
+                self.drop(before)
+            self._grads[parameter] = self.adopt(grad)
+        self.writes(grad, "backward")
+
     # -- for tests -----------------------------------------------------------------------------------------
 
     @contextmanager
@@ -247,6 +266,11 @@ class SimulatedTorch:
 
     def close(self) -> None:
         self.synchronize()
+        for hook in self._hooks:
+            hook.remove()
+        for tensor in (*self._placed, *self._grads.values()):
+            self.drop(tensor)
+        self._grads.clear()
         _call("cuStreamDestroy_v2", self._stream)
 
     def _launch(self, target: torch.Tensor, source: torch.Tensor, factor: float, *, adds: bool) -> None:
@@ -258,6 +282,5 @@ class SimulatedTorch:
         buffer, size = words.tobytes(), ctypes.c_size_t(words.nbytes)
         given = ctypes.create_string_buffer(buffer, len(buffer))
         extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(given), 2, ctypes.addressof(size), 0)
-        _call(
-            "cuLaunchKernel", ctypes.c_void_p(_elementwise(self.ordinal)), 1, 1, 1, 1, 1, 1, 0, self._stream, None, extra
-        )  # fmt: skip
+        function, one_block = ctypes.c_void_p(_elementwise(self.ordinal)), (1, 1, 1, 1, 1, 1)
+        _call("cuLaunchKernel", function, *one_block, 0, self._stream, None, extra)

@@ -15,7 +15,8 @@ from tests.gpu.device_ranks import Rank, gradient, run_devices
 pytestmark = pytest.mark.xdist_group("gpu-engine")
 
 CODECS = (
-    "topk:0.01", "topk:0.01+sign", "topk:0.01+int8", "gtop1", "gtopk:0.01", "int8", "int4", "sign1", "fp8", "fp16", "bf16",
+    "topk:0.01", "topk:0.01+sign", "topk:0.01+int8", "gtop1", "gtopk:0.01",
+    "int8", "int4", "sign1", "fp8", "fp16", "bf16",
 )  # fmt: skip
 TWICE = tuple(codec for codec in CODECS if not codec.startswith("gtopk"))
 """Whose sums can be encoded anew."""

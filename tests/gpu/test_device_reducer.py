@@ -109,8 +109,8 @@ def test_twenty_steps_give_the_hosts_bits(compress: str, seed: int) -> None:
 
 
 def test_a_schedule_that_ends_dense_delivers_what_was_left_as_the_host_does() -> None:
-    """With blocks of which buckets hold an even number, so that both cut shards alike: who delivers what was left adds it
-    to its own gradient first, which rounds."""
+    """With blocks of which buckets hold an even number, so that both cut shards alike: who delivers what was left adds
+    it to its own gradient first, which rounds."""
     results, reports = run_devices(Topology.virtual(2, 2), compared("int8,none@10"), seed=3, flat=False)
     assert results == [[]] * 4
     assert reports == []

@@ -3,7 +3,7 @@
 What an operation knows to be over: what stands before it on its stream, what it waits for, and what these knew (Fidge
 1988, Mattern 1989). Two operations that touch the same bytes, one of them writing, must know of each other. A wait for
 what an operation knows already is superfluous. Neighbours of one NCCL group are one operation: what one waits for, all
-have waited for, and they run beside each other.
+have waited for, whoever waits for one waits for all, and they run beside each other.
 """
 
 from __future__ import annotations
@@ -52,27 +52,28 @@ def pruned(operations: Sequence[Operation]) -> list[tuple[int, ...]]:
 def _clocks(operations: Sequence[Operation]) -> tuple[list[set[int]], list[tuple[int, int]]]:
     """What is over before each operation begins, and the superfluous waits."""
     known: list[set[int]] = []
+    behind: list[set[int]] = []  # what whoever waits for an operation knows
     superfluous: list[tuple[int, int]] = []
     latest: dict[str, set[int]] = {}  # of a stream: what whoever comes next on it knows
     place = 0
     while place < len(operations):
         end = _end_of_group(operations, place)
         knows = set(latest.get(operations[place].stream, set()))
-        for member in range(place, end):
-            # The latest first: what it knew may make an earlier one superfluous.
-            for before in sorted(operations[member].after, reverse=True):
-                if before in knows:
-                    superfluous.append((member, before))
-                    continue
-                if before >= place:
-                    raise PlanError(f"operation {member} waits for {before}, which does not come before it")
-                knows.add(before)
-                if before != _START:
-                    knows |= known[before]
-        known += [set(knows) for _ in range(place, end)]
-        latest[operations[place].stream] = knows | set(range(place, end))
+        waits = [(before, member) for member in range(place, end) for before in operations[member].after]
+        # The latest first: what it knew may make an earlier one superfluous.
+        for before, member in sorted(waits, key=lambda wait: (-wait[0], wait[1])):
+            if not _START <= before < place:
+                raise PlanError(f"operation {member} waits for {before}, which does not come before it")
+            if before in knows:
+                superfluous.append((member, before))
+            else:
+                knows |= {_START} if before == _START else behind[before]
+        after = knows | set(range(place, end))
+        known += [knows] * (end - place)
+        behind += [after] * (end - place)
+        latest[operations[place].stream] = after
         place = end
-    return known, superfluous
+    return known, sorted(superfluous)
 
 
 def _end_of_group(operations: Sequence[Operation], begin: int) -> int:

@@ -333,28 +333,28 @@ class _DeviceLowering:
         """One NCCL group of all that go from one rank to another; ``pairs``: (source, target) by step."""
         group = self._new_group()
         for step in steps:
-            done = []
+            received = []
             for source, target in pairs[step.id]:
                 if self.rank not in (source, target):
                     continue
                 kind, peer = ("send", target) if source == self.rank else ("receive", source)
                 at = self.payloads.second(step) if second else self.payloads.place(step, source)
-                done.append(
-                    self._add(
-                        kind,
-                        step,
-                        "inter",
-                        [Touch(at.address, at.end, kind == "receive")],
-                        group=group,
-                        comm=self._comm(step.group),
-                        source=at.address if kind == "send" else 0,
-                        target=at.address,
-                        count=at.nbytes,
-                        peer=step.group.index(peer),
-                    )
+                op = self._add(
+                    kind,
+                    step,
+                    "inter",
+                    [Touch(at.address, at.end, kind == "receive")],
+                    group=group,
+                    comm=self._comm(step.group),
+                    source=at.address if kind == "send" else 0,
+                    target=at.address,
+                    count=at.nbytes,
+                    peer=step.group.index(peer),
                 )
+                received += [op] if kind == "receive" else []
+            # Nobody has to wait for what is only sent: nothing is written over it.
             waited = [op for before in step.after for op in self.done_by.get(before, ())]
-            self.done_by[step.id] = tuple(done or waited)
+            self.done_by[step.id] = tuple(received or waited)
 
 
 def _to_root(step: Step) -> list[tuple[int, int]]:

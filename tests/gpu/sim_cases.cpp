@@ -38,27 +38,29 @@ struct Add {
   int count;
 };
 
+constexpr size_t kFill = 16, kAdd = 20;  // bytes of the argument buffers; the second's structure is padded
+
 template <class T>
-T as(const unsigned char* buffer) {
+T as(const unsigned char* buffer, size_t nbytes) {
   T arguments;
-  std::memcpy(&arguments, buffer, sizeof(T));
+  std::memcpy(&arguments, buffer, nbytes);
   return arguments;
 }
 
 void fill(const unsigned char* buffer, unsigned, unsigned) {
-  const auto a = as<Fill>(buffer);
+  const auto a = as<Fill>(buffer, kFill);
   for (int i = 0; i < a.count; ++i) a.to[i] = a.value + static_cast<float>(i);
 }
 void fill_ranges(const unsigned char* buffer, const Touch& touch) {
-  const auto a = as<Fill>(buffer);
+  const auto a = as<Fill>(buffer, kFill);
   touch(reinterpret_cast<uintptr_t>(a.to), sizeof(float) * static_cast<size_t>(a.count), true);
 }
 void add(const unsigned char* buffer, unsigned, unsigned) {
-  const auto a = as<Add>(buffer);
+  const auto a = as<Add>(buffer, kAdd);
   for (int i = 0; i < a.count; ++i) a.to[i] += a.from[i];
 }
 void add_ranges(const unsigned char* buffer, const Touch& touch) {
-  const auto a = as<Add>(buffer);
+  const auto a = as<Add>(buffer, kAdd);
   const size_t nbytes = sizeof(float) * static_cast<size_t>(a.count);
   touch(reinterpret_cast<uintptr_t>(a.from), nbytes, false);
   touch(reinterpret_cast<uintptr_t>(a.to), nbytes, false);
@@ -110,7 +112,7 @@ void one_round(const Device& on, float value) {
   }
   int added = bug == "out of bounds" ? kNumel + 1 : kNumel;
   Add arguments{sum, gradient, added};
-  size_t size = 20;
+  size_t size = kAdd;
   void* extra[] = {reinterpret_cast<void*>(1), &arguments, reinterpret_cast<void*>(2), &size, nullptr};
   ok(cuda.cuLaunchKernel(on.add, 1, 1, 1, 32, 1, 1, 0, on.communicate, nullptr, extra));
   if (!legacy) ok(cuda.cuEventRecord(on.done, on.communicate));

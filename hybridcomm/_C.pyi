@@ -214,6 +214,9 @@ class DeviceProgram:
 class GpuWork:
     """No constructor: `GpuEngine.start` makes it."""
 
+    @property
+    def captured(self) -> bool: ...
+
 class GpuMemory:
     """No constructor: `GpuEngine.allocate` makes it."""
 

@@ -21,10 +21,11 @@ import numpy as np
 from hybridcomm import _C, collective_plans, device_comms, policy, reduction
 from hybridcomm import compress as compressors
 from hybridcomm.device_collectives import DeviceCollectives
-from hybridcomm.device_plan import Buffer
+from hybridcomm.device_plan import Buffer, nccl_type
 from hybridcomm.device_work import DeviceWork, handle_of
-from hybridcomm.errors import DataTypeError, PlanMismatchError, UnsupportedError
+from hybridcomm.errors import PlanMismatchError, UnsupportedError
 from hybridcomm.lower_device import Places, lower_device
+from hybridcomm.plan_wire import sent_nbytes
 from hybridcomm.residual_memory import DeviceResiduals
 from hybridcomm.stream_provider import StreamProvider, TorchCuda, view_of
 
@@ -217,7 +218,7 @@ class DeviceContext(DeviceCollectives):
         where = (tensor.data_ptr(), *(() if pair is None else (each.data_ptr() for each in pair)))
         program = self._program((key, residual_key, where), plan, tensor, codec, pair)
         return self._start(
-            program, [t, tensor, *(pair or ())], async_op, stream, residual_key, _sent(plan, self.rank)
+            program, [t, tensor, *(pair or ())], async_op, stream, residual_key, sent_nbytes(plan, self.rank)
         )
 
     def _is_ours(self, t: Any) -> bool:
@@ -277,6 +278,8 @@ class DeviceContext(DeviceCollectives):
             raise UnsupportedError("Residual(decay=, momentum=): on GPUs kernels are shipped without them")
         residual.place(self._residuals)
         regions = plan.residuals(self.rank)
+        e_in: Any
+        e_out: Any
         e_in, e_out = residual.stage(key, numel=plan.numel, regions=regions, spans=spans)
         if e_in is e_out:  # a second call before a commit: kernels take two buffers
             raise UnsupportedError(
@@ -296,7 +299,7 @@ class DeviceContext(DeviceCollectives):
         if found is not None:
             self._programs.move_to_end(key)
             return found
-        payloads, kept = None, ()
+        payloads = None
         if plan.compressor != "none" and codec is not None:
             from hybridcomm.device_codec import DevicePayloads
             from hybridcomm.kernels.cubins.load import find
@@ -309,7 +312,7 @@ class DeviceContext(DeviceCollectives):
         places = Places(tensor=buffer, comms=self._comms)
         text = f"rank {self.rank}: {plan.collective} of {plan.numel:,} {plan.dtype} ({plan.compressor})"
         lowered = lower_device(plan, self.rank, places, payloads, name=text)
-        kept = () if payloads is None else payloads.kept
+        kept: Sequence[Any] = () if payloads is None else payloads.kept
         return self._remember(key, lowered, kept)
 
     def _remember(
@@ -394,53 +397,3 @@ class DeviceContext(DeviceCollectives):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-NCCL_TYPES = {
-    "int8": 0,
-    "uint8": 1,
-    "int32": 2,
-    "int64": 4,
-    "float16": 6,
-    "float32": 7,
-    "float64": 8,
-    "bfloat16": 9,
-}
-"""ncclDataType_t of the dtypes that it combines."""
-
-
-def nccl_type(dtype: str) -> int:
-    """NCCL's code; raises `DataTypeError` for a dtype that it has not."""
-    try:
-        return NCCL_TYPES[dtype]
-    except KeyError:
-        raise DataTypeError(f"{dtype} on a GPU: NCCL takes {', '.join(NCCL_TYPES)}") from None
-
-
-def _sent(plan: Plan, rank: int) -> int:
-    """Bytes that a rank's part sends to other nodes; of a flat call, what a ring through all nodes takes of it."""
-    nodes, size = len(plan.topology.nodes), policy.itemsize(plan.dtype)
-    if nodes == 1:
-        return 0
-    node = plan.topology.nodes[plan.topology.node_of(rank)]
-    total = 0
-    for step in plan.for_rank(rank):
-        if step.op == "allreduce_flat":
-            total += 2 * (nodes - 1) * step.region.numel * size // nodes // len(node)
-        elif step.op == "exchange_reduce_all":
-            total += 2 * (nodes - 1) * step.region.numel * size // nodes
-        elif step.op == "exchange_reduce":
-            total += step.region.numel * size if rank != step.root else 0
-        elif step.op == "exchange_gather":
-            total += (nodes - 1) * step.region.numel * size if rank == step.root else 0
-        elif step.op in ("exchange_payload", "exchange_recompressed"):
-            total += _payload_bytes(plan, step, rank, nodes)
-    return total
-
-
-def _payload_bytes(plan: Plan, step: Any, rank: int, nodes: int) -> int:
-    codec = compressors.resolve(plan.compressor)
-    nbytes = 0 if codec is None else codec.nbytes(step.region.numel)
-    if step.op == "exchange_payload":
-        return nbytes * (nodes - 1) if step.root == -1 else nbytes * (rank != step.root)
-    return nbytes * (nodes - 1) * (rank == step.root)

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from hybridcomm import _C
-from hybridcomm.errors import PlanError
+from hybridcomm.errors import DataTypeError, PlanError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hybridcomm.kernels.cubins.load import Image
 
-__all__ = ["COLLECTIVES", "START", "STREAMS", "Buffer", "DevicePlan", "Operation", "Touch"]
+__all__ = ["COLLECTIVES", "START", "STREAMS", "Buffer", "DevicePlan", "Operation", "Touch", "nccl_type"]
 
 START = -1
 """Among ``after``: what the caller's stream had done before."""
@@ -180,3 +180,23 @@ class DevicePlan:
 
 REDUCTIONS = {"sum": 0, "product": 1, "max": 2, "min": 3}
 """ncclRedOp_t; a mean is a sum with a divisor."""
+
+NCCL_TYPES = {
+    "int8": 0,
+    "uint8": 1,
+    "int32": 2,
+    "int64": 4,
+    "float16": 6,
+    "float32": 7,
+    "float64": 8,
+    "bfloat16": 9,
+}
+"""ncclDataType_t of the dtypes that it combines."""
+
+
+def nccl_type(dtype: str) -> int:
+    """NCCL's code; raises `DataTypeError` for a dtype that it has not."""
+    try:
+        return NCCL_TYPES[dtype]
+    except KeyError:
+        raise DataTypeError(f"{dtype} on a GPU: NCCL takes {', '.join(NCCL_TYPES)}") from None

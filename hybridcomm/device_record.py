@@ -107,11 +107,11 @@ _HARMLESS = ("view", "slice", "select", "alias", "detach", "as_strided", "unsque
 """Calls that neither read nor write elements, nor make memory, which nobody would keep."""
 
 
-class _Mode(TorchDispatchMode):
+class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Stands between the host code and torch: notes what moves bytes, lets views pass, refuses the rest."""
 
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
 
     def __torch_dispatch__(

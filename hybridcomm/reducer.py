@@ -74,8 +74,9 @@ class Reducer:
         self._parameters = setup.trainable(module)
         self._moves = setup.mover(ctx, next(iter(self._parameters.values())).device)
         choices = setup.choices_of(module, self._parameters, self.policy)
-        parts = getattr(ctx, "bucket_parts", 1)
-        self.layouts = setup.layouts_of(self._parameters, choices, bucket_cap_mb, parts)
+        self.layouts = setup.layouts_of(
+            self._parameters, choices, bucket_cap_mb, getattr(ctx, "bucket_parts", 1)
+        )
         compresses = any(layout.compress != "none" for layout in self.layouts)
         if residual is not None and not compresses:
             raise UnsupportedError("residual= has nothing to do without compress=")

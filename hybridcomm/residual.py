@@ -205,9 +205,9 @@ class Residual:
     ) -> None:
         """A dense step follows: adds to ``flat`` what compressed steps left here, and stages an empty residual.
 
-        ``flat``, an array or a device's tensor, is this rank's share of the dense sum. One rank of a node holds an element's residual, so the
-        sum delivers it once per node. ``regions`` and ``spans`` as in `stage`. Raises `UnsupportedError` with
-        ``momentum``: a dense sum does not tell that of a node, which the velocity is made of.
+        ``flat``, an array or a device's tensor, is this rank's share of the dense sum. One rank of a node holds an
+        element's residual, so the sum delivers it once per node. ``regions`` and ``spans`` as in `stage`. Raises
+        `UnsupportedError` with ``momentum``: a dense sum does not tell that of a node, which the velocity is made of.
         """
         if self.momentum:
             raise UnsupportedError(

@@ -189,6 +189,7 @@ def view_of(tensor: Any, provider: StreamProvider, name: str = "t") -> torch.Ten
     gaps, on another device, or that is read-only.
     """
     import torch
+    import torch.utils.dlpack
 
     if not isinstance(tensor, torch.Tensor):
         if not hasattr(tensor, "__dlpack__"):
@@ -196,7 +197,7 @@ def view_of(tensor: Any, provider: StreamProvider, name: str = "t") -> torch.Ten
                 f"{name}: expected a tensor or an array with __dlpack__, got {type(tensor).__name__}"
             )
         try:
-            tensor = torch.from_dlpack(tensor)
+            tensor = torch.utils.dlpack.from_dlpack(tensor)
         except (BufferError, RuntimeError) as error:
             raise DataTypeError(f"{name}: its array cannot be taken: {error}") from error
     if not provider.owns(tensor):

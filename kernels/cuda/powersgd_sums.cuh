@@ -17,7 +17,7 @@ constexpr float kVanished = 0x1p-16f;     // a column of whose energy not more i
 // A thread has the columns 4 q to 4 q + 3 of each 16, which are four of the partial sums of its row.
 template <int kRank>
 __device__ __forceinline__ void left(const float* acc, uint8_t* payload, long long numel) {
-  __shared__ float start[kRank * kColumns];
+  __shared__ alignas(16) float start[kRank * kColumns];  // read four at a time
   const int exponent = exponent_of(*flags_of(payload)), first = threadIdx.x % 4 * 4;
   const float inverse = power_of(254 - exponent);
   for (int at = threadIdx.x; at < kRank * kColumns; at += kThreads) {

@@ -3,7 +3,9 @@ byte."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -237,6 +239,17 @@ def test_right_reads_in_wide_accesses() -> None:
             of_acc = [access for access in streams.accesses(text) if access.parameters == {0}]
             assert of_acc
             assert all(access.nbytes == 16 for access in of_acc)
+
+
+def test_shared_memory_is_aligned_as_it_is_read() -> None:
+    """The executor, which lays arrays out from an aligned start, would not notice."""
+    wide = set()
+    for kernel, arch in product(powersgd.KERNELS, (80, 90, 100)):
+        text = find_ptx(kernel.name, arch).data[:-1].decode()
+        if re.search(r"\b(?:ld|st)\.shared\.v4\.[bfu]32\b", text):
+            wide.add(kernel.name)
+            assert set(re.findall(r"\.shared \.align (\d+)", text)) == {"16"}, kernel.name
+    assert wide == {f"powersgd{spec.rank}_{name}" for spec in powersgd.SPECS for name in ("left", "right")}
 
 
 @pytest.mark.parametrize("mutant", sorted(name for name in MUTANTS if name.startswith("powersgd")))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,17 @@ from tests.kernels.sparse_cases import SEED
 from tests.ptx import Memory
 from tests.ptx.conformance import Executable
 
-__all__ = ["added", "columns_right", "dependent", "encoded", "huge", "payload_of", "reencoded", "wanted"]
+__all__ = [
+    "added",
+    "columns_right",
+    "dependent",
+    "encoded",
+    "huge",
+    "largest_right",
+    "payload_of",
+    "reencoded",
+    "wanted",
+]
 
 
 def seen(values: Floats, kind: str) -> Floats:
@@ -118,6 +128,36 @@ def dependent(numel: int) -> Floats:
     return (row * np.arange(1, numel // 512 + 1, dtype=np.float32)[:, None]).reshape(-1)
 
 
+class _First(PtxRun):
+    """A device that runs the first pass alone."""
+
+    def __call__(self, kernel: DeviceKernel, programs: int, arguments: Mapping[str, Any]) -> None:
+        if "encode" in kernel.name:
+            super().__call__(kernel, programs, arguments)
+
+
+def largest_right(spec: Any, load: Callable[[DeviceKernel, int], Executable], arch: int) -> bool:
+    """Whether the first pass finds the largest magnitude wherever it is: each element of a thread, in any thread."""
+    dice, run = np.random.default_rng(6), _First(arch=arch, load=load)
+    small, nothing = dice.standard_normal(4096).astype(np.float32), np.zeros(4096, np.float32)
+    unsent = torch.from_numpy(payload_of(spec, huge(4096)))[None]
+    e_out, payload = torch.zeros(4096), torch.zeros(spec.nbytes(4096), dtype=torch.uint8)
+    for element in range(32):
+        grad = small.copy()
+        place = element // 4 * 512 + int(dice.integers(128)) * 4 + element % 4
+        grad[place] = dice.choice([-1e6, 1e6])
+        for again in (False, True):
+            if again:
+                source = torch.from_numpy(grad)
+                launch_powersgd.reencode(run, spec, unsent, 4096, source, e_out, payload, DIGEST)
+            else:
+                source = torch.from_numpy(nothing)
+                launch_powersgd.encode(run, spec, torch.from_numpy(grad), source, e_out, payload)
+            if payload[40:44].numpy().view(np.float32)[0] != 1e6:
+                return False
+    return True
+
+
 ROOTS = (
     ("0x1.ff1fe6p+0", "0x1.8ee68p-3"),
     ("0x1.7c63cap+0", "0x1.c131fap-3"),
@@ -131,7 +171,7 @@ def columns_right(spec: Any, load: Callable[[DeviceKernel, int], Executable], ar
     """Whether `orthonormal` alone is right: nearly parallel columns, of more rows than it multiplies at a time and of
     fewer, which a whole region would take long to bring, and energies that are hard to take the root of."""
     dice = np.random.default_rng(4)
-    for rows, first in ((2101, None), (700, None), *((2, pair) for pair in ROOTS)):
+    for rows, first in ((2101, None), (700, None), (793, None), *((2, pair) for pair in ROOTS)):
         left = dice.standard_normal((spec.rank, rows)).astype(np.float32)
         if first is not None:
             left[0] = [float.fromhex(text) for text in first]

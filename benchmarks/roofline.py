@@ -16,6 +16,7 @@ from hybridcomm.kernels.cubins import roof
 from hybridcomm.kernels.cubins.gpu import GPUS, LATENCY, Gpu
 from hybridcomm.kernels.cubins.manifest import Manifest
 from hybridcomm.kernels.cubins.roof import DRAM, ISSUE, OVERHEAD
+from hybridcomm.kernels.cuda import powersgd
 from hybridcomm.kernels.device import DeviceKernel
 
 __all__ = ["page"]
@@ -48,6 +49,17 @@ _METHOD = f"""
   wave of blocks, bank conflicts, barriers, contention of atomics.
 - **Roof**: the data sheet's bandwidth over the bytes that must be moved. *Share* is the predicted rate over that roof.
 """
+
+_ORDER = f"""## Sums in an order
+
+powersgd's payload says in which order its sums are formed, so that all ranks have the same bits. From that follows how
+long encoding a region takes at least: the additions that wait for each other, {roof.ADD} cycles each (Jia et al. 2018,
+arXiv 1804.06826, for Volta; taken for the later ones too). `right` adds all rows one by one, on 512 threads per rank;
+`orthonormal` adds a sixteenth of them in each of its dot products, on 16 threads. What is streamed comes on top (see
+the tables above), and so do launches. Microseconds, and in brackets Gelements/s; on several streams, each region has
+its own:
+"""
+_OTHERS = "These touch no array as a whole, normally nothing at all, or have as many programs for any region:"
 
 
 def goal(kernel: DeviceKernel) -> float | None:
@@ -107,12 +119,30 @@ def _rates(manifest: Manifest, gpu: Gpu) -> str:
     return table(header, rows)
 
 
+def _in_order() -> str:
+    rows = []
+    for nrows in (512, 32768):
+        for each in powersgd.SPECS:
+            numel, additions = nrows * each.block, roof.in_order(each.rank, nrows)
+            seconds = [additions * roof.ADD / gpu.clock for gpu in GPUS.values()]
+            rows.append(
+                [
+                    f"powersgd:{each.rank}",
+                    f"{numel * 4 >> 20} MiB",
+                    f"{additions:,}",
+                    *(f"{1e6 * least:,.1f} ({numel / least / 1e9:,.0f})" for least in seconds),
+                ]
+            )
+    header = ["*prediction*", "region", "additions in a row", *(gpu.name for gpu in GPUS.values())]
+    return table(header, rows)
+
+
 def _not_streaming(manifest: Manifest) -> str:
     names = [e.kernel.name for e in manifest.entries if not roof.streamed(e.kernel, e.builds[0])]
     if not names:
         return ""
     listed = "\n".join(f"- `{name}`" for name in names)
-    return f"\n## Not predicted\n\nThese touch no array as a whole, or normally nothing at all:\n\n{listed}\n"
+    return f"\n## Not predicted\n\n{_OTHERS}\n\n{listed}\n"
 
 
 def page(manifest: Manifest) -> str:
@@ -121,6 +151,7 @@ def page(manifest: Manifest) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(manifest.toolchain.items()))
     parts = [_HEAD, _cards(gpus), _METHOD]
     parts += [f"## {gpu.name}\n\n{_rates(manifest, gpu)}\n" for gpu in gpus]
+    parts += [_ORDER, _in_order()]
     return "\n".join(parts) + _not_streaming(manifest) + f"\nBuilt with {versions}.\n"
 
 

@@ -98,8 +98,7 @@ class Reducer:
         self._flats = [setup.flat_buffer(ctx, layout, self._moves) for layout in self.layouts]
         self._regions: dict[int, RegionsByOp] = {}  # by bucket, where its residual lies
         self._works: list[WorkLike] = []
-        self._running = False
-        self._held, self._released = False, 0
+        self._running, self._held, self._released = False, False, 0
         self._place: dict[str, tuple[int, torch.Tensor]] = {}
         for layout, flat in zip(self.layouts, self._flats, strict=True):
             for span in layout.spans:

@@ -1,7 +1,8 @@
 """One face for all shipped device kernels: a spec's encode, reencode and decode_add, whoever has written them.
 
-topk and gtopk are CUDA C++ (`cuda.launch`), the others Triton's (`triton.codes`, `triton.gtop1`) as they were built
-ahead of time; calls for which nothing was built (other settings, a decay) go to Triton's own compiler.
+topk, gtopk and powersgd are CUDA C++ (`cuda.launch`, `cuda.launch_powersgd`), the others Triton's (`triton.codes`,
+`triton.gtop1`) as they were built ahead of time; calls for which nothing was built (other settings, a decay) go to
+Triton's own compiler, which has nothing for gtopk and powersgd.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def device_codec(spec: Any, run: Run, *, jit: bool = True) -> DeviceCodec:
     Raises:
         NotImplementedError: the codec has no device kernels.
     """
-    from hybridcomm.kernels.cuda import gtopk, launch, topk
+    from hybridcomm.kernels.cuda import gtopk, launch, launch_powersgd, powersgd, topk
 
     if spec in (topk.SPEC, gtopk.SPEC):
         anew = partial(launch.reencode, run, spec) if spec == topk.SPEC else None
@@ -45,6 +46,13 @@ def device_codec(spec: Any, run: Run, *, jit: bool = True) -> DeviceCodec:
             encode=partial(launch.encode, run, spec),
             decode_add=partial(launch.decode_add, run, spec),
             reencode=anew,
+        )
+    if spec in powersgd.SPECS:
+        return DeviceCodec(
+            spec=spec,
+            encode=partial(launch_powersgd.encode, run, spec),
+            decode_add=partial(launch_powersgd.decode_add, run, spec),
+            reencode=partial(launch_powersgd.reencode, run, spec),
         )
     from hybridcomm.kernels import triton
     from hybridcomm.kernels.cubins.launcher import family_of

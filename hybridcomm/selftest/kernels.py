@@ -27,6 +27,9 @@ SPECS = (
     "gtopk:0.01",
     "gtop1:0.01",
     "randk:0.01",
+    "powersgd:1",
+    "powersgd:2",
+    "powersgd:4",
     "sign1",
     "int8",
     "int4",
@@ -34,6 +37,8 @@ SPECS = (
     "fp16",
     "bf16",
 )
+CUDA_ALONE = ("gtopk", "powersgd")
+"""Codecs for which Triton's compiler has nothing."""
 DIGEST = 0xFEDCBA9876543210
 SIZES = (3 * 4096, 2048 + 1040, 48)
 """Whole programs, some and a tail, a tail alone: multiples of 16, as what is shipped takes."""
@@ -206,7 +211,7 @@ def run(texts: Sequence[str], *, device: int, numel: int, jit: bool) -> int:
     group = default.init() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
     route, codecs = device_kernels.prepare(
         group,
-        [parse(text) for text in texts if not (jit and text.startswith("gtopk"))],  # which is CUDA C++ alone
+        [parse(text) for text in texts if not (jit and text.startswith(CUDA_ALONE))],
         run=launch,
         arch=10 * major + minor,
         device=place,

@@ -12,13 +12,28 @@ from hybridcomm.kernels.cubins.gpu import GPUS, Occupancy, occupancy
 from hybridcomm.kernels.cubins.manifest import Build
 from hybridcomm.kernels.device import DeviceKernel
 
-__all__ = ["DRAM", "ISSUE", "OVERHEAD", "Prediction", "predict", "resident", "streamed", "under_way", "work"]
+__all__ = [
+    "ADD",
+    "DRAM",
+    "ISSUE",
+    "OVERHEAD",
+    "Prediction",
+    "in_order",
+    "predict",
+    "resident",
+    "streamed",
+    "under_way",
+    "work",
+]
 
 DRAM = 0.92  # of the bandwidth on the data sheet, for reads and writes mixed
 ISSUE = 0.90  # of the issue slots and of each pipe
 OVERHEAD = 1.02  # by which the byte budgets exceed what must be moved
+ADD = 4  # cycles from the operands of an fp32 addition to what another one can take
 _RARE = ("withdraw", "spoil")
 """Functions that return at once, unless a payload is flagged: nobody waits for them."""
+_FIXED = 1 << 40
+"""Elements: kernels with as many programs for any region say more than that of each."""
 
 
 def resident(kernel: DeviceKernel, build: Build) -> Occupancy:
@@ -34,10 +49,21 @@ def under_way(kernel: DeviceKernel, build: Build) -> float:
 
 
 def streamed(kernel: DeviceKernel, build: Build) -> int:
-    """Bytes per element of the arrays of floats that a kernel normally reads or writes as a whole; 0 if it does not."""
+    """Bytes per element of the arrays of floats that a kernel normally reads or writes as a whole; 0 if it does not, or
+    if a large region has no more programs than a small one."""
     ideal = sum(stream.itemsize for stream in build.figures.streams)
     rare = any(word in kernel.function for word in _RARE)
-    return ideal if ideal <= kernel.budget.nbytes and not rare else 0
+    return ideal if ideal <= kernel.budget.nbytes and not rare and kernel.elements < _FIXED else 0
+
+
+def in_order(rank: int, rows: int) -> int:
+    """Additions of powersgd's encoder that wait for each other in a region of so many rows of its matrix.
+
+    An entry of P has 512 terms in 16 partial sums; a dot product of two columns has a term per row, likewise, and
+    rank (rank + 1) - 1 of these are formed one after the other; an entry of Q has a term per row.
+    """
+    halves = 4
+    return 512 // 16 + halves + (rank * (rank + 1) - 1) * (-(-rows // 16) + halves) + rows
 
 
 @dataclass(frozen=True, kw_only=True)

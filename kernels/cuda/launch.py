@@ -29,22 +29,26 @@ if TYPE_CHECKING:
     from hybridcomm.kernels.cubins.launcher import Run
     from hybridcomm.kernels.device import DeviceKernel
 
-__all__ = ["decode_add", "encode", "make_workspace", "reencode"]
+__all__ = ["NAMES", "decode_add", "encode", "make_workspace", "reencode", "start"]
 
-_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+"""Of types, in those of kernels."""
 _TOPK: Mapping[str, DeviceKernel] = {kernel.name: kernel for kernel in topk.KERNELS}
 
 
 def make_workspace(numel: int, device: torch.device, rest: torch.dtype = torch.float32) -> torch.Tensor:
     """Device memory for gtopk over ``numel`` elements with residuals of type ``rest``, (nbytes,) uint8; calls on one
     stream may share it."""
-    nbytes, _ = gtopk.workspace(numel, _NAMES[rest])
+    nbytes, _ = gtopk.workspace(numel, NAMES[rest])
     return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
-def _launch(run: Run, kernel: DeviceKernel, numel: int, *arguments: Any) -> None:
+def start(run: Run, kernel: DeviceKernel, numel: int, *arguments: Any, programs: int | None = None) -> None:
+    """One kernel over ``numel`` elements, its arguments in order; ``programs``: where sizes do not say how many."""
     names = (argument.name for argument in kernel.arguments)
-    run(kernel, kernel.grid(numel), dict(zip(names, arguments, strict=True)))
+    run(
+        kernel, kernel.grid(numel) if programs is None else programs, dict(zip(names, arguments, strict=True))
+    )
 
 
 def _enqueue(run: Run, steps: Sequence[gtopk.Launch], buffers: Mapping[str, torch.Tensor | None]) -> None:
@@ -116,17 +120,17 @@ def encode(  # noqa: PLR0917
     if numel == 0:
         return
     if spec == topk.SPEC:
-        kernel = _TOPK[f"topk_encode_{_NAMES[grad.dtype]}_{_NAMES[e_out.dtype]}"]
-        _launch(run, kernel, numel, grad, e_in, e_out, payload, numel, spec.records_offset(numel), decay)
+        kernel = _TOPK[f"topk_encode_{NAMES[grad.dtype]}_{NAMES[e_out.dtype]}"]
+        start(run, kernel, numel, grad, e_in, e_out, payload, numel, spec.records_offset(numel), decay)
         _withdraw(run, e_in, e_out, payload, header)
         return
-    rest = _NAMES[e_out.dtype]
+    rest = NAMES[e_out.dtype]
     workspace = make_workspace(numel, payload.device, e_out.dtype) if workspace is None else workspace
     nbytes, cleared = gtopk.workspace(numel, rest)
     need(workspace.numel() >= nbytes, f"workspace: {nbytes} bytes wanted, got {workspace.numel()}")
     workspace[:cleared].zero_()
     steps = gtopk.encode_steps(
-        numel, _NAMES[grad.dtype], rest, feedback=e_in is not None, decay=decay, withdrawn=header.withdrawn
+        numel, NAMES[grad.dtype], rest, feedback=e_in is not None, decay=decay, withdrawn=header.withdrawn
     )
     _enqueue(
         run, steps, {"grad": grad, "e_in": e_in, "e_out": e_out, "payload": payload, "workspace": workspace}
@@ -136,9 +140,9 @@ def encode(  # noqa: PLR0917
 def _withdraw(
     run: Run, e_in: torch.Tensor | None, e_out: torch.Tensor, payload: torch.Tensor, header: Header
 ) -> None:
-    numel, kernel = e_out.numel(), _TOPK[f"topk_withdraw_{_NAMES[e_out.dtype]}"]
-    start = topk.SPEC.records_offset(numel)
-    _launch(run, kernel, numel, e_in, e_out, payload, numel, start, header.withdrawn)
+    numel, kernel = e_out.numel(), _TOPK[f"topk_withdraw_{NAMES[e_out.dtype]}"]
+    records_at = topk.SPEC.records_offset(numel)
+    start(run, kernel, numel, e_in, e_out, payload, numel, records_at, header.withdrawn)
 
 
 def reencode(  # noqa: PLR0917
@@ -170,8 +174,8 @@ def reencode(  # noqa: PLR0917
     if numel == 0:
         return
     sizes = payloads.shape[0], payloads.shape[1], numel, spec.records_offset(numel)
-    kernel = _TOPK[f"topk_reencode_{_NAMES[e_out.dtype]}"]
-    _launch(run, kernel, numel, payloads, e_in, e_out, payload, *sizes, weight, decay)
+    kernel = _TOPK[f"topk_reencode_{NAMES[e_out.dtype]}"]
+    start(run, kernel, numel, payloads, e_in, e_out, payload, *sizes, weight, decay)
     _withdraw(run, e_in, e_out, payload, header)
 
 
@@ -207,7 +211,7 @@ def decode_add(
     if spec == topk.SPEC:
         kernel = _TOPK["topk_decode" if clear else "topk_decode_add"]
         sizes = payloads.shape[0], payloads.shape[1], numel, spec.records_offset(numel)
-        _launch(run, kernel, numel, payloads, out, *sizes, weight)
+        start(run, kernel, numel, payloads, out, *sizes, weight)
         return
     workspace = make_workspace(numel, out.device) if workspace is None else workspace
     steps = gtopk.decode_steps(numel, payloads.shape[0], weight=weight)

@@ -71,6 +71,25 @@ def test_few_loads_under_way_leave_the_memory_idle(built: Build) -> None:
     )
 
 
+def test_as_many_programs_for_any_region_stream_nothing(built: Build) -> None:
+    kernel = replace(KERNEL, elements=4096)
+    assert roof.streamed(kernel, built) == 4
+    assert roof.streamed(replace(kernel, elements=1 << 62), built) == 0
+
+
+def test_additions_in_a_row_are_those_of_the_passes() -> None:
+    """Counted by hand: 32 and four halvings for P, one, five or nineteen dot products, all rows for Q."""
+    assert roof.in_order(1, 512) == 36 + 36 + 512
+    assert roof.in_order(2, 512) == 36 + 5 * 36 + 512
+    assert roof.in_order(4, 8 * 16 + 1) == 36 + 19 * (9 + 4) + 129
+    least = roof.in_order(1, 512) * roof.ADD / GPUS[90].clock
+    row = next(
+        line for line in roofline.page(Manifest.read()).splitlines() if line.startswith("| powersgd:1 ")
+    )
+    assert "| 584 " in " ".join(row.split())
+    assert f"{1e6 * least:.1f} ({512 * 512 / least / 1e9:.0f})" in row
+
+
 def test_every_assumption_is_printed() -> None:
     text = roofline.page(Manifest.read())
     for gpu in GPUS.values():

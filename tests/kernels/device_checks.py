@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from hybridcomm.kernels import reference
-from hybridcomm.kernels.cuda import gtopk, topk
+from hybridcomm.kernels.cuda import gtopk, powersgd, topk
 from hybridcomm.kernels.device import DeviceKernel
-from tests.kernels import cases, ptx_triton
+from tests.kernels import cases, ptx_powersgd, ptx_triton
 from tests.kernels.cases import DIGEST, Case
 from tests.kernels.ptx_run import PtxRun
 from tests.kernels.ptx_sparse import Device, inputs
@@ -188,6 +188,61 @@ def _reencodes(device: Device, payloads: list[Any], e_in: Any) -> bool:
     return bool(got.tobytes() == want.tobytes() and got_rest.tobytes() == want_rest.tobytes())
 
 
+def powersgd_check(spec: Any) -> Callable[[Load], bool]:
+    """Likewise of powersgd's: more rows than are brought at a time, a region that ends inside one, what is not sent."""
+    rows = 129 * 512 + 16
+    small = 9 * 512 + 48
+
+    @functools.cache
+    def right() -> Any:
+        given = [(spiked(rows, 128, 1), spiked(rows, 128, 2) / 64)]
+        given += [cases.values(kind, small, 7) for kind in ("heavy", "denormal", "negative zero", "nan")]
+        given += [(make(9 * 512), None) for make in (ptx_powersgd.huge, ptx_powersgd.dependent)]
+        given += [(spiked(16, 16, 3), None), (cases.values("nan", small, 7)[0], None)]
+        for last in (70, 100):  # all but sixteen columns are zero, and have to be found so
+            few = np.zeros(last * 512 + 16, np.float32)
+            few[np.arange(few.size) % 512 < 16] = np.float32(1e-38)
+            given.append((few, None))
+        encodes = [(*each, ptx_powersgd.wanted(spec, *each)) for each in given]
+        sums = []
+        for kinds in (("normal", "tied", "heavy"), ("normal", "nan"), ("zero",)):
+            grads = [
+                *(cases.values(kind, small, i)[0] for i, kind in enumerate(kinds)),
+                ptx_powersgd.huge(small),
+            ]
+            payloads = [ptx_powersgd.payload_of(spec, grad, i) for i, grad in enumerate(grads)]
+            added = [np.zeros(small, np.float32), before(small)]
+            for total in added:
+                reference.decode_add(spec, payloads, total, 0.25, DIGEST)
+            e_in = spiked(small, 128, 4)
+            again = ptx_powersgd.wanted(spec, added[0], e_in, decay=0.9)
+            sums.append((payloads, *(total.tobytes() for total in added), e_in, again))
+        return encodes, sums
+
+    def adds(run: PtxRun, payloads: Any, cleared: bytes, added: bytes, e_in: Any, again: Any) -> bool:
+        made = [
+            ptx_powersgd.added(run, spec, payloads, before(small), 0.25, clear=clear)
+            for clear in (True, False)
+        ]
+        return (
+            made == [cleared, added]
+            and ptx_powersgd.reencoded(run, spec, payloads, e_in, small, "fp32", 0.9) == again
+        )
+
+    def check(load: Load) -> bool:
+        """What finds most comes first: a mutant takes no longer than it must."""
+        run, (encodes, sums) = PtxRun(arch=ARCH, load=load), right()
+        return (
+            adds(run, *sums[0])
+            and all(ptx_powersgd.encoded(run, spec, *given) == want for *given, want in encodes)
+            and ptx_powersgd.columns_right(spec, load, ARCH)
+            and ptx_powersgd.largest_right(spec, load, ARCH)
+            and all(adds(run, *each) for each in sums[1:])
+        )
+
+    return check
+
+
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """A kernel that is run by ``check``."""
@@ -226,6 +281,13 @@ def targets() -> Iterator[Target]:
         for kernel in kernels:
             narrow = any(argument.type in ("*bf16", "*fp16") for argument in kernel.arguments)
             if not narrow and kernel.name != "topk_decode":
+                yield Target(kernel=kernel, check=check)
+    for spec in powersgd.SPECS:
+        check = powersgd_check(spec)
+        for kernel in powersgd.KERNELS:
+            narrow = any(argument.type in ("*bf16", "*fp16") for argument in kernel.arguments)
+            shared = not kernel.codec and spec == powersgd.SPECS[0]
+            if not narrow and (shared or kernel.codec == str(spec)):
                 yield Target(kernel=kernel, check=check)
 
 

@@ -78,6 +78,10 @@ def test_streams_are_judged_by_the_byte_budget() -> None:
     assert rules(few, with_streams(_stream(wide=0.0, narrow=4.0))) == set(), "scattered, not streamed"
     rare = replace(kernel, function="withdraw_kernel")
     assert rules(rare, with_streams(_stream(wide=0.0, narrow=4.0))) == set(), "normally nothing is moved"
+    fixed = replace(kernel, elements=1 << 62)
+    assert rules(fixed, with_streams(_stream(wide=0.0, narrow=4.0))) == set(), (
+        "as many programs for any region"
+    )
 
 
 def test_in_loops_the_share_counts() -> None:

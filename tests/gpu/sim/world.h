@@ -155,6 +155,7 @@ class World {
   void enter(bool counted);
   bool ready(Stream& stream);
   void run_head(Stream& stream);
+  void check_left();
   bool run_one();  // a head that is ready; false: there is none
   bool stuck() const;
   bool patient();

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from hybridcomm.errors import HybridCommError, PeerLostError, StallError
+from hybridcomm.kernels import parse, reference
+from hybridcomm.reducer import Reducer
 from hybridcomm.residual import Residual
 from hybridcomm.topology import Topology
 from tests.gpu.device_ranks import Rank, gradient, run_devices
@@ -38,15 +40,16 @@ class Scenario:
     expected: str = ""
 
 
-def wrongs(name: str, seed: int, eager_percent: int) -> list[str]:
-    """Values that are wrong, errors, and what the simulation has reported."""
+def wrongs(name: str, seed: int, eager_percent: int, timeout: float = 30.0) -> list[str]:
+    """Values that are wrong, errors, and what the simulation has reported; ``timeout``: s, in which it has to end."""
     scenario = SCENARIOS[name]
     results, reports = run_devices(
         Topology.from_sizes(scenario.nodes),
         scenario.body,
         seed=seed,
         eager_percent=eager_percent,
-        timeout=20,
+        timeout=timeout,
+        patience_ms=int(500 * timeout),
         return_exceptions=True,
         **scenario.options,
     )
@@ -98,7 +101,7 @@ def _buckets(rank: Rank) -> list[str]:
             shared = {"op": "mean", "compress": CODEC, "residual_key": f"{i}"}
             rank.host.allreduce(want[i], residual=on_host, **shared)
             works.append(rank.device.allreduce(tensor, residual=on_device, async_op=True, **shared))
-        for work in reversed(works):
+        for work in works if rank.rank % 2 else reversed(works):  # the order of waits is a rank's own
             work.wait()
         wrong += _all_differ(rank, tensors, want)
         for residual in (on_host, on_device):
@@ -141,6 +144,23 @@ def _unequal(rank: Rank) -> list[str]:
     got = rank.download(tensors[0])
     wrong = [] if torch.allclose(got, total, rtol=1e-6, atol=1e-5) else ["value: a mean of sums"]
     return wrong + _all_differ(rank, [*tensors[1:], compressed], [total, most, want])
+
+
+def _uneven(rank: Rank) -> list[str]:
+    """Shards of unequal size: reduces and broadcasts of their own instead of one call for all."""
+    dense, compressed = rank.upload(_numbers(4099, rank.rank)), rank.upload(torch.zeros(3 * 4096))
+    wrong = []
+    for step in range(2):
+        want = gradient(3 * 4096, rank.rank, step)
+        source = rank.upload(want)
+        rank.host.allreduce(want, op="mean", compress=CODEC)
+        rank.torch.copy([compressed], [source])
+        works = [rank.device.allreduce(compressed, op="mean", compress=CODEC, async_op=True)]
+        works.append(rank.device.allreduce(dense, flat=False, async_op=True))
+        for work in works:
+            work.wait()
+        wrong += _all_differ(rank, [compressed], [want])
+    return wrong + _all_differ(rank, [dense], [_total(rank, 4099) * rank.device.world_size])
 
 
 def _messages(rank: Rank) -> list[str]:
@@ -208,23 +228,25 @@ def _overlap(rank: Rank) -> list[str]:
 
 
 def _streams(rank: Rank) -> list[str]:
-    """A result that another stream waits for, and a tensor that another stream makes."""
-    first, second = (rank.upload(gradient(SMALL, rank.rank, 4 + i)) for i in range(2))
-    want = [gradient(SMALL, rank.rank, 4 + i) for i in range(2)]
+    """A result that another stream waits for, and a tensor that another stream makes; the second round has programs
+    that are made, for which the host does not wait."""
+    first, second = (rank.upload(torch.zeros(SMALL)) for _ in range(2))
     copies = [rank.upload(torch.zeros(SMALL)) for _ in range(2)]
-    for each in want:
-        rank.host.allreduce(each, compress=CODEC)
-    source = rank.upload(gradient(SMALL, rank.rank, 5))
-    rank.torch.zero(second)
-    rank.torch.synchronize()
-    work = rank.device.allreduce(first, compress=CODEC, async_op=True)
-    with rank.torch.other_stream() as other:
-        work.wait(other)
-        rank.torch.copy([copies[0]], [first])
-        rank.torch.copy([second], [source])
-        rank.device.allreduce(second, compress=CODEC, stream=other)
-        rank.torch.copy([copies[1]], [second])
-    return _all_differ(rank, copies, want)
+    wrong = []
+    for step in range(2):
+        want = [gradient(SMALL, rank.rank, 4 + 2 * step + i) for i in range(2)]
+        sources = [rank.upload(each) for each in want]
+        for each in want:
+            rank.host.allreduce(each, compress=CODEC)
+        rank.torch.copy([first], sources[:1])
+        work = rank.device.allreduce(first, compress=CODEC, async_op=True)
+        with rank.torch.other_stream() as other:
+            work.wait(other)
+            rank.torch.copy([copies[0], second], [first, sources[1]])
+            rank.device.allreduce(second, compress=CODEC, stream=other)
+            rank.torch.copy(copies[1:], [second])
+        wrong += _all_differ(rank, copies, want)
+    return wrong
 
 
 def _dropped(rank: Rank) -> list[str]:
@@ -257,7 +279,10 @@ def _host_reads(rank: Rank) -> list[str]:
         rank.torch.drop(tensor)
     compressed, want = rank.torch.adopt(gradient(SMALL, rank.rank, 6)), gradient(SMALL, rank.rank, 6)
     rank.host.allreduce(want, compress="bf16")
-    rank.device.allreduce(compressed, compress="bf16", async_op=True).synchronize()
+    work = rank.device.allreduce(compressed, compress="bf16", async_op=True)
+    if work.is_completed():
+        wrong.append("it is over before its tail was put on a stream")
+    work.synchronize()
     rank.torch.reads(compressed)
     wrong += _differ("compressed, read by the host", compressed, want)
     rank.torch.drop(compressed)
@@ -275,12 +300,13 @@ def _captured(rank: Rank) -> list[str]:
     rank.device.allreduce(eager, compress="bf16", async_op=True)
     work = rank.device.allreduce(compressed, compress="bf16", async_op=True)
     work.wait()
+    rank.device.allreduce(dense, async_op=True).wait()
     graphs = []
     for _ in range(2):
         with rank.torch.capture() as made:
             rank.torch.copy([compressed], [source])
-            works = [rank.device.allreduce(compressed, compress="bf16", async_op=True)]
-            works.append(rank.device.allreduce(dense, async_op=True))
+            works = [rank.device.allreduce(dense, async_op=True)]
+            works.append(rank.device.allreduce(compressed, compress="bf16", async_op=True))
             for each in works:
                 each.wait()
         graphs += made
@@ -288,7 +314,7 @@ def _captured(rank: Rank) -> list[str]:
         rank.torch.replay(graph)
     behind = rank.upload(_numbers(64, rank.rank))
     rank.device.allreduce(behind)
-    want = want * rank.device.world_size**2
+    want = want * rank.device.world_size**3
     wrong = _all_differ(rank, [compressed, eager, dense, behind], [*wanted, want, _total(rank, 64)])
     for graph in graphs:
         rank.torch.forget(graph)
@@ -310,6 +336,48 @@ def _memory(rank: Rank) -> list[str]:
     return wrong
 
 
+def _reducer(rank: Rank) -> list[str]:
+    """Gradients of four buckets become complete in another order on each rank."""
+    module = torch.nn.ParameterList(torch.nn.Parameter(torch.zeros(SMALL // 64, 64)) for _ in range(4))
+    parameters = list(module)
+    reducer = Reducer(module, ctx=rank.device, compress=CODEC, bucket_cap_mb=4 * SMALL / (1 << 20))
+    on_host, wrong = Residual(), []
+    for step in range(3):  # the third is the first for which no program has to be made
+        given = [gradient(SMALL, rank.rank, 4 * step + i) for i in range(4)]
+        for parameter, each in zip(parameters, given, strict=True):
+            parameter.grad = rank.upload(each.view(-1, 64))
+        for i in range(4):
+            reducer.ready(parameters[(i + rank.rank) % 4])
+        reducer.finalize()
+        for layout in reducer.layouts:
+            flat = torch.zeros(layout.numel)
+            for span in layout.spans:
+                flat[span.begin : span.end] = given[int(span.name)]
+            rank.host.allreduce(flat, op="mean", compress=CODEC, residual=on_host, residual_key=layout.key)
+            for span in layout.spans:
+                got = rank.download(parameters[int(span.name)].grad).flatten()
+                wrong += _differ(f"gradient {span.name}", got, flat[span.begin : span.end])
+        reducer.commit()
+        on_host.commit()
+    reducer.close()
+    return wrong
+
+
+def _payloads(rank: Rank) -> list[str]:
+    """What goes over the wire is a payload by its own header, which the host's decoder takes."""
+    tensor = rank.upload(gradient(SMALL, rank.rank, 10))
+    rank.device.allreduce(tensor, compress="int8")
+    spec, wrong = parse("int8"), []
+    for _, plan, (scratch, *_) in rank.device._programs.values():
+        nbytes = spec.nbytes(SMALL)
+        for node in range(2):
+            payload = rank.download(scratch[node * nbytes : (node + 1) * nbytes]).numpy()
+            status = reference.check(spec, payload, SMALL, plan.digest)
+            if status is not reference.Status.OK:
+                wrong.append(f"value: payload of node {node}: {status}")
+    return wrong
+
+
 def _closed(rank: Rank) -> list[str]:
     """Whoever closes has waited for everything, tails included."""
     tensor, want = rank.torch.adopt(gradient(SMALL, rank.rank, 9)), gradient(SMALL, rank.rank, 9)
@@ -323,16 +391,17 @@ def _closed(rank: Rank) -> list[str]:
 
 
 def _means(rank: Rank) -> list[str]:
-    """Of both dtypes, of all ranks and, by the route, of nodes: each divides by a number of its own."""
+    """Of both dtypes, of all ranks and, by the route, of nodes: each has a factor of its own."""
     numbers = _numbers(4096, rank.rank)
-    singles, doubles = rank.upload(numbers), rank.upload(numbers.double())
+    singles, doubles, routed = rank.upload(numbers), rank.upload(numbers.double()), rank.upload(numbers)
     sums = _total(rank, 4096)
     rank.device.allreduce(singles, op="mean", flat=True)
-    rank.device.allreduce(doubles, op="mean", flat=False)
+    rank.device.allreduce(doubles, op="mean", flat=True)
+    rank.device.allreduce(routed, op="mean", flat=False)
     part, own = rank.upload(torch.zeros(1024)), sums[1024 * rank.rank : 1024 * (rank.rank + 1)]
     rank.device.reduce_scatter_tensor(part, rank.upload(numbers), op="mean")
-    wants = [sums / 4, (sums / 4).double(), own / 4]
-    return _all_differ(rank, [singles, doubles, part], wants)
+    wants = [sums / 4, (sums / 4).double(), sums / 4, own / 4]
+    return _all_differ(rank, [singles, doubles, routed, part], wants)
 
 
 def _refused(rank: Rank) -> list[str]:
@@ -349,7 +418,8 @@ def _refused(rank: Rank) -> list[str]:
 
 
 def _fails(fault: Fault, *wanted: type[Exception]) -> Callable[[Rank], list[str]]:
-    """Something befalls the second all-reduce on rank 0, which nobody waits for: the watchdogs have to see it."""
+    """Something befalls the second all-reduce on rank 0, which nobody waits for: its watchdog has to see it, and raises
+    the first of what is wanted; the others raise any."""
 
     def body(rank: Rank) -> list[str]:
         if rank.rank == 0:
@@ -360,8 +430,9 @@ def _fails(fault: Fault, *wanted: type[Exception]) -> Callable[[Rank], list[str]
             work = [rank.device.allreduce(tensor, async_op=True) for _ in range(3)][-1]
             while time.monotonic() < until and not work.is_completed():
                 time.sleep(0.005)
-        except wanted:
-            return []
+        except wanted as error:
+            good = rank.rank > 0 or isinstance(error, wanted[0])
+            return [] if good else [f"{type(error).__name__}, not {wanted[0].__name__}: {error}"]
         return [f"{' or '.join(kind.__name__ for kind in wanted)} is not raised"]
 
     return body
@@ -371,8 +442,10 @@ _WATCHED = {"watch": 0.02, "stall_s": STALL_S}
 
 SCENARIOS: dict[str, Scenario] = {
     "buckets": Scenario(nodes=(2, 2), body=_buckets),
+    "buckets of unequal nodes": Scenario(nodes=(2, 1), body=_buckets),
     "again": Scenario(nodes=(2, 2), body=_again),
     "unequal": Scenario(nodes=(2, 1), body=_unequal),
+    "uneven shards": Scenario(nodes=(2, 2), body=_uneven),
     "messages": Scenario(nodes=(2, 1), body=_messages),
     "two-stage": Scenario(nodes=(1, 1, 1), body=_two_stage),
     "overlap": Scenario(nodes=(1, 1), body=_overlap),
@@ -381,6 +454,8 @@ SCENARIOS: dict[str, Scenario] = {
     "host reads": Scenario(nodes=(1, 1), body=_host_reads),
     "captured": Scenario(nodes=(1, 1), body=_captured),
     "memory": Scenario(nodes=(2, 1), body=_memory, options={"nccl": 22703}),
+    "reducer": Scenario(nodes=(2, 1), body=_reducer),
+    "payloads": Scenario(nodes=(1, 1), body=_payloads),
     "closed": Scenario(nodes=(2, 1), body=_closed),
     "refused": Scenario(nodes=(1, 1), body=_refused, expected="misuse: ncclGroupEnd without ncclGroupStart"),
     "means": Scenario(nodes=(2, 2), body=_means),

@@ -25,7 +25,8 @@ from hybridcomm.topology import Topology
 
 TOPOLOGIES = ((4,), (2, 2), (1, 1, 1, 1), (2, 2, 2), (3, 1, 2), (1, 4), (8,) * 8)
 CODECS = (
-    "topk:0.01", "topk:0.01+sign", "topk:0.01+int8", "gtop1", "gtopk:0.01", "int8", "int4", "sign1", "fp8", "fp16", "bf16",
+    "topk:0.01", "topk:0.01+sign", "topk:0.01+int8", "gtop1", "gtopk:0.01",
+    "int8", "int4", "sign1", "fp8", "fp16", "bf16",
 )  # fmt: skip
 EVEN, UNEVEN = 3 * (1 << 14), 16 * 1201
 
@@ -72,9 +73,7 @@ def lowered(
     if plan.compressor != "none" and resolved is not None:
         total = max(sum(region.numel for regions in plan.residuals(rank).values() for region in regions), 1)
         pair = memory.empty(4 * total).view(torch.float32), memory.empty(4 * total).view(torch.float32)
-        payloads = DevicePayloads(
-            plan, rank, resolved, tensor, pair, memory=memory, find=image
-        )
+        payloads = DevicePayloads(plan, rank, resolved, tensor, pair, memory=memory, find=image)
     groups = communicators(topology)
     places = Places(
         tensor=Buffer("tensor", tensor.data_ptr(), 4 * numel),

@@ -89,8 +89,9 @@ struct Comm {
   int inside = 0;  // operations that have begun and not ended
   std::shared_ptr<Job> job;
   std::shared_ptr<Record> last;  // operations of one communicator run in the order of their calls
-  std::map<std::pair<bool, int>, long> messages;  // (sends?, peer) -> how many
-  std::vector<double> factors;                    // of its own reductions
+  std::map<std::pair<bool, int>, long> messages;              // (sends?, peer) -> how many
+  std::vector<double> factors;                                // of its own reductions,
+  std::vector<hybridcomm::gpu::ncclDataType_t> factor_types;  // and of what elements they are
   bool ready() const { return clique->joined >= clique->size; }
 };
 

@@ -59,7 +59,8 @@ class DeviceWork:
         return self._work.captured
 
     def is_completed(self) -> bool:
-        """Whether the device is done with it."""
+        """Whether the device is done with it. This alone drives nothing on, so that ranks may ask as they like: what
+        has a second half is not done before somebody waits for it, or starts something else."""
         return self._engine.done(self._work)
 
 

@@ -99,11 +99,7 @@ class Reducer:
         self._regions: dict[int, RegionsByOp] = {}  # by bucket, where its residual lies
         self._works: list[WorkLike] = []
         self._running, self._held, self._released = False, False, 0
-        self._place: dict[str, tuple[int, torch.Tensor]] = {}
-        for layout, flat in zip(self.layouts, self._flats, strict=True):
-            for span in layout.spans:
-                shape = self._parameters[span.name].shape
-                self._place[span.name] = layout.index, flat[span.begin : span.end].view(shape)
+        self._place = setup.places(self._parameters, self.layouts, self._flats)
         self._steps = self._wire = self._total_wire = 0
         self.exposed_seconds = self._total_exposed = 0.0
         self._hooks = [

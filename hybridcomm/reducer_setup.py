@@ -38,6 +38,7 @@ __all__ = [
     "flat_buffer",
     "layouts_of",
     "mover",
+    "places",
     "regions_of",
     "sync_parameters",
     "trainable",
@@ -249,6 +250,19 @@ def flat_buffer(ctx: ContextLike, layout: BucketLayout, moves: TensorMover) -> t
     flat: torch.Tensor = ctx.empty(layout.numel, dtype=getattr(torch, layout.dtype))
     moves.zero(flat)
     return flat
+
+
+def places(
+    parameters: Mapping[str, torch.nn.Parameter],
+    layouts: Sequence[BucketLayout],
+    flats: Sequence[torch.Tensor],
+) -> dict[str, tuple[int, torch.Tensor]]:
+    """By parameter, its bucket and the part of the flat buffer that is its gradient's, in its shape."""
+    return {
+        span.name: (layout.index, flat[span.begin : span.end].view(parameters[span.name].shape))
+        for layout, flat in zip(layouts, flats, strict=True)
+        for span in layout.spans
+    }
 
 
 def check_agreement(ctx: ContextLike, layouts: Sequence[BucketLayout], settings: str) -> None:

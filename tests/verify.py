@@ -168,6 +168,18 @@ STEPS: dict[str, Step] = {
         run=lambda *_: pytest("tests/kernels/test_device_mutants.py", env={"HYBRIDCOMM_MUTANTS": "25"}),
         about=("kernels", "tests/kernels", "tests/ptx"),
     ),
+    "orders": Step(
+        what="bugs planted in the GPU engine, C++ and Python, on simulated devices; sound code under 200 seeds",
+        run=lambda *_: pytest("tests/gpu/test_engine_mutants.py", env={"HYBRIDCOMM_MUTANTS": "1"}),
+        about=(
+            ":(glob)hybridcomm/csrc/*gpu*",
+            "hybridcomm/csrc/common.*",
+            ":(glob)hybridcomm/*device*.py",
+            ":(glob)hybridcomm/re*.py",
+            ":(glob)kernels/device*.py",
+            "tests/gpu",
+        ),
+    ),
     "libraries": Step(
         what="real libraries without a device: NCCL of nine wheels, CUDA's driver",
         run=lambda _, details: libraries(details),

@@ -55,12 +55,13 @@ def run_devices(
     timeout: float = 60.0,
     stall_s: float = TIMEOUT_S,
     nccl: int = NCCL,
+    patience_ms: int | None = None,
     return_exceptions: bool = False,
     **options: Any,
 ) -> tuple[list[T], list[str]]:
     """``body`` on every rank; (results by rank, what the simulation reported). ``options``: of `DeviceContext.connect`.
 
-    ``stall_s``: the contexts' timeout; ``nccl``: the version that is simulated.
+    ``stall_s``: the contexts' timeout; ``nccl``: the version that is simulated; ``patience_ms``: `Simulation.patience`.
     """
     os.environ["HYBRIDCOMM_CUDA"] = os.environ["HYBRIDCOMM_NCCL"] = str(library())
     world = topology.world_size
@@ -68,6 +69,8 @@ def run_devices(
         simulation = Simulation(seed=seed, eager_percent=eager_percent, threads=world)
         simulation.register_shipped_kernels()
         simulation.nccl_version(nccl)
+        if patience_ms is not None:
+            simulation.patience(patience_ms)
         providers: list[SimulatedTorch] = []
 
         def ranked(host: Any) -> T:

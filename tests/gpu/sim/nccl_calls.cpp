@@ -127,6 +127,7 @@ EXPORT ncclResult_t ncclRedOpCreatePreMulSum(ncclRedOp_t* op, void* scalar, nccl
     return ncclInvalidArgument;
   }
   comm->factors.push_back(factor);
+  comm->factor_types.push_back(type);
   *op = ncclAvg + static_cast<int>(comm->factors.size());
   return ncclSuccess;
 }

@@ -1,0 +1,285 @@
+"""Bugs planted in the Python half of the GPU engine: plans, contexts, the Reducer. Scenarios notice each.
+
+What is planted in its C++ half: `tests.gpu.engine_mutants`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from hybridcomm import _C, device_codec, device_comms, device_context
+from hybridcomm.device_codec import DevicePayloads
+from hybridcomm.device_context import DeviceContext
+from hybridcomm.device_plan import DevicePlan, Operation
+from hybridcomm.device_work import DeviceWork
+from hybridcomm.reducer import Reducer
+from hybridcomm.residual import Residual
+from hybridcomm.residual_memory import HOST
+
+__all__ = ["MUTANTS", "Planted"]
+
+Patch = Any
+
+
+def lowering(change: Callable[[DevicePlan, int], DevicePlan]) -> Patch:
+    """Every plan that is lowered is changed, given its rank."""
+    real = device_context.lower_device
+
+    def lower(plan: Any, rank: int, *given: Any, **named: Any) -> DevicePlan:
+        return change(real(plan, rank, *given, **named), rank)
+
+    return mock.patch.object(device_context, "lower_device", lower)
+
+
+def operations(change: Callable[[Operation], Operation], *, rank: int | None = None) -> Patch:
+    def changed(plan: DevicePlan, of: int) -> DevicePlan:
+        if rank not in (None, of):
+            return plan
+        return replace(plan, operations=tuple(change(op) for op in plan.operations))
+
+    return lowering(changed)
+
+
+def without_waits(word: str) -> Patch:
+    return operations(lambda op: replace(op, after=()) if op.word == word else op)
+
+
+def around(owner: Any, name: str, change: Callable[..., Any]) -> Patch:
+    """A method or function, which ``change`` gets first, then what was given."""
+    real = getattr(owner, name)
+    return mock.patch.object(owner, name, lambda *given, **named: change(real, *given, **named))
+
+
+def cut(op: Operation) -> Operation:
+    return replace(op, count=op.count - 16) if op.kind == "all_gather" else op
+
+
+def shorter(op: Operation) -> Operation:
+    return replace(op, count=op.count - 16) if op.word == "reduce" else op
+
+
+def next_root(op: Operation) -> Operation:
+    return replace(op, peer=(op.peer + 1) % 2) if op.kind in ("reduce", "broadcast") else op
+
+
+def ungrouped(op: Operation) -> Operation:
+    return replace(op, group=-1)
+
+
+def other_divisor(op: Operation) -> Operation:
+    return replace(op, divisor=op.divisor + 1) if op.divisor > 1 else op
+
+
+def no_fill(plan: DevicePlan, _: int) -> DevicePlan:
+    """Nothing is cleared; the others keep their places."""
+    nothing = [replace(op, count=16) if op.kind == "fill" else op for op in plan.operations]
+    return replace(plan, operations=tuple(nothing))
+
+
+def forgets_its_tensor(plan: DevicePlan, _: int) -> DevicePlan:
+    return replace(plan, buffers=tuple(each for each in plan.buffers if each.name != "tensor"))
+
+
+def no_tail(plan: DevicePlan, rank: int) -> DevicePlan:
+    return replace(plan, tail=len(plan.operations)) if rank == 1 else plan
+
+
+@contextmanager
+def shared_scratch() -> Iterator[None]:
+    """Payloads of all buckets lie in the same memory, of which nobody is told."""
+    scratch: dict[tuple[int, int], torch.Tensor] = {}
+    real = DevicePayloads.__init__
+
+    def init(self: DevicePayloads, *given: Any, memory: Any, **named: Any) -> None:
+        real(self, *given, memory=memory, **named)
+        self._scratch = scratch.setdefault((id(memory), self._scratch.numel()), self._scratch)
+
+    def buffers(self: DevicePayloads) -> tuple[Any, ...]:
+        return tuple(each for each in told.fget(self) if each.name not in ("payloads", "workspace"))  # type: ignore[misc]
+
+    told = DevicePayloads.buffers
+    with (
+        mock.patch.object(DevicePayloads, "__init__", init),
+        mock.patch.object(DevicePayloads, "buffers", property(buffers)),
+    ):
+        yield
+    scratch.clear()
+
+
+@contextmanager
+def three_streams() -> Iterator[None]:
+    """Communicators within and between nodes are not ordered by a stream."""
+    real = _C.GpuEngine
+
+    def engine(**options: Any) -> Any:
+        return real(**{**options, "streams": 3})
+
+    def init(old: Any, self: DeviceContext, *given: Any, streams: Any, **named: Any) -> None:
+        old(self, *given, streams=(0, 1, 2), **named)
+
+    with mock.patch.object(_C, "GpuEngine", engine), around_init(DeviceContext, init):
+        yield
+
+
+def around_init(owner: Any, change: Callable[..., None]) -> Patch:
+    real = owner.__init__
+
+    def init(self: Any, *given: Any, **named: Any) -> None:
+        change(real, self, *given, **named)
+
+    return mock.patch.object(owner, "__init__", init)
+
+
+def swaps_buckets(real: Any, self: DeviceContext, t: Any, **named: Any) -> Any:
+    """Rank 1 keeps the first of two buckets back until it has launched the second."""
+    if self.rank != 1 or not named.get("async_op"):
+        return real(self, t, **named)
+    held = getattr(self, "_held_back", None)
+    if held is None:
+        self._held_back = _Later(lambda: real(self, t, **named))  # type: ignore[attr-defined]
+        return self._held_back  # type: ignore[attr-defined]
+    work = real(self, t, **named)
+    held.start()
+    self._held_back = None  # type: ignore[attr-defined]
+    return work
+
+
+class _Later:
+    def __init__(self, launch: Callable[[], Any]) -> None:
+        self._launch, self._work = launch, None
+
+    def start(self) -> None:
+        self._work = self._launch()
+
+    def wait(self) -> None:
+        if self._work is None:
+            self.start()
+        self._work.wait()  # type: ignore[attr-defined]
+
+
+class _Skipped:
+    def wait(self) -> bool:
+        return True
+
+
+def skips_one(real: Any, self: DeviceContext, t: Any, **named: Any) -> Any:
+    self._calls += 1
+    return _Skipped() if self.rank == 1 and self._calls == 2 else real(self, t, **named)
+
+
+def other_source(real: Any, self: DeviceContext, t: Any, src: int = 0, **named: Any) -> Any:
+    return real(self, t, (src + 1) % self.world_size, **named)
+
+
+def keeps_nothing(real: Any, self: DeviceWork, *given: Any, **named: Any) -> None:
+    engine, work, provider, _ = given
+    real(self, engine, work, provider, (), **named)
+
+
+def ends_nothing(real: Any, self: DeviceContext) -> None:
+    _left.append(self._engine)
+    self._running.clear()
+    self._programs.clear()
+
+
+_left: list[Any] = []
+
+
+def one_key(real: Any, self: DeviceContext, key: Any, *given: Any) -> Any:
+    return real(self, key[:1], *given)
+
+
+def in_firing_order(real: Any, self: Reducer) -> None:
+    """Rank 1 launches buckets as they fill."""
+    if self.ctx.rank != 1:
+        return real(self)
+    for bucket in self._buckets:
+        if bucket.state.name == "READY":
+            bucket.advance(type(bucket.state).IN_FLIGHT)
+            self._works.append(self._launch(bucket.layout))
+    return None
+
+
+def another_order(real: Any, topology: Any) -> Any:
+    _order.append(None)
+    found = real(topology)
+    return found[::-1] if len(_order) % 4 == 1 else found
+
+
+_order: list[None] = []
+
+
+def swapped(real: Any, self: Residual, *given: Any, **named: Any) -> Any:
+    """On devices alone."""
+    pair = real(self, *given, **named)
+    return pair if self._memory is HOST else pair[::-1]
+
+
+def no_template(real: Any, *given: Any) -> Any:
+    header = real(*given)
+    header.template.zero_()
+    return header
+
+
+class Planted(NamedTuple):
+    """A scenario that should notice it, what plants it, and under how many seeds."""
+
+    scenario: str
+    patch: Callable[[], Patch]
+    seeds: int = 4
+
+
+def methods(owner: Any, name: str, change: Callable[..., Any]) -> Callable[[], Patch]:
+    return lambda: around(owner, name, change)
+
+
+MUTANTS: dict[str, Planted] = {
+    **{
+        f"no waits of {word}": Planted(scenario, lambda word=word: without_waits(word))  # type: ignore[misc]
+        for word, scenario in (
+            ("compress", "streams"),
+            ("exchange", "buckets of unequal nodes"),
+            ("decompress", "buckets"),
+            ("gather", "buckets"),
+            ("reduce", "reducer"),
+        )
+    },
+    "swapped buckets": Planted("buckets", methods(DeviceContext, "allreduce", swaps_buckets)),
+    "a skipped collective": Planted("buckets", methods(DeviceContext, "allreduce", skips_one)),
+    "a payload's end is not sent": Planted("buckets", lambda: operations(cut)),
+    "one rank sums less": Planted("buckets", lambda: operations(shorter, rank=1)),
+    "a wrong root of shards": Planted("uneven shards", lambda: operations(next_root)),
+    "a wrong source": Planted("messages", methods(DeviceContext, "broadcast", other_source)),
+    "messages in no group": Planted("two-stage", lambda: operations(ungrouped)),
+    "a wrong divisor": Planted("unequal", lambda: operations(other_divisor)),
+    "nothing is cleared": Planted("two-stage", lambda: lowering(no_fill)),
+    "a tail at another place on one rank": Planted("buckets", lambda: lowering(no_tail)),
+    "programs do not say that they touch their tensor": Planted(
+        "overlap", lambda: lowering(forgets_its_tensor)
+    ),
+    "tensors are let go early": Planted("dropped", lambda: around_init(DeviceWork, keeps_nothing)),
+    "the engine is left": Planted("messages", methods(DeviceContext, "close", ends_nothing)),
+    "one program for all addresses": Planted("buckets", methods(DeviceContext, "_program", one_key)),
+    "nobody waits": Planted("streams", methods(DeviceWork, "wait", lambda *_: True)),
+    "residuals are read before they are made": Planted(
+        "buckets", methods(DeviceWork, "wait", lambda *_: True)
+    ),
+    "the host reads early": Planted("host reads", methods(DeviceWork, "synchronize", lambda *_: None)),
+    "work is done as soon as it is asked": Planted(
+        "host reads", lambda: mock.patch.object(DeviceWork, "is_completed", return_value=True)
+    ),
+    "residual buffers are swapped": Planted("buckets", methods(Residual, "stage", swapped)),
+    "buckets share their scratch": Planted("buckets", shared_scratch),
+    "headers are missing": Planted("payloads", lambda: around(device_codec, "make_header", no_template)),
+    "communicators of two streams": Planted("buckets", three_streams, 30),
+    "communicators are split in another order": Planted(
+        "buckets of unequal nodes", methods(device_comms, "groups_of", another_order)
+    ),
+    "launches in firing order": Planted("reducer", methods(Reducer, "_launch_ready", in_firing_order)),
+}

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from hybridcomm.kernels.device import DeviceKernel
+from hybridcomm.kernels.device_access_powersgd import POWERSGD
 from hybridcomm.kernels.payload import HEADER_NBYTES, align
 from hybridcomm.kernels.spec import parse
 from hybridcomm.kernels.specs.gtopk import GROUP
@@ -42,7 +43,7 @@ class Range:
 
 
 @dataclass(kw_only=True)
-class _Launch:
+class Launch:
     """A launch, and the ranges found so far."""
 
     kernel: DeviceKernel
@@ -100,9 +101,11 @@ def ranges(
         ValueError: the ranges need ``programs`` or ``read``.
         KeyError: an argument is missing, or the kernel is none of those that are shipped.
     """
-    launch = _Launch(kernel=kernel, values=values, programs=programs, read=read)
+    launch = Launch(kernel=kernel, values=values, programs=programs, read=read)
     if kernel.source == "cuda/gtopk.cu":
         _GTOPK[kernel.function.removeprefix("gtopk_").split("_")[0]](launch)
+    elif kernel.source == "cuda/powersgd.cu":
+        POWERSGD[kernel.function.split("_")[1]](launch)
     elif kernel.function == "bucket_kernel":
         _bucket(launch)
     elif kernel.function == "withdraw_kernel":
@@ -113,7 +116,7 @@ def ranges(
     return tuple(launch.found)
 
 
-def _span(launch: _Launch) -> tuple[int, int]:
+def _span(launch: Launch) -> tuple[int, int]:
     """First and last element of the launch's programs."""
     size, numel, first = launch.kernel.elements, launch.number("numel"), int(launch.values.get("first", 0))
     if not launch.has("first"):
@@ -123,7 +126,7 @@ def _span(launch: _Launch) -> tuple[int, int]:
     return first * size, min((first + programs) * size, numel)
 
 
-def _sections(launch: _Launch, first: int, last: int) -> None:
+def _sections(launch: Launch, first: int, last: int) -> None:
     """What encoding these elements writes of a payload's body."""
     spec: Any = parse(launch.kernel.codec)
     if isinstance(spec, QuantSpec):
@@ -140,21 +143,21 @@ def _sections(launch: _Launch, first: int, last: int) -> None:
     launch.touch("payload", at + codes[0], codes[1] - codes[0], write=True)
 
 
-def _second(launch: _Launch) -> int:
+def _second(launch: Launch) -> int:
     """First byte of the section behind the scales."""
     if launch.has("records_half"):
         return 2 * launch.number("records_half")
     return launch.number("codes_at" if launch.has("codes_at") else "records_at")
 
 
-def _payloads(launch: _Launch) -> None:
+def _payloads(launch: Launch) -> None:
     """All bytes of the payloads that are added."""
     spec, stride, numel = parse(launch.kernel.codec), launch.number("stride"), launch.number("numel")
     for w in range(launch.number("count")):
         launch.touch("payloads", w * stride, spec.nbytes(numel))
 
 
-def _encode(launch: _Launch) -> None:
+def _encode(launch: Launch) -> None:
     first, last = _span(launch)
     if launch.has("grad"):
         launch.elements("grad", first, last)
@@ -167,20 +170,20 @@ def _encode(launch: _Launch) -> None:
     _sections(launch, first, last)
 
 
-def _reencode(launch: _Launch) -> None:
+def _reencode(launch: Launch) -> None:
     _payloads(launch)
     if launch.has("sums"):
         launch.elements("sums", *_span(launch), write=True)
     _encode(launch)
 
 
-def _decode(launch: _Launch) -> None:
+def _decode(launch: Launch) -> None:
     _payloads(launch)
     first, last = _span(launch)
     launch.elements("out", first, last, write=True)
 
 
-def _withdraw(launch: _Launch) -> None:
+def _withdraw(launch: Launch) -> None:
     """Of Triton's: programs share a region of any size out among them."""
     numel = launch.number("numel")
     launch.touch("payload", *_FLAGS)
@@ -190,7 +193,7 @@ def _withdraw(launch: _Launch) -> None:
     launch.touch("payload", HEADER_NBYTES, 4 * launch.number("nwords"), write=True)
 
 
-def _withdraw_records(launch: _Launch) -> None:
+def _withdraw_records(launch: Launch) -> None:
     """Of topk's in CUDA C++."""
     first, last = _span(launch)
     launch.touch("payload", *_FLAGS)
@@ -200,7 +203,7 @@ def _withdraw_records(launch: _Launch) -> None:
     _sections(launch, first, last)
 
 
-def _bucket(launch: _Launch) -> None:
+def _bucket(launch: Launch) -> None:
     if launch.programs is None:
         raise ValueError(f"{launch.kernel.name}: programs wanted, a row of the table each")
     launch.touch("table", 0, _ROW * launch.programs)
@@ -212,7 +215,7 @@ def _bucket(launch: _Launch) -> None:
         launch.elements("bucket", start, start + count, write=into)
 
 
-def _first(launch: _Launch) -> None:
+def _first(launch: Launch) -> None:
     last = launch.reach(launch.number("numel"))
     launch.elements("grad", 0, last)
     launch.elements("e_in", 0, last)
@@ -221,30 +224,30 @@ def _first(launch: _Launch) -> None:
     launch.elements("bins", 0, _BINS, write=True)
 
 
-def _histogram(launch: _Launch) -> None:
+def _histogram(launch: Launch) -> None:
     launch.elements("acc", 0, launch.reach(launch.number("numel")))
     launch.touch("found", 0, 8)
     launch.elements("bins", 0, _LOW_BINS, write=True)
 
 
-def _narrow(launch: _Launch) -> None:
+def _narrow(launch: Launch) -> None:
     launch.elements("bins", 0, _BINS)
     launch.touch("found", 0, 8)
     launch.touch("to", 0, 8, write=True)
 
 
-def _count(launch: _Launch) -> None:
+def _count(launch: Launch) -> None:
     numel = launch.number("numel")
     launch.elements("acc", 0, launch.reach(numel))
     launch.touch("found", 0, 8)
     launch.elements("counts", 0, launch.tiles(numel), write=True)
 
 
-def _scan(launch: _Launch) -> None:
+def _scan(launch: Launch) -> None:
     launch.elements("counts", 0, launch.number("tiles"), write=True)
 
 
-def _collect(launch: _Launch) -> None:
+def _collect(launch: Launch) -> None:
     numel, spec = launch.number("numel"), parse(launch.kernel.codec)
     kept = spec.kept(numel)  # type: ignore[attr-defined]  # gtopk's spec
     launch.elements("acc", 0, launch.reach(numel))
@@ -254,7 +257,7 @@ def _collect(launch: _Launch) -> None:
     launch.elements("indices", 0, kept, write=True)
 
 
-def _pack(launch: _Launch) -> None:
+def _pack(launch: Launch) -> None:
     """Indices ascend: the first and the last one bound the region."""
     kept, counts_at, block = launch.number("kept"), launch.number("counts_at"), launch.constant("BLOCK")
     if "numel" in launch.values:
@@ -272,7 +275,7 @@ def _pack(launch: _Launch) -> None:
     launch.touch("payload", counts_at, 4 * words, write=True)
 
 
-def _withdraw_region(launch: _Launch) -> None:
+def _withdraw_region(launch: Launch) -> None:
     """Of gtopk's."""
     last = launch.reach(launch.number("numel"))
     launch.touch("payload", *_FLAGS)
@@ -282,7 +285,7 @@ def _withdraw_region(launch: _Launch) -> None:
     launch.touch("payload", HEADER_NBYTES, launch.number("nbytes") - HEADER_NBYTES, write=True)
 
 
-def _settle(launch: _Launch) -> None:
+def _settle(launch: Launch) -> None:
     last = launch.reach(launch.number("numel"))
     launch.touch("payload", *_FLAGS)
     launch.elements("acc", 0, last)
@@ -290,16 +293,16 @@ def _settle(launch: _Launch) -> None:
     launch.elements("e_out", 0, last, write=True)
 
 
-def _programs(launch: _Launch) -> int:
+def _programs(launch: Launch) -> int:
     return -(-launch.number("words") // _WORDS) if launch.programs is None else launch.programs
 
 
-def _ones(launch: _Launch) -> None:
+def _ones(launch: Launch) -> None:
     launch.touch("payload", launch.number("counts_at"), 4 * launch.number("words"))
     launch.elements("counts", 0, _programs(launch), write=True)
 
 
-def _add(launch: _Launch) -> None:
+def _add(launch: Launch) -> None:
     """Bits that are set in a payload's counts are its records, zeros before the last of them are blocks."""
     counts_at, records_at = launch.number("counts_at"), launch.number("records_at")
     nbytes = counts_at + 4 * launch.number("words")
@@ -317,16 +320,16 @@ def _add(launch: _Launch) -> None:
         launch.elements("out", 0, last + 1, write=True)
 
 
-def _spoil(launch: _Launch) -> None:
+def _spoil(launch: Launch) -> None:
     for w in range(launch.number("count")):
         launch.touch("payloads", w * launch.number("stride") + _FLAGS[0], _FLAGS[1])
     launch.elements("out", 0, launch.reach(launch.number("numel")), write=True)
 
 
-_CODECS: Mapping[str, Callable[[_Launch], None]] = MappingProxyType(
+_CODECS: Mapping[str, Callable[[Launch], None]] = MappingProxyType(
     {"encode": _encode, "reencode": _reencode, "decode": _decode, "withdraw": _withdraw_records}
 )
-_GTOPK: Mapping[str, Callable[[_Launch], None]] = MappingProxyType(
+_GTOPK: Mapping[str, Callable[[Launch], None]] = MappingProxyType(
     {
         "first": _first,
         "histogram": _histogram,

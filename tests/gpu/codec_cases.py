@@ -10,7 +10,7 @@ import torch
 
 from hybridcomm.kernels import parse, reference
 from hybridcomm.kernels.cubins.launcher import Run
-from hybridcomm.kernels.cuda import gtopk, topk
+from hybridcomm.kernels.cuda import gtopk, powersgd, topk
 from hybridcomm.kernels.device_codec import device_codec
 from tests.kernels import cases
 from tests.kernels.cases import DIGEST, Case
@@ -22,6 +22,7 @@ __all__ = ["SPECS", "TYPES", "decoded", "encoded", "payloads_of", "reencoded", "
 SPECS = (
     *("int8", "int4", "fp8", "sign1", "fp16", "bf16", "gtop1:0.01", "randk:0.01"),
     *("topk:0.01+sign", "topk:0.01+int8", "topk:0.01", "gtopk:0.01"),
+    *("powersgd:1", "powersgd:2", "powersgd:4"),
 )
 TYPES = (
     *(("fp32", "fp32"), ("bf16", "fp32"), ("fp16", "fp32"), ("bf16", "bf16")),
@@ -31,11 +32,13 @@ TYPES = (
 
 
 def types_of(spec: Any) -> tuple[tuple[str, str], ...]:
-    return TYPES if spec in (topk.SPEC, gtopk.SPEC) else TYPES[:4]
+    return TYPES if spec in (topk.SPEC, gtopk.SPEC, *powersgd.SPECS) else TYPES[:4]
 
 
 def sizes(spec: Any) -> tuple[int, ...]:
     """Whole programs, some and a tail, a tail alone; shipped are multiples of 16."""
+    if spec in powersgd.SPECS:  # a program of `left`, which has the most, and a last row that is not whole
+        return 1 << 15, (1 << 14) + 1040, 48
     size = 8192 if spec == gtopk.SPEC else max(spec.block, 2048)
     return 2 * size, size + size // 2 // 16 * 16 + 16, 48
 

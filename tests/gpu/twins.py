@@ -19,7 +19,7 @@ from hybridcomm.kernels.device import DeviceKernel
 from hybridcomm.kernels.oracles.bits import QUIET_NAN
 from hybridcomm.kernels.payload import HEADER_DTYPE
 from hybridcomm.kernels.specs.quant import QuantSpec
-from tests.gpu import twins_gtopk
+from tests.gpu import twins_gtopk, twins_powersgd
 from tests.gpu.calls import Array, Call
 from tests.gpu.twin_parts import add_checksum, any_flag, flags, narrowed, poison, put_checksum, widened
 
@@ -34,6 +34,8 @@ def twin_of(kernel: DeviceKernel) -> Twin:
     """Raises KeyError where there is none."""
     if kernel.source == "cuda/gtopk.cu":
         return twins_gtopk.TWINS[kernel.function.removeprefix("gtopk_").split("_")[0]]
+    if kernel.source == "cuda/powersgd.cu":
+        return twins_powersgd.TWINS[kernel.function.split("_")[1]]
     return TWINS[kernel.function.removeprefix("topk_").split("_")[0].removesuffix("_kernel")]
 
 

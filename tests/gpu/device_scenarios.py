@@ -275,19 +275,21 @@ def _refused(rank: Rank) -> list[str]:
 
 
 def _fails(fault: Fault, *wanted: type[Exception]) -> Callable[[Rank], list[str]]:
-    """Something befalls the second all-reduce on rank 0, which nobody waits for: its watchdog has to see it, and raises
+    """Something befalls the last all-reduce on rank 0, which no host waits for: its watchdog has to see it, and raises
     the first of what is wanted; the others raise any."""
 
     def body(rank: Rank) -> list[str]:
         if rank.rank == 0:
-            rank.torch.simulation.inject(fault, device=0, communicator=0, operation=1)
+            rank.torch.simulation.inject(fault, device=0, communicator=0, operation=2)
         tensor = rank.upload(numbers(64, rank.rank))
         until = time.monotonic() + 10 * STALL_S
         try:
             work = [rank.device.allreduce(tensor, async_op=True) for _ in range(3)][-1]
+            work.wait()
             while time.monotonic() < until and not work.is_completed():
                 time.sleep(0.005)
         except wanted as error:
+            rank.torch.synchronize()  # which comes back: what is stuck was aborted
             # Of what hangs, a rank may hear by its peer first.
             good = fault is Fault.HANGS or rank.rank > 0 or isinstance(error, wanted[0])
             return [] if good else [f"{type(error).__name__}, not {wanted[0].__name__}: {error}"]

@@ -102,16 +102,10 @@ struct Comm {
   std::vector<std::shared_ptr<Meeting>> open;  // meetings that others come to by the broker
   std::shared_ptr<Job> job;
   std::shared_ptr<Record> last;  // operations of one communicator run in the order of their calls
-<<<<<<< HEAD
-  std::map<std::pair<bool, int>, long> messages;  // (sends?, peer) -> how many
-  std::vector<double> factors;                    // of its own reductions
-  bool ready() const { return clique->ready(); }
-=======
   std::map<std::pair<bool, int>, long> messages;              // (sends?, peer) -> how many
   std::vector<double> factors;                                // of its own reductions,
   std::vector<hybridcomm::gpu::ncclDataType_t> factor_types;  // and of what elements they are
-  bool ready() const { return clique->joined >= clique->size; }
->>>>>>> mutants
+  bool ready() const { return clique->ready(); }
 };
 
 class Communicators {

@@ -150,18 +150,14 @@ ncclResult_t call(CUstream handle, ncclComm_t comm_handle, Part part) {
   if (stream == nullptr) return ncclInvalidArgument;
   if (stream->device != comm->device) return misuse("a stream of another device than the communicator's");
   part.comm = comm;
-<<<<<<< HEAD
   part.rank = comm->rank;
   part.ranks = comm->clique->size;
-  const auto own = static_cast<size_t>(part.op - (ncclAvg + 1));
-  if (part.op > ncclAvg && own < comm->factors.size()) part.factor = comm->factors[own];
-=======
   if (part.op > ncclAvg) {  // a reduction of its own, which NCCL holds against the call
     const auto own = static_cast<size_t>(part.op - (ncclAvg + 1));
-    if (own >= comm->factor_types.size()) return misuse("a reduction that was not made on this communicator");
+    if (own >= comm->factors.size()) return misuse("a reduction that was not made on this communicator");
     if (comm->factor_types[own] != part.type) return misuse("a reduction that was made for another type");
+    part.factor = comm->factors[own];
   }
->>>>>>> mutants
   if (group.depth > 0) {
     group.calls.push_back({stream, part});
     return ncclSuccess;

@@ -29,7 +29,7 @@ def failing(fault: Fault | None, *, absent: bool = False) -> Callable[[Rank], li
     def body(rank: Rank) -> list[type[BaseException]]:
         reduce(rank)
         if rank.rank == 1 and fault is not None:
-            rank.torch.simulation.inject(fault, device=1, operation=0)
+            rank.torch.simulation.inject(fault, device=1, communicator=0, operation=1)
         rank.host.barrier()
         raised: list[type[BaseException]] = []
         for _ in range(2):  # the second call must raise at once
@@ -55,19 +55,21 @@ def failing(fault: Fault | None, *, absent: bool = False) -> Callable[[Rank], li
     ],
 )
 def test_a_broken_network_raises_on_every_rank(fault: Fault, kinds: set[type[BaseException]]) -> None:
-    begin = time.monotonic()
     results, _ = run_devices(
         Topology.virtual(2, 1), failing(fault), watch=0.05, stall_s=STALL_S, return_exceptions=True
     )
     for raised in results:
         assert len(raised) == 2, results
         assert set(raised) <= kinds, results
-    assert time.monotonic() - begin < 60
 
 
 def test_a_rank_that_does_not_come_is_a_stall() -> None:
     results, _ = run_devices(
-        Topology.virtual(2, 1), failing(None, absent=True), watch=0.05, stall_s=STALL_S, return_exceptions=True
+        Topology.virtual(2, 1),
+        failing(None, absent=True),
+        watch=0.05,
+        stall_s=STALL_S,
+        return_exceptions=True,
     )
     assert results[0][0] is StallError
 
@@ -91,6 +93,8 @@ def test_an_abort_ends_the_others_calls() -> None:
             return type(error).__name__
         return "nothing"
 
-    results, _ = run_devices(Topology.virtual(2, 1), body, watch=0.05, stall_s=STALL_S, return_exceptions=True)
+    results, _ = run_devices(
+        Topology.virtual(2, 1), body, watch=0.05, stall_s=STALL_S, return_exceptions=True
+    )
     assert results[1] == "AbortedError"
     assert results[0] in ("AbortedError", "PeerLostError", "StallError")

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.xdist_group("gpu-engine")
 
 CODECS = (
     "topk:0.01", "topk:0.01+sign", "topk:0.01+int8", "gtop1", "gtopk:0.01",
-    "int8", "int4", "sign1", "fp8", "fp16", "bf16",
+    "int8", "int4", "sign1", "fp8", "fp16", "bf16", "powersgd:1", "powersgd:2", "powersgd:4",
 )  # fmt: skip
 TWICE = tuple(codec for codec in CODECS if not codec.startswith("gtopk"))
 """Whose sums can be encoded anew."""

@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels' host code is not there")
 
-from hybridcomm import compress, device_comms
+from hybridcomm import compress, device_comms, policy
 from hybridcomm.device_codec import DevicePayloads
 from hybridcomm.device_context import DeviceContext
 from hybridcomm.device_plan import COLLECTIVES, START, Buffer, DevicePlan, Operation
@@ -26,7 +26,7 @@ from hybridcomm.topology import Topology
 TOPOLOGIES = ((4,), (2, 2), (1, 1, 1, 1), (2, 2, 2), (3, 1, 2), (1, 4), (8,) * 8)
 CODECS = (
     "topk:0.01", "topk:0.01+sign", "topk:0.01+int8", "gtop1", "gtopk:0.01",
-    "int8", "int4", "sign1", "fp8", "fp16", "bf16",
+    "int8", "int4", "sign1", "fp8", "fp16", "bf16", "powersgd:1", "powersgd:2", "powersgd:4",
 )  # fmt: skip
 EVEN, UNEVEN = 3 * (1 << 14), 16 * 1201
 
@@ -65,7 +65,9 @@ def lowered(
 ) -> tuple[DevicePlan, Any]:
     """A rank's operations, and what their memory is; communicators are numbered alike on all ranks."""
     resolved = compress.resolve(codec)
-    context = cast(Any, SimpleNamespace(topology=topology))
+    context = cast(
+        Any, SimpleNamespace(topology=topology, host=SimpleNamespace(chunk_nbytes=policy.MAX_CHUNK_NBYTES))
+    )
     plan = DeviceContext._plan_allreduce(context, numel, "float32", "mean", resolved, exchange, flat)
     memory = Memory()
     tensor = memory.empty(4 * numel).view(torch.float32)

@@ -64,10 +64,6 @@ class DevicePayloads:
         decay: float = 1.0,
     ) -> None:
         self.spec, self._plan, self._rank = compressor.spec, plan, rank
-        if self.spec.seeded and self.spec.codec is not Codec.POWERSGD:
-            raise UnsupportedError(
-                f"compress={compressor}: draws elements, on hosts alone; use gtop1 or topk"
-            )
         self._recorder = Recorder(find)
         self._codec = _kernels_of(compressor, self._recorder)
         self._memory, self._tensor, self._decay = memory, tensor, decay

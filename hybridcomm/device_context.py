@@ -245,9 +245,7 @@ class DeviceContext(DeviceCollectives):
             return collective_plans.allreduce_flat(self.topology, numel, dtype=dtype, op=op)
         block = 1 if codec is None else codec.block
         align = block * policy.DENSE_ALIGN
-        drawn = (
-            several and codec is not None and codec.spec.seeded
-        )  # seeds count the host's steps, and so its chunks
+        drawn = several and codec is not None and codec.spec.seeded  # by the host's steps, so in its chunks
         return collective_plans.allreduce(
             self.topology,
             numel,
@@ -338,13 +336,13 @@ class DeviceContext(DeviceCollectives):
         wire_nbytes: int = 0,
     ) -> DeviceWork | None:
         compiled, lowered, kept = program
+        producer = self.provider.stream() if stream is None else handle_of(stream)
+        if lowered.draws is not None and self._engine.capturing(producer):
+            raise UnsupportedError(f"{name}: draws anew in every call, which a graph cannot; use topk")
         self._calls += 1
         if self.debug:
             device_comms.compare(self.host, self._calls, name, lowered)
-        producer = self.provider.stream() if stream is None else handle_of(stream)
         if lowered.draws is not None:
-            if self._engine.capturing(producer):
-                raise UnsupportedError(f"{name}: draws anew in every call, which a graph cannot; use topk")
             lowered, headers = of_call(lowered, self._first + self._calls, self.provider, producer)
             compiled, kept = lowered.program(self._engine, self._streams, nccl_type), [*kept, headers]
         work = DeviceWork(

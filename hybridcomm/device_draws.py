@@ -1,4 +1,4 @@
-"""Codecs that draw (powersgd) on a GPU: what of a recorded program belongs to one call, and the program of a call.
+"""Codecs that draw (randk, powersgd) on a GPU: what of a recorded program belongs to one call, and that call's program.
 
 In: a lowered plan, whose payloads begin with headers that were made for no call. Out: the same plan with seeds of one
 call, those of the host. Two things change: where headers are copied from, and the checksum that a launch gives to a

@@ -10,12 +10,13 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+from hybridcomm.device_draws import Draws
 from hybridcomm.device_plan import Buffer
 from hybridcomm.device_record import Recorded, Recorder
 from hybridcomm.errors import UnsupportedError
 from hybridcomm.kernels.device_codec import DeviceCodec, device_codec
 from hybridcomm.kernels.device_tensors import Header, make_header
-from hybridcomm.kernels.payload import Codec
+from hybridcomm.kernels.payload import HEADER_NBYTES, Codec
 from hybridcomm.kernels.specs.quant import QuantSpec
 from hybridcomm.plan import RESIDUALS
 
@@ -63,10 +64,6 @@ class DevicePayloads:
         decay: float = 1.0,
     ) -> None:
         self.spec, self._plan, self._rank = compressor.spec, plan, rank
-        if self.spec.seeded:
-            raise UnsupportedError(
-                f"compress={compressor}: draws anew at every step, which a recorded launch cannot; use gtop1 or topk"
-            )
         self._recorder = Recorder(find)
         self._codec = _kernels_of(compressor, self._recorder)
         self._memory, self._tensor, self._decay = memory, tensor, decay
@@ -74,6 +71,7 @@ class DevicePayloads:
         self._slots, nbytes = self._lay_out()
         self._scratch = memory.empty(max(nbytes, 1))
         self._workspace = self._make_workspace()
+        self._drawn, self.draws = self._make_draws()
         self._residual = residual
         self._offsets = _offsets(plan, rank)
         if residual is None:  # kernels are shipped with feedback alone: what nobody keeps goes here
@@ -95,7 +93,8 @@ class DevicePayloads:
         return slots, end
 
     def _make_workspace(self) -> Mapping[str, torch.Tensor]:
-        """What exact top-k over a region needs beside; one for all regions, as kernels run one after another."""
+        """What exact top-k over a region needs beside; one for all regions, as kernels run one after another. The
+        passes of powersgd need none: what they share lies in the payload, and in e_out, which is fp32."""
         if self.spec.codec is not Codec.GTOPK:
             return {}
         from hybridcomm.kernels.cuda.gtopk import workspace
@@ -103,10 +102,20 @@ class DevicePayloads:
         most = max((region.numel for region in self._slots), default=0)
         return {"workspace": self._memory.empty(max(workspace(most, "fp32")[0], 1))}
 
+    def _make_draws(self) -> tuple[Mapping[str, torch.Tensor], Draws | None]:
+        """Headers that every call has of its own, as a seed is in them."""
+        steps = [step for step in self._plan.for_rank(self._rank) if step.op in ("compress", "recompress")]
+        if not self.spec.seeded or not steps:
+            return {}, None
+        headers = self._memory.empty(HEADER_NBYTES * len(steps))
+        encoded = tuple((step.id, step.region.numel) for step in steps)
+        draws = Draws.made(self.spec, self._plan.digest, encoded, headers)
+        return {"headers": headers}, draws
+
     @property
     def buffers(self) -> tuple[Buffer, ...]:
         """All device memory of the payloads and residuals."""
-        named = {"payloads": self._scratch, **self._workspace}
+        named = {"payloads": self._scratch, **self._workspace, **self._drawn}
         pair = (self._zeros, self._unused) if self._residual is None else self._residual
         named |= dict(zip(("e_in", "e_out"), pair, strict=True))
         named |= {f"header{numel}": header.template for numel, header in self._headers.items()}
@@ -121,6 +130,7 @@ class DevicePayloads:
         return (
             self._scratch,
             *self._workspace.values(),
+            *self._drawn.values(),
             *(() if self._residual is not None else (self._zeros, self._unused)),
             *(header.template for header in self._headers.values()),
         )
@@ -144,9 +154,13 @@ class DevicePayloads:
         offset, nbytes, count = self._slots[region]
         return self._scratch[offset : offset + count * nbytes].view(count, nbytes)
 
-    def _header(self, numel: int) -> Header:
+    def _header(self, step: Step) -> Header:
         import torch
 
+        numel = step.region.numel
+        if self.draws is not None:
+            at = HEADER_NBYTES * self.draws.encoded.index((step.id, numel))
+            return Header(template=self._drawn["headers"][at : at + HEADER_NBYTES], withdrawn=0)
         if numel not in self._headers:
             made = make_header(self.spec, numel, self._plan.digest, torch.device("cpu"))
             self._headers[numel] = dataclasses.replace(made, template=self._memory.upload(made.template))
@@ -164,7 +178,7 @@ class DevicePayloads:
         """Own region and residual -> own payload, new residual."""
         region, node = step.region, self._plan.topology.node_of(self._rank)
         e_in, e_out = self._feedback("compress", region)
-        header = self._header(region.numel)
+        header = self._header(step)
 
         def call() -> None:
             if self._residual is None:
@@ -189,7 +203,7 @@ class DevicePayloads:
             raise UnsupportedError(f"{self.spec}: no kernel encodes a sum anew; use exchange='gather'")
         reencode = self._codec.reencode
         e_in, e_out = self._feedback("recompress", region)
-        header = self._header(region.numel)
+        header = self._header(step)
 
         def call() -> None:
             if self._residual is None:

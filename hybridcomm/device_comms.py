@@ -6,19 +6,21 @@ splitting it. NCCL's version and what it has beyond 2.18 must be the same everyw
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hybridcomm.errors import UnsupportedError
+from hybridcomm.errors import PlanMismatchError, UnsupportedError
 
 if TYPE_CHECKING:
     from hybridcomm import _C
+    from hybridcomm.device_plan import DevicePlan
     from hybridcomm.groups import Grouping
     from hybridcomm.topology import Topology
 
-__all__ = ["check_alike", "connect", "groups_of"]
+__all__ = ["check_alike", "compare", "connect", "groups_of"]
 
 _TEXT_NBYTES = 512
 
@@ -78,4 +80,18 @@ def check_alike(host: Grouping, facts: Sequence[str]) -> None:
         raise UnsupportedError(
             f"rank 0 has {said[0]}, but {', '.join(others[:8])}: install the same NCCL, and the same kind of GPU, "
             "on every rank"
+        )
+
+
+def compare(host: Grouping, call: int, name: str, lowered: DevicePlan) -> None:
+    """All ranks say what they are about to do as call number ``call``; raises `PlanMismatchError` on all of them where
+    one says something else."""
+    mine = hashlib.blake2b(f"{call} {name} {lowered.digest}".encode(), digest_size=8).digest()
+    every = np.empty(8 * host.world_size, np.uint8)
+    host.all_gather(every, np.frombuffer(mine, np.uint8).copy())
+    others = [r for r, row in enumerate(every.reshape(-1, 8)) if row.tobytes() != every[:8].tobytes()]
+    if others:
+        raise PlanMismatchError(
+            f"rank {host.rank}: call {call} is {name!r}, {lowered.name}; ranks {others} call something else than rank "
+            "0: every rank must issue the same collectives of the same tensors in one order"
         )

@@ -11,19 +11,17 @@ take a tensor in one call ("flat").
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from hybridcomm import _C, collective_plans, device_comms, policy, reduction
 from hybridcomm import compress as compressors
 from hybridcomm.device_collectives import DeviceCollectives
+from hybridcomm.device_draws import of_call
 from hybridcomm.device_plan import Buffer, nccl_type
 from hybridcomm.device_work import DeviceWork, handle_of
-from hybridcomm.errors import PlanMismatchError, UnsupportedError
+from hybridcomm.errors import UnsupportedError
 from hybridcomm.lower_device import Places, lower_device
 from hybridcomm.plan_wire import sent_nbytes
 from hybridcomm.residual_memory import DeviceResiduals
@@ -75,7 +73,7 @@ class DeviceContext(DeviceCollectives):
         )
         self._running: deque[DeviceWork] = deque()
         self._captured: list[Any] = []  # memory of programs in graphs, which may be launched at any time
-        self._calls = 0
+        self._calls = self._first = 0
         self._residuals = DeviceResiduals(provider)
 
     @classmethod
@@ -113,7 +111,9 @@ class DeviceContext(DeviceCollectives):
         device_comms.check_alike(host, facts)
         comms = device_comms.connect(engine, host)
         # One stream for all of NCCL: kernels of two communicators that wait for each other may fill a device.
-        return cls(host, provider, engine, comms, streams=(0, 1, 1), flat=flat, debug=debug)
+        made = cls(host, provider, engine, comms, streams=(0, 1, 1), flat=flat, debug=debug)
+        made._first = host._engine.counters()["calls"]  # what is drawn goes on where the host's calls are
+        return made
 
     # -- facts ---------------------------------------------------------------------------------------------
 
@@ -245,6 +245,7 @@ class DeviceContext(DeviceCollectives):
             return collective_plans.allreduce_flat(self.topology, numel, dtype=dtype, op=op)
         block = 1 if codec is None else codec.block
         align = block * policy.DENSE_ALIGN
+        drawn = several and codec is not None and codec.spec.seeded  # by the host's steps, so in its chunks
         return collective_plans.allreduce(
             self.topology,
             numel,
@@ -252,7 +253,8 @@ class DeviceContext(DeviceCollectives):
             op=op,
             compressor=codec,
             exchange=exchange,
-            chunk_elems=max(-(-numel // align), 1) * align,
+            chunk_elems=None if drawn else max(-(-numel // align), 1) * align,
+            chunk_nbytes=self.host.chunk_nbytes,
         )
 
     def _plan(self, key: tuple[Any, ...], build: Any) -> Plan:
@@ -334,9 +336,15 @@ class DeviceContext(DeviceCollectives):
         wire_nbytes: int = 0,
     ) -> DeviceWork | None:
         compiled, lowered, kept = program
-        if self.debug:
-            self._compare(lowered, name)
         producer = self.provider.stream() if stream is None else handle_of(stream)
+        if lowered.draws is not None and self._engine.capturing(producer):
+            raise UnsupportedError(f"{name}: draws anew in every call, which a graph cannot; use topk")
+        self._calls += 1
+        if self.debug:
+            device_comms.compare(self.host, self._calls, name, lowered)
+        if lowered.draws is not None:
+            lowered, headers = of_call(lowered, self._first + self._calls, self.provider, producer)
+            compiled, kept = lowered.program(self._engine, self._streams, nccl_type), [*kept, headers]
         work = DeviceWork(
             self._engine,
             self._engine.start(compiled, producer),
@@ -354,19 +362,6 @@ class DeviceContext(DeviceCollectives):
             return work
         work.wait(producer)
         return None
-
-    def _compare(self, lowered: DevicePlan, name: str) -> None:
-        """All ranks say what they are about to do; raises on all of them where one says something else."""
-        self._calls += 1
-        mine = hashlib.blake2b(f"{self._calls} {name} {lowered.digest}".encode(), digest_size=8).digest()
-        every = np.empty(8 * self.world_size, np.uint8)
-        self.host.all_gather(every, np.frombuffer(mine, np.uint8).copy())
-        others = [r for r, row in enumerate(every.reshape(-1, 8)) if row.tobytes() != every[:8].tobytes()]
-        if others:
-            raise PlanMismatchError(
-                f"rank {self.rank}: call {self._calls} is {name!r}, {lowered.name}; ranks {others} call something "
-                "else than rank 0: every rank must issue the same collectives of the same tensors in one order"
-            )
 
     @staticmethod
     def _dtype(tensor: torch.Tensor) -> str:

@@ -17,6 +17,7 @@ from hybridcomm.errors import DataTypeError, PlanError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from hybridcomm.device_draws import Draws
     from hybridcomm.kernels.cubins.load import Image
 
 __all__ = ["COLLECTIVES", "START", "STREAMS", "Buffer", "DevicePlan", "Operation", "Touch", "nccl_type"]
@@ -98,7 +99,8 @@ class Operation:
 class DevicePlan:
     """All operations of one rank. ``tail``: the first that may wait until the head of the next plan was issued.
 
-    ``buffers``: all device memory that is touched. ``digest``: of the `Plan`, the same on all ranks.
+    ``buffers``: all device memory that is touched. ``digest``: of the `Plan`, the same on all ranks. ``draws``: makes
+    a call's plan of this one, which as it stands has no seeds.
     """
 
     name: str
@@ -106,6 +108,7 @@ class DevicePlan:
     operations: tuple[Operation, ...]
     tail: int
     buffers: tuple[Buffer, ...]
+    draws: Draws | None = None
 
     @property
     def text(self) -> str:

@@ -105,6 +105,7 @@ class _DeviceLowering:
             ),
             tail=tail,
             buffers=buffers,
+            draws=None if self._payloads is None else self._payloads.draws,
         )
 
     # -- writing down --------------------------------------------------------------------------------------

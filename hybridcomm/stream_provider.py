@@ -67,6 +67,10 @@ class StreamProvider(TensorMover, Protocol):
         """A copy of a CPU tensor on the device, complete when this returns."""
         ...
 
+    def send(self, data: torch.Tensor) -> torch.Tensor:
+        """As `upload`, but the host does not wait: the current stream has it."""
+        ...
+
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy on the host, complete when this returns, of what the current stream has done so far."""
         ...
@@ -157,6 +161,9 @@ class TorchCuda(HostTensors):
         moved = data.to(self.device)
         torch.cuda.current_stream(self.device).synchronize()
         return moved
+
+    def send(self, data: torch.Tensor) -> torch.Tensor:
+        return data.pin_memory().to(self.device, non_blocking=True)
 
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.cpu()

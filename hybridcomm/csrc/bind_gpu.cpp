@@ -181,6 +181,14 @@ void bind_gpu(py::module_& module) {
           },
           py::arg("image"), py::arg("symbol"), py::arg("shared_nbytes"))
       .def(
+          "capturing",
+          [](const GpuEngine& gpu, uintptr_t stream) {
+            const py::gil_scoped_release no_gil;
+            gpu.make_current();
+            return gpu.capturing(stream_at(stream));
+          },
+          py::arg("stream"))
+      .def(
           "start",
           [](GpuEngine& gpu, std::shared_ptr<DeviceProgram> program, uintptr_t producer) {
             const py::gil_scoped_release no_gil;

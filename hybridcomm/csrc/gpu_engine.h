@@ -69,6 +69,7 @@ class GpuEngine {
   Comms& comms() { return comms_; }
   void make_current() const;       // the device's context, on this thread
   int compute_capability() const;  // 80: 8.0
+  bool capturing(CUstream stream) const;
 
   // A kernel's function of an image, cubin or PTX; loaded once.
   int load(const std::string& image, const std::string& symbol, unsigned shared_nbytes);
@@ -97,7 +98,6 @@ class GpuEngine {
   void launch(const DeviceOp& op);
   void fail_by_current();
   void finish_issue(const std::shared_ptr<GpuWork>& work);
-  bool capturing(CUstream stream) const;
   bool in_capture() const;
   bool poll(GpuWork& work) const;
   void watch();

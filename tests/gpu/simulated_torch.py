@@ -105,6 +105,7 @@ class SimulatedTorch:
         self.simulation, self.ordinal, self.device = simulation, ordinal, torch.device("cpu")
         self._ranges: dict[int, int] = {}
         self._placed: list[torch.Tensor] = []
+        self._sent: list[torch.Tensor] = []
         self._hooks: list[Any] = []
         self._grads: dict[torch.Tensor, torch.Tensor] = {}
         self.over = False  # the simulation has forgotten all memory
@@ -147,9 +148,16 @@ class SimulatedTorch:
         return torch.frombuffer(memory, dtype=torch.uint8)
 
     def upload(self, data: torch.Tensor) -> torch.Tensor:
+        target = self.send(data)
+        self.synchronize()
+        self._sent.pop()
+        return target
+
+    def send(self, data: torch.Tensor) -> torch.Tensor:
         nbytes = data.numel() * data.element_size()
         target = self.empty(max(nbytes, 1))[:nbytes].view(data.dtype)
         source = data.contiguous()
+        self._sent.append(source)  # read when the stream comes to it
         _call(
             "cuMemcpyHtoDAsync_v2",
             ctypes.c_uint64(target.data_ptr()),
@@ -157,7 +165,6 @@ class SimulatedTorch:
             ctypes.c_size_t(nbytes),
             self._stream,
         )
-        self.synchronize()
         return target.view(data.shape)
 
     def download(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.xdist_group("gpu-engine")
 CODECS = (
     "topk:0.01", "topk:0.01+sign", "topk:0.01+int8", "gtop1", "gtopk:0.01",
     "int8", "int4", "sign1", "fp8", "fp16", "bf16",
+    "randk:0.01", "powersgd:1", "powersgd:2", "powersgd:4",
 )  # fmt: skip
 TWICE = tuple(codec for codec in CODECS if not codec.startswith("gtopk"))
 """Whose sums can be encoded anew."""
@@ -56,6 +57,54 @@ def test_payloads_gathered_give_the_hosts_bits(codec: str, nodes: str, seed: int
 def test_payloads_in_two_stages_give_the_hosts_bits(codec: str) -> None:
     results, reports = run_devices(Topology.virtual(3, 2), feedback(codec, "two_stage", 3 << 16), seed=3)
     assert all(results)
+    assert reports == []
+
+
+@pytest.mark.parametrize("codec", ["powersgd:2", "randk:0.01"])
+def test_every_call_draws_anew_and_as_the_host_does(codec: str) -> None:
+    """Of one tensor, nobody waiting in between; several chunks, each a step with a seed of its own."""
+    numel = 5 << 17
+
+    def body(rank: Rank) -> bool:
+        grad = gradient(numel, rank.rank, 0)
+        want = [grad.clone() for _ in range(3)]
+        for each in want:
+            rank.host.allreduce(each, compress=codec)
+        tensors = [rank.upload(grad) for _ in range(3)]
+        works = [rank.device.allreduce(tensor, compress=codec, async_op=True) for tensor in tensors]
+        for work in works:
+            work.wait()
+        anew = not torch.equal(want[0], want[1]) and not torch.equal(want[1], want[2])
+        return anew and all(torch.equal(rank.download(t), w) for t, w in zip(tensors, want, strict=True))
+
+    results, reports = run_devices(Topology.virtual(2, 1), body, seed=6)
+    assert results == [True] * 2
+    assert reports == []
+
+
+def test_draws_do_not_depend_on_the_stream_and_are_in_no_graph() -> None:
+    def body(rank: Rank) -> bool:
+        grad = gradient(1 << 14, rank.rank, 0)
+        want, tensor = grad.clone(), rank.upload(grad)
+        first, into, again = rank.torch.stream(), rank.upload(grad), grad.clone()
+        rank.host.allreduce(want, compress="powersgd:2")
+        with rank.torch.other_stream():
+            rank.device.allreduce(tensor, compress="powersgd:2", stream=first)
+        rank.host.allreduce(again, compress="powersgd:2")
+        rank.device.allreduce(into, compress="powersgd:2")
+        same = torch.equal(rank.download(tensor), want) and torch.equal(rank.download(into), again)
+        with (
+            rank.torch.capture() as graphs,
+            pytest.raises(UnsupportedError, match="draws anew in every call"),
+        ):
+            rank.device.allreduce(into, compress="powersgd:2")
+        rank.torch.forget(graphs[0])
+        rank.host.allreduce(again, compress="powersgd:2")
+        rank.device.allreduce(into, compress="powersgd:2")
+        return same and torch.equal(rank.download(into), again)
+
+    results, reports = run_devices(Topology.virtual(2, 1), body, seed=8)
+    assert results == [True] * 2
     assert reports == []
 
 
@@ -142,8 +191,8 @@ def test_the_host_may_read_once_it_has_waited_and_no_earlier() -> None:
 def test_what_a_gpu_cannot_do_is_refused_with_advice() -> None:
     def body(rank: Rank) -> None:
         device, tensor = rank.device, rank.upload(torch.ones(1 << 14))
-        with pytest.raises(UnsupportedError, match="gtop1 or topk"):
-            device.allreduce(tensor, compress="randk:0.01")
+        with pytest.raises(UnsupportedError, match="no kernels for GPUs"):
+            device.allreduce(tensor, compress="powersgd:8")
         with pytest.raises(UnsupportedError, match="kernel"):
             device.allreduce(tensor, compress="topk:0.03")
         with pytest.raises(UnsupportedError, match="16"):

@@ -14,12 +14,14 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels' host code is not there")
 
-from hybridcomm import compress, device_comms
+from hybridcomm import compress, device_comms, policy
 from hybridcomm.device_codec import DevicePayloads
 from hybridcomm.device_context import DeviceContext
+from hybridcomm.device_draws import seed_of
 from hybridcomm.device_plan import COLLECTIVES, START, Buffer, DevicePlan, Operation
 from hybridcomm.errors import PlanError
 from hybridcomm.kernels.cubins.load import Image, find
+from hybridcomm.kernels.device_tensors import make_header
 from hybridcomm.lower_device import Places, lower_device
 from hybridcomm.topology import Topology
 
@@ -27,6 +29,7 @@ TOPOLOGIES = ((4,), (2, 2), (1, 1, 1, 1), (2, 2, 2), (3, 1, 2), (1, 4), (8,) * 8
 CODECS = (
     "topk:0.01", "topk:0.01+sign", "topk:0.01+int8", "gtop1", "gtopk:0.01",
     "int8", "int4", "sign1", "fp8", "fp16", "bf16",
+    "randk:0.01", "powersgd:1", "powersgd:2", "powersgd:4",
 )  # fmt: skip
 EVEN, UNEVEN = 3 * (1 << 14), 16 * 1201
 
@@ -65,7 +68,9 @@ def lowered(
 ) -> tuple[DevicePlan, Any]:
     """A rank's operations, and what their memory is; communicators are numbered alike on all ranks."""
     resolved = compress.resolve(codec)
-    context = cast(Any, SimpleNamespace(topology=topology))
+    context = cast(
+        Any, SimpleNamespace(topology=topology, host=SimpleNamespace(chunk_nbytes=policy.MAX_CHUNK_NBYTES))
+    )
     plan = DeviceContext._plan_allreduce(context, numel, "float32", "mean", resolved, exchange, flat)
     memory = Memory()
     tensor = memory.empty(4 * numel).view(torch.float32)
@@ -210,3 +215,34 @@ def test_programs_keep_no_tensor_of_the_callers() -> None:
         (each.data_ptr(), each.data_ptr() + each.numel() * each.element_size()) for each in payloads.kept
     ]
     assert all(any(a <= buffer.address and buffer.end <= b for a, b in holds) for buffer in inside)
+
+
+@pytest.mark.parametrize("codec", ["powersgd:2", "randk:0.01"])
+def test_a_call_has_headers_and_checksums_of_its_own_and_nothing_else(codec: str) -> None:
+    plan, _ = lowered(Topology.from_sizes((2, 2)), 0, EVEN, codec, "two_stage")
+    draws = plan.draws
+    assert draws is not None
+    (first, withdrawn), (second, others) = (draws.headers_of(call) for call in (7, 8))
+    assert not torch.equal(first, second)
+    assert all(withdrawn[step] != others[step] for step in withdrawn)
+    for i, (step, numel) in enumerate(draws.encoded):
+        seed = seed_of(plan.digest, 7, step)
+        want = make_header(draws.spec, numel, plan.digest, torch.device("cpu"), seed=seed)
+        assert torch.equal(first[64 * i : 64 * i + 64], want.template)
+        assert withdrawn[step] == want.withdrawn
+    made = draws.plan_of(plan, 1 << 40, withdrawn)
+    assert made.check() == []
+    copied = [op.source for op in made.operations if op.kind == "copy"]
+    assert copied == [(1 << 40) + 64 * i for i in range(len(draws.encoded))]
+    changed = [
+        (op.step, _argument(new, "checksum"))
+        for op, new in zip(plan.operations, made.operations, strict=True)
+        if op.arguments != new.arguments
+    ]
+    assert changed == list(withdrawn.items())
+
+
+def _argument(op: Operation, name: str) -> int:
+    assert op.image is not None
+    at = next(each.offset for each in op.image.parameters if each.name == name)
+    return int.from_bytes(op.arguments[at : at + 8], "little", signed=True)

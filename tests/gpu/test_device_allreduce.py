@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from hybridcomm import device_draws
 from hybridcomm.errors import DataTypeError, UnsupportedError
 from hybridcomm.residual import Residual
 from hybridcomm.topology import Topology
@@ -80,6 +81,16 @@ def test_every_call_draws_anew_and_as_the_host_does(codec: str) -> None:
     results, reports = run_devices(Topology.virtual(2, 1), body, seed=6)
     assert results == [True] * 2
     assert reports == []
+
+
+@pytest.mark.parametrize(("call", "step"), [(0, 1), (1, 0)])
+def test_a_seed_that_forgets_the_call_or_the_step_is_noticed(
+    call: int, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = device_draws.seed_of
+    monkeypatch.setattr(device_draws, "seed_of", lambda digest, c, s: right(digest, c * call, s * step))
+    results, _ = run_devices(Topology.virtual(2, 1), feedback("powersgd:2", "gather", 1 << 14))
+    assert not any(results)
 
 
 def test_draws_do_not_depend_on_the_stream_and_are_in_no_graph() -> None:

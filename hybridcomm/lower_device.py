@@ -185,71 +185,38 @@ class _DeviceLowering:
         self._to_roots(steps, "inter")
 
     def _gather(self, steps: Sequence[Step]) -> None:
-        self._from_roots(steps, "intra")
+        self._rooted(steps, "intra", ("all_gather", "broadcast"), {})
 
     def _exchange_gather(self, steps: Sequence[Step]) -> None:
-        self._from_roots(steps, "inter")
+        self._rooted(steps, "inter", ("all_gather", "broadcast"), {})
 
     def _to_roots(self, steps: Sequence[Step], stream: str) -> None:
-        """Sums of regions, each left on its root: one reduce-scatter per group, where regions are in its shape."""
-        for members in _by_group(steps):
-            first = members[0]
-            common = {
-                "comm": self._comm(first.group),
-                "dtype": self.plan.dtype,
-                "op": _reduction(self.plan.op),
-                "divisor": first.divisor,
-            }
-            if _even(members):
-                begin, end = self._region(members[0].region)[0], self._region(members[-1].region)[1]
-                own = self._region(next(s.region for s in members if s.root == self.rank))[0]
-                op = self._add(
-                    "reduce_scatter",
-                    first,
-                    stream,
-                    [Touch(begin, end, True)],
-                    source=begin,
-                    target=own,
-                    count=first.region.numel,
-                    **common,
-                )
-                self.done_by.update({step.id: (op,) for step in members})
-                continue
-            group = self._new_group()
-            for step in members:
-                begin, end = self._region(step.region)
-                peer = step.group.index(step.root)
-                op = self._add(
-                    "reduce",
-                    step,
-                    stream,
-                    [Touch(begin, end, step.root == self.rank)],
-                    group=group,
-                    source=begin,
-                    target=begin,
-                    count=step.region.numel,
-                    peer=peer,
-                    **common,
-                )
-                self.done_by[step.id] = (op,)
+        fields = {"op": _reduction(self.plan.op), "divisor": steps[0].divisor}
+        self._rooted(steps, stream, ("reduce_scatter", "reduce"), fields)
 
-    def _from_roots(self, steps: Sequence[Step], stream: str) -> None:
-        """Regions, each from its root to the group: one all-gather per group, where regions are in its shape."""
+    def _rooted(
+        self, steps: Sequence[Step], stream: str, kinds: tuple[str, str], fields: Mapping[str, Any]
+    ) -> None:
+        """Regions that come together on their roots, or go out from them.
+
+        ``kinds``: the one call of a group whose regions are in its shape, and that of each region where they are not.
+        """
+        whole, single = kinds
         for members in _by_group(steps):
-            first = members[0]
-            common = {"comm": self._comm(first.group), "dtype": self.plan.dtype}
+            common = {"comm": self._comm(members[0].group), "dtype": self.plan.dtype, **fields}
             if _even(members):
                 begin, end = self._region(members[0].region)[0], self._region(members[-1].region)[1]
                 own = self._region(next(s.region for s in members if s.root == self.rank))[0]
-                waits = replace(first, after=tuple(sorted({b for step in members for b in step.after})))
+                source, target = (begin, own) if whole == "reduce_scatter" else (own, begin)
+                waits = tuple(sorted({before for step in members for before in step.after}))
                 op = self._add(
-                    "all_gather",
-                    waits,
+                    whole,
+                    replace(members[0], after=waits),
                     stream,
                     [Touch(begin, end, True)],
-                    source=own,
-                    target=begin,
-                    count=first.region.numel,
+                    source=source,
+                    target=target,
+                    count=members[0].region.numel,
                     **common,
                 )
                 self.done_by.update({step.id: (op,) for step in members})
@@ -257,11 +224,12 @@ class _DeviceLowering:
             group = self._new_group()
             for step in members:
                 begin, end = self._region(step.region)
+                written = (step.root == self.rank) == (single == "reduce")
                 op = self._add(
-                    "broadcast",
+                    single,
                     step,
                     stream,
-                    [Touch(begin, end, step.root != self.rank)],
+                    [Touch(begin, end, written)],
                     group=group,
                     source=begin,
                     target=begin,

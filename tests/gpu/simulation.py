@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import fcntl
 import functools
+import hashlib
 import os
 import shutil
 import subprocess
@@ -23,11 +25,29 @@ EAGER = (0, 60, 97)
 
 @functools.cache
 def library() -> Path:
-    """The simulation, in a folder that goes with the process; or what HYBRIDCOMM_SIM names, for its children."""
+    """The simulation, built once for all test processes that have these sources; or what HYBRIDCOMM_SIM names."""
     if os.environ.get("HYBRIDCOMM_SIM"):
         return Path(os.environ["HYBRIDCOMM_SIM"])
-    folder, sim = Path(tempfile.mkdtemp(prefix="hybridcomm-sim-")), HERE / "sim"
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    sources = sorted((HERE / "sim").iterdir()) + sorted(GPU.glob("gpu_*_abi.h"))
+    digest = hashlib.blake2b(b"".join(source.read_bytes() for source in sources), digest_size=8).hexdigest()
+    cache = ROOT / "build" / "sim"
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes while another builds it, waits for that
+        made = cache / digest / "libsim.so"
+        if not made.exists():
+            for old in cache.iterdir():
+                if old.is_dir():
+                    shutil.rmtree(old)
+            with tempfile.TemporaryDirectory(dir=cache) as folder:
+                built = _built(Path(folder))
+                made.parent.mkdir()
+                built.rename(made)
+    return made
+
+
+def _built(folder: Path) -> Path:
+    sim = HERE / "sim"
     options = ("-fPIC", "-pthread", "-O1", f"-I{GPU}", f"-I{sim}")
 
     def compiled(source: Path) -> Path:
@@ -39,6 +59,14 @@ def library() -> Path:
 
 
 @functools.cache
+def _folder() -> Path:
+    """For programs; it goes with the process."""
+    folder = Path(tempfile.mkdtemp(prefix="hybridcomm-sim-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@functools.cache
 def build(program: str) -> Path:
     """``program``.cpp beside the simulation; once in a process."""
     sources = [
@@ -47,7 +75,7 @@ def build(program: str) -> Path:
         GPU / "gpu_tables.cpp",
         ROOT / "hybridcomm/csrc/common.cpp",
     ]
-    return compile_cpp(library().parent / program, *sources, f"-I{GPU}", "-ldl", "-pthread")
+    return compile_cpp(_folder() / program, *sources, f"-I{GPU}", "-ldl", "-pthread")
 
 
 def outcomes(program: str, bug: str, seed: int, eager: int) -> list[tuple[bool, list[str]]]:

@@ -210,6 +210,11 @@ class _Model:
     def _exchange_reduce_all(self, step: Step) -> None:
         self._send_all(step, _ways(step.group), step.region.numel * self.itemsize)
 
+    def _allreduce_flat(self, step: Step) -> None:
+        raise PlanError(
+            f"step {step.id}: an algorithm of NCCL's has no predicted time here; see docs/predicted-steps.md"
+        )
+
     def _exchange_payload(self, step: Step) -> None:
         ways = [(source, target) for source, target in _ways(step.group) if step.root in (-1, target)]
         self._send_all(step, ways, self.payload_nbytes(step.region.numel))

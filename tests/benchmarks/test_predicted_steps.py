@@ -195,5 +195,5 @@ def test_kernels_by_hand() -> None:
 
 
 def test_a_kernel_that_is_not_there_is_named() -> None:
-    with pytest.raises(LookupError, match="no kernel powersgd_encode_fp32_fp32"):
+    with pytest.raises(LookupError, match="no kernel powersgd_"):
         kernel_cost(Manifest.read(), codec("powersgd:2"), Cluster(), 1 << 18)

@@ -169,25 +169,25 @@ class StaleScale(Reducer):
         stale, self._before = self._before, super()._unit()
         return stale
 
-    def _unpack(self, layout: BucketLayout, flat: torch.Tensor) -> None:
+    def _unpack(self, layout: BucketLayout) -> None:
         self._scale = self._before
-        super()._unpack(layout, flat)
+        super()._unpack(layout)
 
 
 class AveragesTwice(Reducer):
     """Divides by the world size again."""
 
-    def _unpack(self, layout: BucketLayout, flat: torch.Tensor) -> None:
-        flat.div_(self.ctx.world_size)
-        super()._unpack(layout, flat)
+    def _unpack(self, layout: BucketLayout) -> None:
+        self._flats[layout.index].div_(self.ctx.world_size)
+        super()._unpack(layout)
 
 
 class SkipsAverage(Reducer):
     """Sums where it should average."""
 
-    def _unpack(self, layout: BucketLayout, flat: torch.Tensor) -> None:
-        flat.mul_(self.ctx.world_size)
-        super()._unpack(layout, flat)
+    def _unpack(self, layout: BucketLayout) -> None:
+        self._flats[layout.index].mul_(self.ctx.world_size)
+        super()._unpack(layout)
 
 
 class NeverRollsBack(Reducer):

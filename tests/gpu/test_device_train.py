@@ -100,7 +100,9 @@ def test_a_training_gives_the_cpus_bits(compress: str) -> None:
     assert reports == []
 
 
-@pytest.mark.parametrize("options", [{"pp": 2}, {"comm": "ddp", "compress": "none"}, {"emulate": 0.1}])
+@pytest.mark.parametrize(
+    "options", [{"pp": 2}, {"tp": 2}, {"zero": 1}, {"comm": "ddp", "compress": "none"}, {"emulate": 0.1}]
+)
 def test_what_does_not_go_with_gpus_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises((ConfigError, ValueError), match=r"cuda|GPU"):
         TrainConfig(device="cuda", **options)

@@ -172,9 +172,9 @@ class TrainConfig(BaseModel):
             raise ValueError("--profile draws what --comm hybridcomm runs; DDP has no list of instructions")
         if self.emulate is not None and self.comm == "ddp":
             raise ValueError("--emulate plays what --comm hybridcomm runs: leave out --comm ddp")
-        if self.device == "cuda" and self.pp > 1:
+        if self.device == "cuda" and (self.pp > 1 or self.tp > 1 or self.zero):
             raise ValueError(
-                "--pp on GPUs is not there yet: use --tp and replicas, or leave out --device cuda"
+                "--tp, --pp and --zero on GPUs are not there yet: train replicas alone, or leave out --device cuda"
             )
         if self.device == "cuda" and (self.comm == "ddp" or self.emulate is not None):
             raise ValueError("--device cuda goes with --comm hybridcomm, and without --emulate")
@@ -189,9 +189,9 @@ class TrainConfig(BaseModel):
     def _backend_acts(self) -> None:
         if self.comm != "ddp" and self.wire.ddp_hook != "none":
             raise ValueError("--wire.ddp-hook acts on --comm ddp only")
-        if self.device == "cuda" and self.pp > 1:
+        if self.device == "cuda" and (self.pp > 1 or self.tp > 1 or self.zero):
             raise ValueError(
-                "--pp on GPUs is not there yet: use --tp and replicas, or leave out --device cuda"
+                "--tp, --pp and --zero on GPUs are not there yet: train replicas alone, or leave out --device cuda"
             )
         if self.device == "cuda" and (self.comm == "ddp" or self.emulate is not None):
             raise ValueError("--device cuda goes with --comm hybridcomm, and without --emulate")

@@ -172,12 +172,7 @@ class TrainConfig(BaseModel):
             raise ValueError("--profile draws what --comm hybridcomm runs; DDP has no list of instructions")
         if self.emulate is not None and self.comm == "ddp":
             raise ValueError("--emulate plays what --comm hybridcomm runs: leave out --comm ddp")
-        if self.device == "cuda" and (self.pp > 1 or self.tp > 1 or self.zero):
-            raise ValueError(
-                "--tp, --pp and --zero on GPUs are not there yet: train replicas alone, or leave out --device cuda"
-            )
-        if self.device == "cuda" and (self.comm == "ddp" or self.emulate is not None):
-            raise ValueError("--device cuda goes with --comm hybridcomm, and without --emulate")
+        self._backend_acts()
         if self.sequence and self.tp == 1:
             raise ValueError("--sequence splits tokens over tensor-parallel ranks: pass --tp too")
         if self.nodes > self.nproc:

@@ -85,6 +85,8 @@ def run_devices(
                 simulation.publish()
 
         with simulation:
+            if options.get("watch"):
+                simulation.share_hosts()  # what the watchdog has seen the end of, the rank's thread may free
             results = run_ranks(ranked, contexts, timeout=timeout, return_exceptions=return_exceptions)
             simulation.learn()  # what the ranks have waited for, before their tensors give device memory back
             gc.collect()

@@ -99,7 +99,14 @@ bool GpuEngine::done(GpuWork& work) {
   check();
   make_current();
   if (in_capture()) return work.over_;  // asking for an event would break the capture
-  return work.issued_ && poll(work);
+  return work.issued_ && ended(work);
+}
+
+// An abort ends what is stuck: an end counts where nothing had failed by then.
+bool GpuEngine::ended(GpuWork& work) const {
+  if (!poll(work)) return false;
+  check();
+  return true;
 }
 
 bool GpuEngine::synchronize(const std::shared_ptr<GpuWork>& work, double limit_s) {
@@ -111,7 +118,7 @@ bool GpuEngine::synchronize(const std::shared_ptr<GpuWork>& work, double limit_s
       check();
       make_current();
       finish_issue(work);
-      if (poll(*work)) return true;
+      if (ended(*work)) return true;
     }
     if (hybridcomm::Clock::now() > limit) break;
     interrupted_();

@@ -100,6 +100,7 @@ class GpuEngine {
   void finish_issue(const std::shared_ptr<GpuWork>& work);
   bool in_capture() const;
   bool poll(GpuWork& work) const;
+  bool ended(GpuWork& work) const;
   void watch();
   std::optional<Error> look();
   void drain();

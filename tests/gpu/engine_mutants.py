@@ -252,7 +252,7 @@ MUTANTS: dict[str, Mutant] = {
     "the host does not wait": Mutant(
         "gpu_engine.cpp",
         ("host reads",),
-        {"      if (poll(*work)) return true;": "      return true;"},
+        {"      if (ended(*work)) return true;": "      return true;"},
     ),
     "a work is done with the first of its streams": Mutant(
         "gpu_engine.cpp",

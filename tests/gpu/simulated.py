@@ -161,6 +161,7 @@ class Simulation:
     def __enter__(self) -> Simulation:
         self._collecting = gc.isenabled()
         gc.disable()
+        gc.collect()  # what a test before has left, handles of its round among it
         self.reset(self.seed, self.eager_percent, self.threads)
         return self
 

@@ -264,7 +264,7 @@ MUTANTS: dict[str, Mutant] = {
     "a work that is not put on to its end counts as done": Mutant(
         "gpu_engine.cpp",
         ("dropped", "host reads"),
-        {"return work.issued_ && poll(work);": "return !work.issued_ || poll(work);"},
+        {"return work.issued_ && ended(work);": "return !work.issued_ || ended(work);"},
     ),
     "who closes does not wait": Mutant(
         "gpu_engine.cpp",

@@ -76,7 +76,7 @@ class DevicePayloads:
         self._offsets = _offsets(plan, rank)
         if residual is None:  # kernels are shipped with feedback alone: what nobody keeps goes here
             total = sum(region.numel for op in RESIDUALS for region in plan.residual_regions(rank, op))
-            self._zeros, self._unused = (memory.empty(max(4 * total, 1)).view(_float32()) for _ in range(2))
+            self._zeros, self._unused = (memory.empty(4 * max(total, 1)).view(_float32()) for _ in range(2))
 
     # -- memory --------------------------------------------------------------------------------------------
 

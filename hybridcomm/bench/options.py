@@ -15,7 +15,7 @@ from hybridcomm.bench.cases import COLLECTIVES
 from hybridcomm.bench.inputs import DTYPES, OPS
 from hybridcomm.errors import HybridCommError, UnsupportedError
 
-__all__ = ["Options", "parse", "sizes"]
+__all__ = ["Options", "nbytes_of", "parse", "sizes"]
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -41,7 +41,8 @@ class Options:
     probe: bool
 
 
-def _nbytes(text: str) -> int:
+def nbytes_of(text: str) -> int:
+    """Bytes as nccl-tests writes them: 4096, 64K, 1M, 1G. Raises `argparse.ArgumentTypeError` for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)B?", text.upper())
     if match is None or (nbytes := round(float(match[1]) * _UNITS[match[2]])) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: write bytes such as 4096, 64K, 1M or 1G")
@@ -54,8 +55,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Times and checks the collectives; columns and options are those of nccl-tests.",
     )
     add = parser.add_argument
-    add("-b", "--minbytes", type=_nbytes, default="4K", metavar="SIZE", help="smallest size (default 4K)")
-    add("-e", "--maxbytes", type=_nbytes, default="16M", metavar="SIZE", help="largest size (default 16M)")
+    add("-b", "--minbytes", type=nbytes_of, default="4K", metavar="SIZE", help="smallest size (default 4K)")
+    add("-e", "--maxbytes", type=nbytes_of, default="16M", metavar="SIZE", help="largest size (default 16M)")
     add("-f", "--stepfactor", type=float, default=4.0, metavar="X", help="from size to size (default 4)")
     add("-n", "--iters", type=int, default=20, metavar="N", help="timed calls of each size (default 20)")
     add("-w", "--warmup_iters", type=int, default=5, metavar="N", help="calls before them (default 5)")

@@ -5,13 +5,10 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
-import torch
-
 from hybridcomm.device_context import DeviceContext
+from hybridcomm.selftest.rank import Rank, gradient
 from hybridcomm.topology import Topology
 from tests.engine_ranks import TIMEOUT_S, engine_contexts
 from tests.gpu.simulated import Simulation
@@ -25,25 +22,6 @@ T = TypeVar("T")
 
 NCCL = 21805
 """The oldest that is supported: nothing beyond 2.18."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rank:
-    """What a rank's test works with: the host's context, its device's, and torch on that device."""
-
-    host: Any
-    device: DeviceContext
-    torch: SimulatedTorch
-
-    @property
-    def rank(self) -> int:
-        return int(self.host.rank)
-
-    def upload(self, data: torch.Tensor) -> torch.Tensor:
-        return self.torch.upload(data)
-
-    def download(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self.torch.download(tensor)
 
 
 def run_devices(
@@ -94,11 +72,3 @@ def run_devices(
             for provider in providers:
                 provider.over = True
             return results, reports
-
-
-def gradient(numel: int, rank: int, step: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Seeded by rank and step; a few large elements among many small ones."""
-    rng = np.random.default_rng((rank, step, numel))
-    values = rng.standard_normal(numel).astype(np.float32)
-    values[rng.integers(0, numel, max(numel // 100, 1))] *= 50
-    return torch.from_numpy(values).to(dtype)

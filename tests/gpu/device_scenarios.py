@@ -15,26 +15,25 @@ import torch
 
 from hybridcomm.errors import HybridCommError, PeerLostError, StallError
 from hybridcomm.kernels import parse, reference
-from hybridcomm.reducer import Reducer
 from hybridcomm.residual import Residual
-from hybridcomm.topology import Topology
-from tests.gpu.device_ranks import Rank, gradient, run_devices
-from tests.gpu.device_reductions import (
+from hybridcomm.selftest.rank import all_differ, differ, numbers, total
+from hybridcomm.selftest.under_way import (
     CODEC,
     SMALL,
     again,
-    all_differ,
     buckets,
-    differ,
-    numbers,
+    captured,
+    in_known_memory,
     overlap,
-    put,
+    reducer,
     streams,
-    total,
     two_stage,
     unequal,
     uneven,
 )
+from hybridcomm.selftest.verbs import means, messages
+from hybridcomm.topology import Topology
+from tests.gpu.device_ranks import Rank, gradient, run_devices
 from tests.gpu.simulated import Fault, sim_library
 
 __all__ = ["EAGER", "SCENARIOS", "Scenario", "wrongs"]
@@ -77,35 +76,6 @@ def wrongs(name: str, seed: int, eager_percent: int, timeout: float = 30.0) -> l
     return [*found, *reports]
 
 
-def _messages(rank: Rank) -> list[str]:
-    """Both ways at once, one way after another, and every collective that is one call."""
-    device, world, me = rank.device, rank.device.world_size, rank.rank
-    mine = numbers(96, me)
-    out, into = rank.upload(mine), rank.upload(torch.zeros(96))
-    left, right = (me - 1) % world, (me + 1) % world
-    device.batch([(True, out, right), (False, into, left)]).wait()
-    wrong = [*differ("a message", rank.download(into), numbers(96, left))]
-    spread, mixed = rank.upload(torch.zeros(96)), rank.upload(torch.zeros(96))
-    device.all_to_all_single(mixed, out)
-    part = 96 // world
-    shares = torch.cat([numbers(96, r)[me * part : (me + 1) * part] for r in range(world)])
-    device.broadcast(spread if me else out, 0)
-    gathered, own = rank.upload(torch.zeros(96 * world)), rank.upload(torch.zeros(part))
-    device.all_gather_into_tensor(gathered, into)
-    device.reduce_scatter_tensor(own, out)
-    reduced = rank.upload(mine)
-    device.reduce(reduced, 1)
-    sums = total(rank, 96)
-    want = [
-        shares,
-        numbers(96, 0) if me else torch.zeros(96),
-        torch.cat([numbers(96, (r - 1) % world) for r in range(world)]),
-        sums[me * part : (me + 1) * part],
-        sums if me == 1 else mine,
-    ]
-    return wrong + all_differ(rank, [mixed, spread, gathered, own, reduced], want)
-
-
 def _dropped(rank: Rank) -> list[str]:
     """Nobody keeps the tensors or the works; the last one tells that all was well."""
     for i in range(3):
@@ -146,80 +116,6 @@ def _host_reads(rank: Rank) -> list[str]:
     return wrong
 
 
-def _captured(rank: Rank) -> list[str]:
-    """Two graphs of all-reduces of the same tensors, one launched twice; eager ones before and behind."""
-    dense, want = rank.upload(numbers(4096, rank.rank)), total(rank, 4096)
-    compressed, source = (rank.upload(gradient(SMALL, rank.rank, 7)) for _ in range(2))
-    eager = rank.upload(gradient(SMALL, rank.rank, 8))
-    wanted = [gradient(SMALL, rank.rank, 7), gradient(SMALL, rank.rank, 8)]
-    for each in wanted:
-        rank.host.allreduce(each, compress="bf16")
-    rank.device.allreduce(eager, compress="bf16", async_op=True)
-    work = rank.device.allreduce(compressed, compress="bf16", async_op=True)
-    work.wait()
-    rank.device.allreduce(dense, async_op=True).wait()
-    graphs = []
-    for _ in range(2):
-        with rank.torch.capture() as made:
-            rank.torch.copy([compressed], [source])
-            works = [rank.device.allreduce(dense, async_op=True)]
-            works.append(rank.device.allreduce(compressed, compress="bf16", async_op=True))
-            for each in works:
-                each.wait()
-        graphs += made
-    for graph in (graphs[0], graphs[0], graphs[1]):
-        rank.torch.replay(graph)
-    behind = rank.upload(numbers(64, rank.rank))
-    rank.device.allreduce(behind)
-    want = want * rank.device.world_size**3
-    wrong = all_differ(rank, [compressed, eager, dense, behind], [*wanted, want, total(rank, 64)])
-    for graph in graphs:
-        rank.torch.forget(graph)
-    return wrong
-
-
-def _memory(rank: Rank) -> list[str]:
-    """Tensors in memory that NCCL knows, given back while a collective of them is under way."""
-    wrong = []
-    for i in range(2):
-        tensor = rank.device.empty(SMALL)
-        put(rank, [tensor], [gradient(SMALL, rank.rank, i)])
-        want = gradient(SMALL, rank.rank, i)
-        rank.host.allreduce(want, compress="bf16")
-        rank.device.allreduce(tensor, compress="bf16", async_op=i == 1)
-        if i == 0:
-            wrong += all_differ(rank, [tensor], [want])
-        del tensor
-    return wrong
-
-
-def _reducer(rank: Rank) -> list[str]:
-    """Gradients of four buckets become complete in another order on each rank."""
-    module = torch.nn.ParameterList(torch.nn.Parameter(torch.zeros(SMALL // 64, 64)) for _ in range(4))
-    parameters = list(module)
-    reducer = Reducer(module, ctx=rank.device, compress=CODEC, bucket_cap_mb=4 * SMALL / (1 << 20))
-    on_host, wrong = Residual(), []
-    for step in range(3):  # the third is the first for which no program has to be made
-        given = [gradient(SMALL, rank.rank, 4 * step + i) for i in range(4)]
-        for parameter, each in zip(parameters, given, strict=True):
-            parameter.grad = rank.upload(each.view(-1, 64))
-        for i in range(4):
-            reducer.ready(parameters[(i + rank.rank) % 4])
-        reducer.finalize()
-        for layout in reducer.layouts:
-            flat = torch.zeros(layout.numel)
-            for span in layout.spans:
-                flat[span.begin : span.end] = given[int(span.name)]
-            rank.host.allreduce(flat, op="mean", compress=CODEC, residual=on_host, residual_key=layout.key)
-            for span in layout.spans:
-                got = rank.download(parameters[int(span.name)].grad).flatten()
-                wrong += differ(f"gradient {span.name}", got, flat[span.begin : span.end])
-        reducer.commit()
-        on_host.commit()
-    reducer.close()
-    return wrong
-
-
 def _payloads(rank: Rank) -> list[str]:
     """What goes over the wire is a payload by its own header, which the host's decoder takes."""
     tensor = rank.upload(gradient(SMALL, rank.rank, 10))
@@ -245,20 +141,6 @@ def _closed(rank: Rank) -> list[str]:
     wrong = [*differ("read behind the end", tensor, want)]
     rank.torch.drop(tensor)
     return wrong
-
-
-def _means(rank: Rank) -> list[str]:
-    """Of both dtypes, of all ranks and, by the route, of nodes: each has a factor of its own."""
-    mine = numbers(4096, rank.rank)
-    singles, doubles, routed = rank.upload(mine), rank.upload(mine.double()), rank.upload(mine)
-    sums = total(rank, 4096)
-    rank.device.allreduce(singles, op="mean", flat=True)
-    rank.device.allreduce(doubles, op="mean", flat=True)
-    rank.device.allreduce(routed, op="mean", flat=False)
-    part, own = rank.upload(torch.zeros(1024)), sums[1024 * rank.rank : 1024 * (rank.rank + 1)]
-    rank.device.reduce_scatter_tensor(part, rank.upload(mine), op="mean")
-    wants = [sums / 4, (sums / 4).double(), sums / 4, own / 4]
-    return all_differ(rank, [singles, doubles, routed, part], wants)
 
 
 def _refused(rank: Rank) -> list[str]:
@@ -306,19 +188,19 @@ SCENARIOS: dict[str, Scenario] = {
     "again": Scenario(nodes=(2, 2), body=again),
     "unequal": Scenario(nodes=(2, 1), body=unequal),
     "uneven shards": Scenario(nodes=(2, 2), body=uneven),
-    "messages": Scenario(nodes=(2, 1), body=_messages),
+    "messages": Scenario(nodes=(2, 1), body=messages),
     "two-stage": Scenario(nodes=(1, 1, 1), body=two_stage),
     "overlap": Scenario(nodes=(1, 1), body=overlap),
     "streams": Scenario(nodes=(1, 1), body=streams),
     "dropped": Scenario(nodes=(1, 1), body=_dropped),
     "host reads": Scenario(nodes=(1, 1), body=_host_reads),
-    "captured": Scenario(nodes=(1, 1), body=_captured),
-    "memory": Scenario(nodes=(2, 1), body=_memory, options={"nccl": 22703}),
-    "reducer": Scenario(nodes=(2, 1), body=_reducer),
+    "captured": Scenario(nodes=(1, 1), body=captured),
+    "memory": Scenario(nodes=(2, 1), body=in_known_memory, options={"nccl": 22703}),
+    "reducer": Scenario(nodes=(2, 1), body=reducer),
     "payloads": Scenario(nodes=(1, 1), body=_payloads),
     "closed": Scenario(nodes=(2, 1), body=_closed),
     "refused": Scenario(nodes=(1, 1), body=_refused, expected="misuse: ncclGroupEnd without ncclGroupStart"),
-    "means": Scenario(nodes=(2, 2), body=_means),
+    "means": Scenario(nodes=(2, 2), body=means),
     "hangs": Scenario(nodes=(1, 1), body=_fails(Fault.HANGS, StallError, PeerLostError), options=_WATCHED),
     "lost": Scenario(
         nodes=(1, 1), body=_fails(Fault.REMOTE_ERROR, PeerLostError, StallError), options=_WATCHED

@@ -254,6 +254,9 @@ class SimulatedTorch:
     def synchronize(self) -> None:
         _call("cuStreamSynchronize", self._stream)
 
+    def delay(self, microseconds: int) -> None:
+        """Nothing: streams are late as it is, in seeded order."""
+
     def adopt(self, tensor: torch.Tensor) -> torch.Tensor:
         """A CPU tensor counts as the device's from now on, until it is dropped."""
         self.simulation.adopt(tensor, self.ordinal)

@@ -2,84 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 from hybridcomm import device_draws
 from hybridcomm.errors import DataTypeError, UnsupportedError
 from hybridcomm.residual import Residual
+from hybridcomm.selftest.cases import SEEDED, TWICE
+from hybridcomm.selftest.kernels import SPECS
+from hybridcomm.selftest.reductions import dense, draws, feedback, reals
 from hybridcomm.topology import Topology
 from tests.gpu.device_ranks import Rank, gradient, run_devices
 
 pytestmark = pytest.mark.xdist_group("gpu-engine")
 
-CODECS = (
-    "topk:0.01", "topk:0.01+sign", "topk:0.01+int8", "gtop1", "gtopk:0.01",
-    "int8", "int4", "sign1", "fp8", "fp16", "bf16",
-    "randk:0.01", "powersgd:1", "powersgd:2", "powersgd:4",
-)  # fmt: skip
-TWICE = tuple(codec for codec in CODECS if not codec.startswith("gtopk"))
-"""Whose sums can be encoded anew."""
 
-
-def feedback(codec: str, exchange: str, numel: int, steps: int = 3) -> Any:
-    """Each step's mean with error feedback, on the host and on the device; whether all are the same bits."""
-
-    def body(rank: Rank) -> bool:
-        on_host, on_device = Residual(), Residual()
-        same = True
-        for step in range(steps):
-            grad = gradient(numel, rank.rank, step)
-            want = grad.clone()
-            rank.host.allreduce(want, op="mean", compress=codec, residual=on_host, exchange=exchange)
-            tensor = rank.upload(grad)
-            rank.device.allreduce(tensor, op="mean", compress=codec, residual=on_device, exchange=exchange)
-            same = same and torch.equal(rank.download(tensor), want)
-            for residual in (on_host, on_device):
-                residual.rollback() if step == 1 else residual.commit()
-        kept, wanted = on_device.state_dict(), on_host.state_dict()
-        return same and kept.keys() == wanted.keys() and all((kept[k] == wanted[k]).all() for k in kept)
-
-    return body
-
-
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", SPECS)
 @pytest.mark.parametrize(("nodes", "seed"), [("2x2", 1), ("3x1", 2)])
 def test_payloads_gathered_give_the_hosts_bits(codec: str, nodes: str, seed: int) -> None:
     topology = Topology.virtual(*map(int, nodes.split("x")))
     results, reports = run_devices(topology, feedback(codec, "gather", 1 << 16), seed=seed)
-    assert all(results)
+    assert results == [[]] * topology.world_size
     assert reports == []
 
 
 @pytest.mark.parametrize("codec", TWICE)
 def test_payloads_in_two_stages_give_the_hosts_bits(codec: str) -> None:
     results, reports = run_devices(Topology.virtual(3, 2), feedback(codec, "two_stage", 3 << 16), seed=3)
-    assert all(results)
+    assert results == [[]] * 6
     assert reports == []
 
 
-@pytest.mark.parametrize("codec", ["powersgd:2", "randk:0.01"])
+@pytest.mark.parametrize("codec", SEEDED)
 def test_every_call_draws_anew_and_as_the_host_does(codec: str) -> None:
-    """Of one tensor, nobody waiting in between; several chunks, each a step with a seed of its own."""
-    numel = 5 << 17
-
-    def body(rank: Rank) -> bool:
-        grad = gradient(numel, rank.rank, 0)
-        want = [grad.clone() for _ in range(3)]
-        for each in want:
-            rank.host.allreduce(each, compress=codec)
-        tensors = [rank.upload(grad) for _ in range(3)]
-        works = [rank.device.allreduce(tensor, compress=codec, async_op=True) for tensor in tensors]
-        for work in works:
-            work.wait()
-        anew = not torch.equal(want[0], want[1]) and not torch.equal(want[1], want[2])
-        return anew and all(torch.equal(rank.download(t), w) for t, w in zip(tensors, want, strict=True))
-
-    results, reports = run_devices(Topology.virtual(2, 1), body, seed=6)
-    assert results == [True] * 2
+    """Several chunks, each a step with a seed of its own."""
+    results, reports = run_devices(Topology.virtual(2, 1), draws(codec, 5 << 17), seed=6)
+    assert results == [[]] * 2
     assert reports == []
 
 
@@ -90,7 +48,7 @@ def test_a_seed_that_forgets_the_call_or_the_step_is_noticed(
     right = device_draws.seed_of
     monkeypatch.setattr(device_draws, "seed_of", lambda digest, c, s: right(digest, c * call, s * step))
     results, _ = run_devices(Topology.virtual(2, 1), feedback("powersgd:2", "gather", 1 << 14))
-    assert not any(results)
+    assert all(results)
 
 
 def test_draws_do_not_depend_on_the_stream_and_are_in_no_graph() -> None:
@@ -122,30 +80,51 @@ def test_draws_do_not_depend_on_the_stream_and_are_in_no_graph() -> None:
 def test_nodes_of_unequal_size_give_the_hosts_bits() -> None:
     topology = Topology.from_sizes((3, 1, 2))
     results, reports = run_devices(topology, feedback("topk:0.01", "gather", 3 * 4096 * 4), seed=5)
-    assert all(results)
+    assert results == [[]] * 6
+    assert reports == []
+
+
+@pytest.mark.parametrize("exchange", ["gather", "two_stage"])
+@pytest.mark.parametrize("codec", ["topk:0.01", "randk:0.01"])
+def test_ranks_that_own_nothing_of_a_short_tensor_take_part(codec: str, exchange: str) -> None:
+    """One block, so one shard, of which rank 1 has none: there is nothing that it could encode, with or without a
+    residual."""
+    call = {"op": "sum", "compress": codec, "exchange": exchange}
+
+    def body(rank: Rank) -> list[bool]:
+        same = []
+        for residual in ({}, {"residual": Residual()}):
+            want = gradient(1024, rank.rank, 0)
+            tensor = rank.upload(want)
+            rank.host.allreduce(want, **call, **({"residual": Residual()} if residual else {}))
+            rank.device.allreduce(tensor, **call, **residual)
+            same.append(torch.equal(rank.download(tensor), want))
+        return same
+
+    results, reports = run_devices(Topology.from_sizes((2, 1)), body)
+    assert results == [[True, True]] * 3
     assert reports == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("flat", [True, False])
-@pytest.mark.parametrize("nodes", [(1, 4), (2, 2), (4, 1)])
-def test_dense_sums_and_means_are_right(dtype: torch.dtype, flat: bool, nodes: tuple[int, int]) -> None:
+@pytest.mark.parametrize("nodes", [(4,), (2, 2), (1, 1, 1, 1)])
+def test_dense_sums_and_means_are_right(dtype: torch.dtype, flat: bool, nodes: tuple[int, ...]) -> None:
     """Integers of crafted sizes: sums are exact in any order, and a mean of four halves them exactly."""
-    numel = 4096 + 16
-
-    def body(rank: Rank) -> bool:
-        values = (torch.arange(numel) % 7 - 3 + rank.rank).to(dtype)
-        total = sum((torch.arange(numel) % 7 - 3 + other) for other in range(4))
-        found = []
-        for op, want in (("sum", total), ("mean", total / 4), ("max", torch.arange(numel) % 7)):
-            tensor = rank.upload(values)
-            rank.device.allreduce(tensor, op=op, flat=flat)
-            found.append(torch.equal(rank.download(tensor).double(), want.double()))
-        return all(found)
-
-    results, reports = run_devices(Topology.virtual(*nodes), body, seed=7)
-    assert results == [True] * 4
+    body = dense(dtype, flat=flat, numel=4096 + 16)
+    results, reports = run_devices(Topology.from_sizes(nodes), body, seed=7)
+    assert results == [[]] * 4
     assert reports == []
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_dense_sums_of_real_numbers_are_within_their_roundings(flat: bool) -> None:
+    """Of three ranks, where means round as well."""
+    topology = Topology.from_sizes((2, 1))
+    for body in (reals(flat=flat, numel=4099), dense(torch.float32, flat=flat, numel=4099)):
+        results, reports = run_devices(topology, body, seed=8)
+        assert results == [[]] * 3
+        assert reports == []
 
 
 @pytest.mark.parametrize("eager", [0, 60, 97])

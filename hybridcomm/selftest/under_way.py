@@ -1,46 +1,28 @@
-"""All-reduces that GPU ranks do together, and what tells whether their values are right; see `device_scenarios`."""
+"""Cases of all-reduces that are under way together: several buckets, overlaps, streams, graphs, the Reducer.
+
+Each is called on every rank with what is its own, and returns what is wrong: values that are not the host's bits, or
+not the exact sums of integers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from hybridcomm.reducer import Reducer
 from hybridcomm.residual import Residual
-from tests.gpu.device_ranks import Rank, gradient
+from hybridcomm.selftest.rank import Rank, all_differ, differ, gradient, near, numbers, put, total
+from hybridcomm.selftest.reductions import same_residual
 
 __all__ = [
-    "CODEC", "SMALL", "again", "all_differ", "buckets", "differ", "numbers", "overlap", "put", "streams", "total",
-    "two_stage", "unequal", "uneven",
+    "CODEC", "SMALL", "again", "buckets", "captured", "in_known_memory", "overlap", "reducer", "streams", "two_stage",
+    "unequal", "uneven",
 ]  # fmt: skip
 
 CODEC = "topk:0.01"
 SMALL = 1 << 13
-
-
-def differ(what: str, got: torch.Tensor, want: torch.Tensor) -> Iterator[str]:
-    if not torch.equal(got, want):
-        yield f"value: {what}, {int((got != want).sum())} of {want.numel()} elements"
-
-
-def all_differ(rank: Rank, tensors: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> list[str]:
-    pairs = enumerate(zip(tensors, want, strict=True))
-    return [line for i, (t, w) in pairs for line in differ(f"tensor {i}", rank.download(t), w)]
-
-
-def numbers(numel: int, rank: int) -> torch.Tensor:
-    """Small integers, whose sums are exact in any order."""
-    return (torch.arange(numel) % 7 - 3 + rank).to(torch.float32)
-
-
-def total(rank: Rank, numel: int) -> torch.Tensor:
-    return sum((numbers(numel, other) for other in range(rank.device.world_size)), torch.zeros(numel))
-
-
-def put(rank: Rank, tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
-    sources = [rank.upload(each) for each in values]
-    rank.torch.copy(tensors, sources)
-    rank.torch.synchronize()  # before the sources go
 
 
 def buckets(rank: Rank) -> list[str]:
@@ -53,7 +35,7 @@ def buckets(rank: Rank) -> list[str]:
         put(rank, tensors, want)
         works = []
         for i, tensor in enumerate(tensors):
-            shared = {"op": "mean", "compress": CODEC, "residual_key": f"{i}"}
+            shared: dict[str, Any] = {"op": "mean", "compress": CODEC, "residual_key": f"{i}"}
             rank.host.allreduce(want[i], residual=on_host, **shared)
             works.append(rank.device.allreduce(tensor, residual=on_device, async_op=True, **shared))
         for work in works if rank.rank % 2 else reversed(works):  # the order of waits is a rank's own
@@ -61,8 +43,7 @@ def buckets(rank: Rank) -> list[str]:
         wrong += all_differ(rank, tensors, want)
         for residual in (on_host, on_device):
             residual.rollback() if step == 1 else residual.commit()
-    kept, wanted = on_device.state_dict(), on_host.state_dict()
-    return wrong + [f"value: residual {k}" for k in wanted if not (kept[k] == wanted[k]).all()]
+    return wrong + same_residual(on_device, on_host)
 
 
 def again(rank: Rank) -> list[str]:
@@ -76,12 +57,11 @@ def again(rank: Rank) -> list[str]:
         works.append(rank.device.allreduce(dense, flat=flat, async_op=True))
     for work in works[-2:]:
         work.wait()
-    factor = rank.device.world_size**2
-    return all_differ(rank, [compressed, dense], [want, total(rank, 4096) * factor])
+    return all_differ(rank, [compressed, dense], [want, total(rank, 4096) * rank.world**2])
 
 
 def unequal(rank: Rank) -> list[str]:
-    """Nodes of unequal size; routes beside NCCL's own algorithm, sums beside means."""
+    """Routes beside NCCL's own algorithm, sums beside means: what nodes of unequal size do otherwise."""
     tensors = [rank.upload(numbers(4096, rank.rank)) for _ in range(3)]
     rank.device.allreduce(tensors[0], flat=True, async_op=True)
     rank.device.allreduce(tensors[1], flat=False, async_op=True)
@@ -95,9 +75,10 @@ def unequal(rank: Rank) -> list[str]:
     for tensor in tensors[1:]:
         rank.device.allreduce(tensor, op="max")
     sums = total(rank, 4096)
-    most = numbers(4096, rank.device.world_size - 1)
-    got = rank.download(tensors[0])
-    wrong = [] if torch.allclose(got, sums, rtol=1e-6, atol=1e-5) else ["value: a mean of sums"]
+    most = numbers(4096, rank.world - 1)
+    wrong = list(
+        near("a mean of sums", rank.download(tensors[0]), sums.double(), sums.abs().double(), rank.world)
+    )
     return wrong + all_differ(rank, [*tensors[1:], compressed], [sums, most, want])
 
 
@@ -115,7 +96,7 @@ def uneven(rank: Rank) -> list[str]:
         for work in works:
             work.wait()
         wrong += all_differ(rank, [compressed], [want])
-    return wrong + all_differ(rank, [dense], [total(rank, 4099) * rank.device.world_size])
+    return wrong + all_differ(rank, [dense], [total(rank, 4099) * rank.world])
 
 
 def two_stage(rank: Rank) -> list[str]:
@@ -127,7 +108,9 @@ def two_stage(rank: Rank) -> list[str]:
         put(rank, tensors, want)
         works = []
         for i, tensor in enumerate(tensors):
-            shared = {"op": "mean", "compress": "int8", "exchange": "two_stage", "residual_key": f"{i}"}
+            shared: dict[str, Any] = {
+                "op": "mean", "compress": "int8", "exchange": "two_stage", "residual_key": f"{i}",
+            }  # fmt: skip
             rank.host.allreduce(want[i], residual=on_host, **shared)
             works.append(rank.device.allreduce(tensor, residual=on_device, async_op=True, **shared))
         for work in works:
@@ -146,8 +129,9 @@ def overlap(rank: Rank) -> list[str]:
     works = []
     for part, compress in ((slice(0, numel), "bf16"), (slice(0, SMALL), "bf16"), (slice(SMALL, numel), "fp16"),
                            (slice(0, numel), None), (slice(0, SMALL), "bf16")):  # fmt: skip
-        rank.host.allreduce(want[part], compress=compress, op="mean")
-        works.append(rank.device.allreduce(whole[part], compress=compress, op="mean", async_op=True))
+        op = "mean" if compress else "max"  # which is exact in any order
+        rank.host.allreduce(want[part], compress=compress, op=op)
+        works.append(rank.device.allreduce(whole[part], compress=compress, op=op, async_op=True))
     works[-1].wait()
     works[2].wait()
     return all_differ(rank, [whole], [want])
@@ -172,4 +156,91 @@ def streams(rank: Rank) -> list[str]:
             rank.device.allreduce(second, compress=CODEC, stream=other)
             rank.torch.copy(copies[1:], [second])
         wrong += all_differ(rank, copies, want)
+    return wrong
+
+
+def captured(rank: Rank) -> list[str]:
+    """Two graphs of all-reduces of the same tensors, one launched twice; eager ones before and behind."""
+    dense, want = rank.upload(numbers(4096, rank.rank)), total(rank, 4096)
+    compressed, source = (rank.upload(gradient(SMALL, rank.rank, 7)) for _ in range(2))
+    eager = rank.upload(gradient(SMALL, rank.rank, 8))
+    wanted = [gradient(SMALL, rank.rank, 7), gradient(SMALL, rank.rank, 8)]
+    for each in wanted:
+        rank.host.allreduce(each, compress="bf16")
+    rank.device.allreduce(eager, compress="bf16", async_op=True)
+    work = rank.device.allreduce(compressed, compress="bf16", async_op=True)
+    work.wait()
+    rank.device.allreduce(dense, async_op=True).wait()
+    graphs: list[Any] = []
+    for _ in range(2):
+        with rank.torch.capture() as made:
+            rank.torch.copy([compressed], [source])
+            works = [rank.device.allreduce(dense, async_op=True)]
+            works.append(rank.device.allreduce(compressed, compress="bf16", async_op=True))
+            for each_work in works:
+                each_work.wait()
+        graphs += made
+    for graph in (graphs[0], graphs[0], graphs[1]):
+        rank.torch.replay(graph)
+    behind = rank.upload(numbers(64, rank.rank))
+    rank.device.allreduce(behind)
+    want = want * rank.world**3
+    wrong = all_differ(rank, [compressed, eager, dense, behind], [*wanted, want, total(rank, 64)])
+    for graph in graphs:
+        rank.torch.forget(graph)
+    return wrong
+
+
+def in_known_memory(rank: Rank) -> list[str]:
+    """Tensors in memory that NCCL knows, given back while a collective of them is under way."""
+    wrong = []
+    for i in range(2):
+        tensor = rank.device.empty(SMALL)
+        put(rank, [tensor], [gradient(SMALL, rank.rank, i)])
+        want = gradient(SMALL, rank.rank, i)
+        rank.host.allreduce(want, compress="bf16")
+        rank.device.allreduce(tensor, compress="bf16", async_op=i == 1)
+        if i == 0:
+            wrong += all_differ(rank, [tensor], [want])
+        del tensor
+    return wrong
+
+
+def reducer(rank: Rank) -> list[str]:
+    """Gradients of four buckets become complete in another order on each rank."""
+    module = torch.nn.ParameterList(torch.nn.Parameter(torch.zeros(SMALL // 64, 64)) for _ in range(4))
+    rank.torch.place(module)
+    parameters = list(module)
+    made = Reducer(module, ctx=rank.device, compress=CODEC, bucket_cap_mb=4 * SMALL / (1 << 20))
+    on_host, wrong = Residual(), list[str]()
+    for step in range(3):  # the third is the first for which no program has to be made
+        given = [gradient(SMALL, rank.rank, 4 * step + i) for i in range(4)]
+        for parameter, each in zip(parameters, given, strict=True):
+            parameter.grad = rank.upload(each.view(-1, 64))
+        for i in range(4):
+            made.ready(parameters[(i + rank.rank) % 4])
+        made.finalize()
+        for layout in made.layouts:
+            flat = torch.zeros(layout.numel)
+            for span in layout.spans:
+                flat[span.begin : span.end] = given[int(span.name)]
+            rank.host.allreduce(flat, op="mean", compress=CODEC, residual=on_host, residual_key=layout.key)
+            wrong += _gradients_differ(rank, parameters, layout.spans, flat)
+        made.commit()
+        on_host.commit()
+    made.close()
+    return wrong
+
+
+def _gradients_differ(
+    rank: Rank, parameters: Sequence[torch.Tensor], spans: Sequence[Any], want: torch.Tensor
+) -> list[str]:
+    wrong: list[str] = []
+    for span in spans:
+        grad = parameters[int(span.name)].grad
+        if grad is None:
+            wrong.append(f"value: gradient {span.name} is none")
+        else:
+            got = rank.download(grad).flatten()
+            wrong += differ(f"gradient {span.name}", got, want[span.begin : span.end])
     return wrong

@@ -32,7 +32,7 @@ class Rank:
     """What a rank's test works with: the host's context, its device's, and torch on that device."""
 
     host: Any
-    device: DeviceContext
+    device: DeviceContext  # None where nobody has connected it
     torch: SimulatedTorch
 
     @property
@@ -57,11 +57,13 @@ def run_devices(
     nccl: int = NCCL,
     patience_ms: int | None = None,
     return_exceptions: bool = False,
+    connect: bool = True,
     **options: Any,
 ) -> tuple[list[T], list[str]]:
     """``body`` on every rank; (results by rank, what the simulation reported). ``options``: of `DeviceContext.connect`.
 
-    ``stall_s``: the contexts' timeout; ``nccl``: the version that is simulated; ``patience_ms``: `Simulation.patience`.
+    ``connect``: else the body does that, or nobody. ``stall_s``: the contexts' timeout; ``nccl``: the version that is
+    simulated; ``patience_ms``: `Simulation.patience`.
     """
     os.environ["HYBRIDCOMM_CUDA"] = os.environ["HYBRIDCOMM_NCCL"] = str(library())
     world = topology.world_size
@@ -76,11 +78,12 @@ def run_devices(
         def ranked(host: Any) -> T:
             provider = SimulatedTorch(simulation, host.rank)
             providers.append(provider)
-            device = DeviceContext.connect(host, provider, **{"watch": 0, **options})
+            if connect:
+                host.connect_device(provider=provider, **{"watch": 0, **options})
             try:
-                return body(Rank(host=host, device=device, torch=provider))
+                return body(Rank(host=host, device=host.device, torch=provider))
             finally:
-                device.close()
+                host.close_device()
                 provider.close()
                 simulation.publish()
 

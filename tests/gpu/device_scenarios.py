@@ -35,6 +35,7 @@ from tests.gpu.device_reductions import (
     unequal,
     uneven,
 )
+from tests.gpu.device_verbs import coalesced, verbs
 from tests.gpu.simulated import Fault, sim_library
 
 __all__ = ["EAGER", "SCENARIOS", "Scenario", "wrongs"]
@@ -307,6 +308,8 @@ SCENARIOS: dict[str, Scenario] = {
     "unequal": Scenario(nodes=(2, 1), body=unequal),
     "uneven shards": Scenario(nodes=(2, 2), body=uneven),
     "messages": Scenario(nodes=(2, 1), body=_messages),
+    "verbs": Scenario(nodes=(2, 2), body=verbs),
+    "coalesced": Scenario(nodes=(2, 1), body=coalesced),
     "two-stage": Scenario(nodes=(1, 1, 1), body=two_stage),
     "overlap": Scenario(nodes=(1, 1), body=overlap),
     "streams": Scenario(nodes=(1, 1), body=streams),

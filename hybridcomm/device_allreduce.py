@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from hybridcomm import collective_plans, policy, reduction
+from hybridcomm import auto, collective_plans, policy, reduction
 from hybridcomm import compress as compressors
 from hybridcomm.device_coalesce import GroupedCall
 from hybridcomm.device_exchanges import DeviceExchanges
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hybridcomm import _C
     from hybridcomm.bucket import Span
     from hybridcomm.compress import ByLink, Compressor
+    from hybridcomm.device_context import DeviceContext
     from hybridcomm.device_plan import DevicePlan
     from hybridcomm.plan import Plan
     from hybridcomm.reduction import Op
@@ -88,7 +89,9 @@ class DeviceAllreduce(DeviceExchanges):
             fields = self._reduction(op, tensor)
             call = GroupedCall("all_reduce", tensor, tensor, tensor.numel(), fields)
             return self._batch.take(call, [t, tensor], plain=plain)
-        codec = self._codec(compress, dtype, name)
+        codec, exchange = self._codec(compress, tensor.numel(), dtype, name, exchange)
+        if codec is None and auto.is_auto(compressors.by_link(compress).inter_node):
+            residual = None  # the policy's answer for this size is dense, now and later
         flat = self.flat if flat is None else flat
         key = ("allreduce", tensor.numel(), dtype, name, str(codec), codec, exchange, flat)
         plan = self._plan(
@@ -98,23 +101,25 @@ class DeviceAllreduce(DeviceExchanges):
             raise UnsupportedError("residual= needs compress=, and nodes to compress between")
         pair = self._staged(plan, codec, residual, residual_key, spans)
         where = (tensor.data_ptr(), *(() if pair is None else (each.data_ptr() for each in pair)))
-        program = self._program((key, residual_key, where), plan, tensor, codec, pair)
+        decay = 1.0 if residual is None else residual.decay
+        program = self._program((key, residual_key, where, decay), plan, tensor, codec, pair, decay)
         return self._start(
             program, [t, tensor, *(pair or ())], async_op, stream, residual_key, sent_nbytes(plan, self.rank)
         )
 
-    def _codec(self, compress: ByLink, dtype: str, op: str) -> Compressor | None:
+    def _codec(
+        self, compress: ByLink, numel: int, dtype: str, op: str, exchange: str
+    ) -> tuple[Compressor | None, str]:
+        """(compressor between nodes, exchange), as asked for or by policy."""
         links = compressors.by_link(compress)
         if links.intra_node is not None:
             raise UnsupportedError("compress= inside nodes: GPUs of a node are summed dense")
-        if isinstance(links.inter_node, str) and links.inter_node.partition(":")[0] == "auto":
-            raise UnsupportedError(
-                "compress='auto' on a GPU: nothing was measured there yet; name a compressor"
-            )
-        codec = compressors.resolve(links.inter_node)
+        codec, exchange = auto.resolve(
+            cast("DeviceContext", self), links.inter_node, numel=numel, dtype=dtype, op=op, exchange=exchange
+        )
         if codec is not None:
             compressors.check_compressible(codec, dtype=dtype, op=op)
-        return codec
+        return codec, exchange
 
     def _plan_allreduce(
         self, numel: int, dtype: str, op: str, codec: Compressor | None, exchange: str, flat: bool
@@ -155,8 +160,11 @@ class DeviceAllreduce(DeviceExchanges):
         if residual is None or codec is None:
             return None
         compressors.check_feedback(codec, residual)
-        if residual.momentum or residual.decay != 1.0:
-            raise UnsupportedError("Residual(decay=, momentum=): on GPUs kernels are shipped without them")
+        if residual.momentum:
+            raise UnsupportedError(
+                "Residual(momentum=) on a GPU: its kernels do not tell what was sent, which leaves the velocity; take "
+                "decay=, or keep momentum in the optimizer"
+            )
         residual.place(self._residuals)
         regions = plan.residuals(self.rank)
         e_in: Any
@@ -175,6 +183,7 @@ class DeviceAllreduce(DeviceExchanges):
         tensor: torch.Tensor,
         codec: Compressor | None,
         pair: tuple[torch.Tensor, torch.Tensor] | None,
+        decay: float,
     ) -> tuple[_C.DeviceProgram, DevicePlan, Sequence[Any]]:
         found = self._programs.get(key)
         if found is not None:
@@ -187,7 +196,14 @@ class DeviceAllreduce(DeviceExchanges):
 
             arch = self._engine.compute_capability
             payloads = DevicePayloads(
-                plan, self.rank, codec, tensor, pair, memory=self.provider, find=lambda name: find(name, arch)
+                plan,
+                self.rank,
+                codec,
+                tensor,
+                pair,
+                memory=self.provider,
+                find=lambda name: find(name, arch),
+                decay=decay,
             )
         buffer = Buffer("tensor", tensor.data_ptr(), tensor.numel() * tensor.element_size())
         places = Places(tensor=buffer, comms=self._comms)

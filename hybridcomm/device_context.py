@@ -30,8 +30,10 @@ from hybridcomm.stream_provider import StreamProvider, TorchCuda
 if TYPE_CHECKING:
     import torch
 
+    from hybridcomm.auto import Policy
     from hybridcomm.context import Context
     from hybridcomm.device_plan import DevicePlan
+    from hybridcomm.device_probe import Stopwatch
     from hybridcomm.groups import Grouping
     from hybridcomm.plan import Plan
 
@@ -58,6 +60,7 @@ class DeviceContext(DeviceAllreduce):
         streams: tuple[int, int, int],
         flat: bool,
         debug: bool,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         self.host, self.provider, self.flat, self.debug = host, provider, flat, debug
         self._engine, self._comms, self._streams = engine, comms, streams
@@ -68,6 +71,8 @@ class DeviceContext(DeviceAllreduce):
         self._running: deque[DeviceWork] = deque()
         self._captured: list[Any] = []  # memory of programs in graphs, which may be launched at any time
         self._calls = self._first = 0
+        self.policies: dict[str, Policy] = {}  # of "auto" texts: see hybridcomm.device_auto
+        self.stopwatch: Stopwatch = stopwatch or (lambda call, _, __: provider.timed(call))
         self._batch: DeviceCoalescing | None = None  # that takes the calls at the moment
         self._residuals = DeviceResiduals(provider)
 
@@ -81,6 +86,7 @@ class DeviceContext(DeviceAllreduce):
         flat: bool = True,
         watch: float = _WATCH_S,
         debug: bool = False,
+        stopwatch: Stopwatch | None = None,
     ) -> DeviceContext:
         """Loads CUDA and NCCL, and connects this rank's device to the others'; all ranks of ``host`` call it.
 
@@ -88,7 +94,8 @@ class DeviceContext(DeviceAllreduce):
         is not compressed is left to NCCL's own algorithms; False: it takes the plan's route, stage by stage. ``watch``:
         s between looks of the watchdog, which ends everything with a typed error where NCCL failed in the background,
         or something was not done within the context's timeout; 0: none. ``debug``: before each call ranks compare what
-        they are about to do, which makes the host wait, and raise `PlanMismatchError` where they differ.
+        they are about to do, which makes the host wait, and raise `PlanMismatchError` where they differ. ``stopwatch``:
+        what ``compress="auto"`` measures with (default: the provider's events).
 
         Raises `UnsupportedError`, on all ranks, where one has no such device or a library is missing or too old, or
         ranks differ in it.
@@ -112,7 +119,9 @@ class DeviceContext(DeviceAllreduce):
         device_comms.check_alike(host, facts)
         comms = device_comms.connect(engine, host)
         # One stream for all of NCCL: kernels of two communicators that wait for each other may fill a device.
-        made = cls(host, provider, engine, comms, streams=(0, 1, 1), flat=flat, debug=debug)
+        made = cls(
+            host, provider, engine, comms, streams=(0, 1, 1), flat=flat, debug=debug, stopwatch=stopwatch
+        )
         made._first = host._engine.counters()["calls"]  # what is drawn goes on where the host's calls are
         return made
 
@@ -136,7 +145,14 @@ class DeviceContext(DeviceAllreduce):
         host = self.host.group(ranks)
         comms = device_comms.connect(self._engine, host) if host.is_member else {}
         return DeviceContext(
-            host, self.provider, self._engine, comms, streams=self._streams, flat=self.flat, debug=self.debug
+            host,
+            self.provider,
+            self._engine,
+            comms,
+            streams=self._streams,
+            flat=self.flat,
+            debug=self.debug,
+            stopwatch=self.stopwatch,
         )
 
     def describe(self) -> str:

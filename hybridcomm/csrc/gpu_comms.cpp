@@ -73,8 +73,9 @@ std::exception_ptr Comms::failure(ncclComm_t comm, ncclResult_t result, const ch
                                   Code otherwise) const {
   const std::string why = words(comm, result);
   if (result == ncclUnhandledCudaError) return std::make_exception_ptr(nccl_.cuda_failed(call, result, why));
-  const bool peer = result == ncclRemoteError || result == ncclSystemError;
-  return std::make_exception_ptr(Error(peer ? Code::peer_lost : otherwise, std::string(call) + ": " + why));
+  if (result == ncclRemoteError || result == ncclSystemError) otherwise = Code::peer_lost;
+  if (result == ncclInternalError) otherwise = Code::aborted;
+  return std::make_exception_ptr(Error(otherwise, std::string(call) + ": " + why));
 }
 
 void Comms::fail(ncclComm_t comm, ncclResult_t result, const char* call) const {

@@ -74,7 +74,7 @@ class Comms {
   ncclConfig_t config() const;
   int add(ncclComm_t comm);
   std::string words(ncclComm_t comm, ncclResult_t result) const;
-  // A peer's, CUDA's, or else of that code.
+  // A peer's, CUDA's, NCCL's own, or else of that code.
   std::exception_ptr failure(ncclComm_t comm, ncclResult_t result, const char* call, Code otherwise) const;
   [[noreturn]] void fail(ncclComm_t comm, ncclResult_t result, const char* call) const;
   void settle(ncclComm_t comm, ncclResult_t result, const char* call);

@@ -252,7 +252,7 @@ MUTANTS: dict[str, Mutant] = {
     "the host does not wait": Mutant(
         "gpu_engine.cpp",
         ("host reads",),
-        {"      if (poll(*work)) return true;": "      return true;"},
+        {"      if (ended(*work)) return true;": "      return true;"},
     ),
     "a work is done with the first of its streams": Mutant(
         "gpu_engine.cpp",
@@ -264,7 +264,7 @@ MUTANTS: dict[str, Mutant] = {
     "a work that is not put on to its end counts as done": Mutant(
         "gpu_engine.cpp",
         ("dropped", "host reads"),
-        {"return work.issued_ && poll(work);": "return !work.issued_ || poll(work);"},
+        {"return work.issued_ && ended(work);": "return !work.issued_ || ended(work);"},
     ),
     "who closes does not wait": Mutant(
         "gpu_engine.cpp",
@@ -274,13 +274,13 @@ MUTANTS: dict[str, Mutant] = {
     "a failure of NCCL in the background is not heard": Mutant(
         "gpu_watch.cpp",
         ("lost",),
-        {"if (const std::optional<Error> error = comms_.async_error()) return error;": ""},
+        {"if (std::exception_ptr error = comms_.async_error()) return error;": ""},
     ),
     "nobody looks at the clock": Mutant(
         "gpu_watch.cpp",
         ("hangs",),
         {
-            "if (hybridcomm::Clock::now() < work.since_ + seconds(config_.timeout_s)) return std::nullopt;": "return std::nullopt;"
+            "if (hybridcomm::Clock::now() < work.since_ + seconds(config_.timeout_s)) return nullptr;": "return nullptr;"
         },
     ),
     "a failure leaves the communicators as they are": Mutant(
@@ -291,7 +291,17 @@ MUTANTS: dict[str, Mutant] = {
     "a failure is kept to oneself": Mutant(
         "gpu_watch.cpp",
         ("hangs",),
-        {"    failure_ = error;": ""},
+        {"    failure_ = std::move(error);": ""},
+    ),
+    "a lost device is kept to oneself": Mutant(
+        "gpu_issue.cpp",
+        ("broken",),
+        {"  if (error.lost) fail(std::current_exception());": ""},
+    ),
+    "no error of CUDA's leaves a device lost": Mutant(
+        "gpu_tables.cpp",
+        ("broken",),
+        {"word, result, device, is_lost(result));": "word, result, device, false);"},
     ),
 }
 

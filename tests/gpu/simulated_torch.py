@@ -288,6 +288,8 @@ class SimulatedTorch:
         self.simulation.host_access(tensor, write=True, what=what)
 
     def close(self) -> None:
+        if self.lost:
+            return  # nothing can be given back
         self.synchronize()
         for hook in self._hooks:
             hook.remove()

@@ -63,7 +63,7 @@ def taking(group: Grouping, array: Array) -> Grouping:
 def gpus_of(group: Grouping) -> DeviceContext:
     """The GPUs of the ranks of ``group``, whose context has its own; the members' first call of it is collective."""
     home = _home(group)
-    device = _connected(home, "it")
+    device = _connected(home, "this call")
     if group.members is None:
         return device
     ranks = group.members.ranks

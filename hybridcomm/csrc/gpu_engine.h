@@ -104,6 +104,7 @@ class GpuEngine {
   bool ended(GpuWork& work) const;
   void watch();
   std::exception_ptr look();
+  std::exception_ptr cause_of(const std::exception_ptr& error) const;
   void drain();
   void let_streams_end() const;
 

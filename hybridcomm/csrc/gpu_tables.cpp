@@ -25,8 +25,7 @@ bool is_lost(CUresult result) {
 const char* advice(CUresult result) {
   if (is_lost(result)) {
     return "the device's context is lost, so end this process; if it happens again, look for Xid in dmesg, "
-           "and "
-           "run it under compute-sanitizer";
+           "and run it under compute-sanitizer";
   }
   switch (result) {
     case CUDA_ERROR_OUT_OF_MEMORY:

@@ -14,9 +14,20 @@ void GpuEngine::fail(std::exception_ptr error) {
   on_failure_();
 }
 
+// Of what NCCL reports: CUDA's own error where the device is lost, which NCCL does not name.
+std::exception_ptr GpuEngine::cause_of(const std::exception_ptr& error) const {
+  try {
+    const CUresult result = cuda_->cuStreamQuery(streams_.front());
+    if (result != CUDA_ERROR_NOT_READY) cuda_->check(result, "cuStreamQuery");
+  } catch (const DeviceError& found) {
+    if (found.lost) return std::current_exception();
+  }
+  return error;
+}
+
 // What is wrong, if anything is. Works that are over are forgotten.
 std::exception_ptr GpuEngine::look() {
-  if (std::exception_ptr error = comms_.async_error()) return error;
+  if (std::exception_ptr error = comms_.async_error()) return cause_of(error);
   const std::lock_guard lock(mutex_);
   if (capturing_) return nullptr;  // asking for an event would break another thread's capture
   while (!running_.empty() && !running_.front()->captured_) {

@@ -274,7 +274,7 @@ MUTANTS: dict[str, Mutant] = {
     "a failure of NCCL in the background is not heard": Mutant(
         "gpu_watch.cpp",
         ("lost",),
-        {"if (std::exception_ptr error = comms_.async_error()) return error;": ""},
+        {"if (std::exception_ptr error = comms_.async_error()) return cause_of(error);": ""},
     ),
     "nobody looks at the clock": Mutant(
         "gpu_watch.cpp",

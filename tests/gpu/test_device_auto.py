@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hybridcomm import auto, device_probe
+from hybridcomm import Reducer, auto, device_probe
 from hybridcomm import compress as compressors
 from hybridcomm.cost import KernelCost
 from hybridcomm.device_auto import DevicePolicy
@@ -184,9 +184,7 @@ def test_the_reducer_decides_by_bucket_and_its_table_says_so() -> None:
         timed(rank, SLOW)
         module = nn.Linear(128, 64)
         on_device(rank, module)
-        import hybridcomm
-
-        reducer = hybridcomm.Reducer(module, ctx=rank.host, compress="auto")
+        reducer = Reducer(module, ctx=rank.host, compress="auto")
         said = reducer.table()
         reducer.close()
         rank.torch.synchronize()

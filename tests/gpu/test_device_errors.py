@@ -111,6 +111,23 @@ def test_a_lost_device_raises_there_and_ends_the_peers(watch: float) -> None:
     assert isinstance(first, (PeerLostError, AbortedError, StallError)), first
 
 
+def test_the_watchdog_names_cudas_error_and_not_nccls_word_for_it() -> None:
+    """Nobody calls anything: NCCL is the first to say that CUDA has failed."""
+
+    def body(rank: Rank) -> None:
+        if rank.rank == 1:
+            rank.torch.simulation.inject(Fault.BREAKS, device=1, operation=0)
+            rank.torch.lost = True
+        until = time.monotonic() + 10 * STALL_S
+        while rank.rank == 1 and time.monotonic() < until:
+            rank.device._engine.check()
+            time.sleep(0.01)
+
+    second = outcomes(body)[1]
+    assert isinstance(second, DeviceError), second
+    assert (second.call, second.name) == ("cuStreamQuery", "CUDA_ERROR_ILLEGAL_ADDRESS")
+
+
 def test_every_later_call_raises_the_same() -> None:
     def body(rank: Rank) -> None:
         if rank.rank == 1:

@@ -10,8 +10,9 @@ their first collective on GPUs.
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
 
 from hybridcomm.errors import DataTypeError, UnsupportedError
 
@@ -28,9 +29,11 @@ _DLPACK_CUDA = 2
 
 def on_gpu(array: Array) -> bool:
     """Whether it lies on a GPU: a tensor of torch's there, or an array of others' that DLPack says so of."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(array, torch.Tensor):
-        return bool(array.is_cuda)
+    if isinstance(array, np.ndarray):
+        return False
+    of_torch = getattr(array, "is_cuda", None)  # quicker than to ask whether it is a tensor
+    if of_torch is not None:
+        return bool(of_torch)
     return hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] == _DLPACK_CUDA
 
 

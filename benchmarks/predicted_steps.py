@@ -127,7 +127,9 @@ step sets its time, and from which link on compression stops to pay; it cannot s
 assumptions.
 
 **Gbit/s are those of a node**, in each direction, and its eight GPUs share them: 200 Gbit/s are 3.1 GB/s for each GPU.
-Machines made for training have a port of that speed for each GPU, which is 1600 here.
+Machines made for training have a port of that speed for each GPU, which is 1600 here. README's advice to leave them to
+NCCL does not contradict this page: what is saved there is a fraction of a millisecond to 64 MiB, before backward hides
+any of it, and compression loses something.
 
 ## Assumptions
 """
@@ -147,7 +149,8 @@ What takes time, then:
   writes once and reads seven times: of NVLink it counts 4 / 7 of the stage's time. A larger bucket than 64 MiB is a
   multiple of it, as for policy.
 - *Against flat*: how many times as fast as NCCL's dense flat all-reduce the total is.
-- *Picked*: by `compress="auto:topk:0.01,sign1,int8"`, which compares with our dense plan and knows nothing of NCCL's.
+- *Picked*: by the hosts' `compress="auto:topk:0.01,sign1,int8"`, which compares with our dense plan. That of GPUs
+  compares NCCL's own all-reduce, as it measures it, with the stages one after the other: *against flat*, measured.
 
 Left out: framing, sums behind a dense exchange, contention between nodes, ranks that come late, and what a step of
 training hides of all this behind its computation. Nor does time say what a codec loses: all of them need error

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from hybridcomm import collective_plans, policy
 from hybridcomm import compress as compressors
@@ -27,6 +27,7 @@ from hybridcomm.probe import CANDIDATES, Figures, probe
 
 if TYPE_CHECKING:
     from hybridcomm.collectives import Collectives
+    from hybridcomm.device_context import DeviceContext
 
 __all__ = ["AUTO", "GAIN", "Decision", "Policy", "is_auto", "policy_of", "resolve"]
 
@@ -183,8 +184,8 @@ def is_auto(compress: object) -> bool:
     return isinstance(compress, str) and compress.partition(":")[0] == AUTO
 
 
-def policy_of(context: Collectives, requested: str = AUTO) -> Policy:
-    """The context's policy for a text such as "auto" or "auto:int8"; the first call of each text probes.
+def policy_of(context: Collectives | DeviceContext, requested: str = AUTO) -> Policy:
+    """The context's policy, of hosts or GPUs, for a text such as "auto:int8"; the first call of each text probes.
 
     Collective: all ranks call it alike, with nothing else in flight. Raises `CompressorError` for a text that
     names no codec.
@@ -196,17 +197,23 @@ def policy_of(context: Collectives, requested: str = AUTO) -> Policy:
         candidates = tuple(codec for codec in map(compressors.resolve, texts) if codec is not None)
         if not candidates:
             raise CompressorError(f"compress={requested!r}: name codecs after the colon, such as 'auto:int8'")
-        found = context.policies[requested] = Policy(
-            figures=probe(context, codecs=candidates),
-            requested=requested,
-            candidates=candidates,
-            chunk_nbytes=context.chunk_nbytes,
-        )
+        if hasattr(context, "provider"):
+            from hybridcomm.device_auto import device_policy
+
+            found = device_policy(cast("DeviceContext", context), requested, candidates)
+        else:
+            found = Policy(
+                figures=probe(context, codecs=candidates),
+                requested=requested,
+                candidates=candidates,
+                chunk_nbytes=context.chunk_nbytes,
+            )
+        context.policies[requested] = found
     return found
 
 
 def resolve(
-    context: Collectives,
+    context: Collectives | DeviceContext,
     compress: Compress,
     *,
     numel: int,

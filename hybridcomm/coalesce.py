@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from hybridcomm.collectives import Collectives
+    from hybridcomm.device_coalesce import DeviceCoalescing
+    from hybridcomm.device_context import DeviceContext
+    from hybridcomm.device_work import DeviceWork
     from hybridcomm.work import Work
 
 __all__ = ["PACKED_NBYTES", "Coalescing"]
@@ -33,7 +36,8 @@ class Coalescing:
         self._kind: tuple[str, str, Op] | None = None  # collective, dtype, op
         self._tensors: list[View] = []
         self._parted: list[Parted] = []
-        self.work: Work | None = None
+        self._gpus: DeviceCoalescing | None = None  # who takes the calls instead, where tensors lie on GPUs
+        self.work: Work | DeviceWork | None = None
         """The one handle of all calls; None while the block lasts, and of blocking or empty ones."""
 
     def __enter__(self) -> Coalescing:
@@ -46,6 +50,9 @@ class Coalescing:
         self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
     ) -> None:
         self._take_calls(None)
+        if self._gpus is not None:
+            self._gpus.__exit__(kind, _, __)
+            self.work = self._gpus.work
         if kind is None and self._kind is not None:
             self.work = self._run(*self._kind)
 
@@ -54,10 +61,20 @@ class Coalescing:
         self._collectives._prepared.paused = batch is not None
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Blocks until all results are in place; as `Work.wait`."""
+        """Blocks until all results are in place; as `Work.wait`, and of tensors on GPUs as `DeviceWork.wait`."""
         if self._collectives._batch is self:
             raise UnsupportedError("coalescing(): its calls run when the block ends; wait() after it")
+        if self._gpus is not None:
+            return self._gpus.wait()
         return self.work is None or self.work.wait(timeout)
+
+    def on_gpus(self, gpus: DeviceContext) -> None:
+        """The block's calls are of tensors there: these take them."""
+        if self._kind is not None:
+            raise UnsupportedError("coalescing(): tensors of the host and of GPUs need a block each")
+        if self._gpus is None:
+            self._gpus = gpus.coalescing(async_op=self._async_op)
+            self._gpus.__enter__()
 
     # -- what the calls within the block come to ------------------------------------------------------------
 
@@ -89,6 +106,8 @@ class Coalescing:
         )
 
     def _join(self, collective: str, dtype: str, op: Op) -> None:
+        if self._gpus is not None:
+            raise UnsupportedError("coalescing(): tensors of the host and of GPUs need a block each")
         kind = (collective, dtype, op)
         if self._kind is not None and self._kind != kind:
             raise UnsupportedError(

@@ -15,6 +15,8 @@ from hybridcomm.errors import UnsupportedError
 from hybridcomm.groups import Grouping
 
 if TYPE_CHECKING:
+    from hybridcomm.device_context import DeviceContext
+    from hybridcomm.stream_provider import StreamProvider
     from hybridcomm.topology import Topology
 
 __all__ = ["Context"]
@@ -37,6 +39,9 @@ class Context(Grouping):
         self._store: Any = None
         self._crowded = False
         self._single_copy = True
+        self.device: DeviceContext | None = None
+        """This rank's GPU, once it is connected."""
+        self.device_groups: dict[tuple[int, ...], DeviceContext] = {}  # by ranks, made at first use
         self._closer = weakref.finalize(self, engine.close)  # also at interpreter exit
 
     @classmethod
@@ -110,6 +115,31 @@ class Context(Grouping):
             single_copy=self._single_copy,
         )
 
+    def connect_device(
+        self, device: Any = None, *, provider: StreamProvider | None = None, **options: Any
+    ) -> DeviceContext:
+        """Connects this rank's GPU to the others', which all call it; from then on calls of tensors there go to it.
+
+        ``device``: as torch names it ("cuda:1", 1; default: torch's current one). ``provider`` (instead of it) and
+        ``options``: as in `DeviceContext.connect`. It is closed with this context. Raises `UnsupportedError`, on all
+        ranks, where one of them has no such device or not what it takes.
+        """
+        from hybridcomm.device_context import DeviceContext
+
+        if self.device is not None:
+            raise UnsupportedError(
+                f"this context has a GPU, {self.device.provider.device}, and is of one per rank: close_device() first"
+            )
+        self.device = DeviceContext.connect(self, provider, device=device, **options)
+        return self.device
+
+    def close_device(self) -> None:
+        """Finishes what is under way on this rank's GPU, and lets go of it; all ranks call it. Idempotent."""
+        device, self.device = self.device, None
+        self.device_groups.clear()
+        if device is not None:
+            device.close()
+
     def reach(self) -> dict[int, str]:
         """How this rank gets at private tensors of the node's other ranks: "single_copy" (process_vm_readv),
         "same_process" (ranks that are threads) or "staged" (two copies); decided once, at start.
@@ -124,12 +154,17 @@ class Context(Grouping):
         return dict(self._engine.counters())
 
     def close(self) -> None:
-        """Finishes what is queued, says goodbye to the peers, releases everything. Idempotent."""
-        self._closer()
-        self._running.clear()
+        """Finishes what is queued, says goodbye to the peers, releases everything, its GPU first. Idempotent."""
+        try:
+            self.close_device()
+        finally:
+            self._closer()
+            self._running.clear()
 
     def abort(self) -> None:
         """Makes the running and all later collectives raise `AbortedError`, here and on every other rank."""
+        if self.device is not None:
+            self.device.abort()
         self._engine.abort()
 
     def __enter__(self) -> Context:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hybridcomm import policy
 from hybridcomm.context import Context
 from hybridcomm.errors import HybridCommError
 from hybridcomm.groups import Grouping
 from hybridcomm.topology import Topology
+
+if TYPE_CHECKING:
+    from hybridcomm.device_context import DeviceContext
+    from hybridcomm.point_to_point import PointToPoint
 
 __all__ = ["context_of", "default_context", "init", "shutdown"]
 
@@ -24,6 +28,7 @@ def init(
     timeout: float = 300.0,
     chunk_nbytes: int = policy.MAX_CHUNK_NBYTES,
     single_copy: bool = True,
+    device: Any = None,
 ) -> Context:
     """Joins the job and makes its context the default one.
 
@@ -37,8 +42,12 @@ def init(
     ``single_copy``: whether ranks of a node read and write each other's tensors where the kernel lets them
     (process_vm_readv); without, or where it does not, bytes are copied twice, through the slots.
 
+    ``device``: this rank's GPU as torch names it, such as "cuda" (torch's current one) or its number; it is connected
+    to the others' at once, and calls of tensors there go to it. Without it, the first collective of all ranks on such a
+    tensor connects its GPU; messages and groups cannot, and raise. `Context.connect_device` has more to choose.
+
     Raises `BootstrapError` naming the ranks that did not come, `TopologyError` where ranks disagree, and
-    `SharedMemoryError` when there is no memory for the slots.
+    `SharedMemoryError` when there is no memory for the slots; with ``device``, as `Context.connect_device`.
     """
     global _default  # noqa: PLW0603
     shutdown()
@@ -51,15 +60,21 @@ def init(
         chunk_nbytes=chunk_nbytes,
         single_copy=single_copy,
     )
+    if device is not None and str(device) != "cpu":
+        try:
+            _default.connect_device(device)
+        except BaseException:
+            shutdown()
+            raise
     return _default
 
 
 def shutdown() -> None:
-    """Closes the default context, if there is one."""
-    global _default  # noqa: PLW0603
-    if _default is not None:
-        _default.close()
-        _default = None
+    """Closes the default context, if there is one, and its GPU."""
+    global _default
+    context, _default = _default, None
+    if context is not None:
+        context.close()
 
 
 def default_context() -> Context:
@@ -69,6 +84,6 @@ def default_context() -> Context:
     return _default
 
 
-def context_of(group: Grouping | None) -> Grouping:
-    """What ``group=`` means: a group or context, or the default context."""
-    return default_context() if group is None else group
+def context_of(group: Grouping | DeviceContext | PointToPoint | None) -> Grouping:
+    """What ``group=`` means: a group or context, of hosts or of GPUs, which answer alike, or the default context."""
+    return default_context() if group is None else cast("Grouping", group)

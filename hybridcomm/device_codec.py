@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+from hybridcomm.device_decay import Decay
 from hybridcomm.device_draws import Draws
 from hybridcomm.device_plan import Buffer
 from hybridcomm.device_record import Recorded, Recorder
@@ -48,7 +49,8 @@ class DevicePayloads:
     """A rank's payloads of one plan: where they lie, and how they are made and read.
 
     ``tensor``: (plan.numel,) fp32 on the device. ``residual``: (e_in, e_out), fp32, of `Plan.residuals` one behind the
-    other, or None. Raises `UnsupportedError` for a codec, or a region, for which no kernel is shipped.
+    other, or None; ``decay``: what e_in is multiplied with first. Raises `UnsupportedError` for a codec, or a region,
+    for which no kernel is shipped.
     """
 
     def __init__(
@@ -66,7 +68,8 @@ class DevicePayloads:
         self.spec, self._plan, self._rank = compressor.spec, plan, rank
         self._recorder = Recorder(find)
         self._codec = _kernels_of(compressor, self._recorder)
-        self._memory, self._tensor, self._decay = memory, tensor, decay
+        self._memory, self._tensor = memory, tensor
+        self._decay = Decay(1.0 if residual is None else decay, memory=memory, find=find)
         self._headers: dict[int, Header] = {}
         self._slots, nbytes = self._lay_out()
         self._scratch = memory.empty(max(nbytes, 1))
@@ -119,6 +122,7 @@ class DevicePayloads:
         pair = (self._zeros, self._unused) if self._residual is None else self._residual
         named |= dict(zip(("e_in", "e_out"), pair, strict=True))
         named |= {f"header{numel}": header.template for numel, header in self._headers.items()}
+        named |= {f"decay{i}": tensor for i, tensor in enumerate(self._decay.kept)}
         return tuple(
             Buffer(name, tensor.data_ptr(), tensor.numel() * tensor.element_size())
             for name, tensor in named.items()
@@ -133,6 +137,7 @@ class DevicePayloads:
             *self._drawn.values(),
             *(() if self._residual is not None else (self._zeros, self._unused)),
             *(header.template for header in self._headers.values()),
+            *self._decay.kept,
         )
 
     def place(self, step: Step, rank: int) -> Buffer:
@@ -180,21 +185,21 @@ class DevicePayloads:
         e_in, e_out = self._feedback("compress", region)
         header = self._header(step)
 
-        def call() -> None:
+        def call(rest: torch.Tensor, decay: float) -> None:
             if self._residual is None:
-                e_in.zero_()
+                rest.zero_()
             self._codec.encode(
                 self._tensor[region.begin : region.end],
-                e_in,
+                rest,
                 e_out,
                 self._payload(region, node),
                 self._plan.digest,
-                decay=self._decay,
+                decay=decay,
                 header=header,
                 **self._workspace,
             )
 
-        return self._recorder.record(call, str(self.spec), numel=region.numel)
+        return self._encoded(call, e_in)
 
     def reencode(self, step: Step) -> tuple[Recorded, ...]:
         """All payloads of the slice and the second residual -> the sum's payload, new second residual."""
@@ -205,22 +210,30 @@ class DevicePayloads:
         e_in, e_out = self._feedback("recompress", region)
         header = self._header(step)
 
-        def call() -> None:
+        def call(rest: torch.Tensor, decay: float) -> None:
             if self._residual is None:
-                e_in.zero_()
+                rest.zero_()
             reencode(
                 self._all_payloads(region),
                 region.numel,
-                e_in,
+                rest,
                 e_out,
                 self._payload(region, self._slots[region][2]),
                 self._plan.digest,
-                decay=self._decay,
+                decay=decay,
                 header=header,
                 check=False,
             )
 
-        return self._recorder.record(call, str(self.spec), numel=region.numel)
+        return self._encoded(call, e_in)
+
+    def _encoded(
+        self, call: Callable[[torch.Tensor, float], None], e_in: torch.Tensor
+    ) -> tuple[Recorded, ...]:
+        def record(rest: torch.Tensor, decay: float) -> tuple[Recorded, ...]:
+            return self._recorder.record(lambda: call(rest, decay), str(self.spec), numel=e_in.numel())
+
+        return self._decay.record(record, e_in)
 
     def decode(self, step: Step, divisor: int) -> tuple[Recorded, ...]:
         """The payloads that this rank has -> their sum or mean in the region."""

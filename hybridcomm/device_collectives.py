@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hybridcomm import reduction
+from hybridcomm.device_coalesce import GroupedCall
 from hybridcomm.device_plan import START, Buffer, DevicePlan, Operation, Touch
 from hybridcomm.errors import DataTypeError, GroupError, UnsupportedError
 from hybridcomm.stream_provider import view_of
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from hybridcomm import _C
+    from hybridcomm.device_coalesce import DeviceCoalescing
     from hybridcomm.device_work import DeviceWork
     from hybridcomm.groups import Grouping
     from hybridcomm.reduction import Op
@@ -35,6 +37,7 @@ class DeviceCollectives:
 
     host: Grouping
     provider: StreamProvider
+    _batch: DeviceCoalescing | None
     _comms: dict[tuple[int, ...], int]
     _programs: OrderedDict[tuple[Any, ...], tuple[_C.DeviceProgram, DevicePlan, Sequence[Any]]]
 
@@ -55,7 +58,7 @@ class DeviceCollectives:
             wire_nbytes: int = 0,
         ) -> DeviceWork | None: ...
 
-        def _is_ours(self, t: Any) -> bool: ...
+        def takes(self, t: Any) -> bool: ...
 
         @staticmethod
         def _dtype(tensor: torch.Tensor) -> str: ...
@@ -64,7 +67,7 @@ class DeviceCollectives:
 
     def broadcast(self, t: Any, src: int = 0, *, async_op: bool = False, stream: Any = None) -> Any:
         """Copies rank ``src``'s ``t`` into every rank's ``t``."""
-        if not self._is_ours(t):
+        if not self.takes(t):
             return self.host.broadcast(t, src, async_op=async_op)
         self._check_rank(src)
         tensor = view_of(t, self.provider)
@@ -75,7 +78,7 @@ class DeviceCollectives:
         self, t: Any, dst: int = 0, *, op: Op = "sum", async_op: bool = False, stream: Any = None
     ) -> Any:
         """Reduces ``t`` over all ranks into rank ``dst``'s ``t``; the others' stay as they are."""
-        if not self._is_ours(t):
+        if not self.takes(t):
             return self.host.reduce(t, dst, op=op, async_op=async_op)
         self._check_rank(dst)
         tensor = view_of(t, self.provider)
@@ -90,7 +93,7 @@ class DeviceCollectives:
 
         ``t`` may be this rank's part of ``out``.
         """
-        if not self._is_ours(out):
+        if not self.takes(out):
             return self.host.all_gather_into_tensor(out, t, async_op=async_op)
         whole, own = view_of(out, self.provider, "out"), view_of(t, self.provider)
         self._check_parts(whole, own, "out", "t")
@@ -100,7 +103,7 @@ class DeviceCollectives:
         """Copies every rank's ``t`` into ``out[rank]`` of all ranks; a list, or one tensor as above."""
         if not isinstance(out, (list, tuple)):
             return self.all_gather_into_tensor(out, t, async_op=async_op, stream=stream)
-        if not self._is_ours(t):
+        if not self.takes(t):
             return self.host.all_gather(out, t, async_op=async_op)
         own, parts = view_of(t, self.provider), self._parts(out, "out")
         if parts[self.host.rank].numel() != own.numel() or any(part.dtype != own.dtype for part in parts):
@@ -114,7 +117,7 @@ class DeviceCollectives:
         """Reduces ``input_list[r]`` over all ranks into rank r's ``out``; a list, or one tensor as below."""
         if not isinstance(input_list, (list, tuple)):
             return self.reduce_scatter_tensor(out, input_list, op=op, async_op=async_op, stream=stream)
-        if not self._is_ours(out):
+        if not self.takes(out):
             return self.host.reduce_scatter(out, input_list, op=op, async_op=async_op)
         own, parts = view_of(out, self.provider, "out"), self._parts(input_list, "input_list")
         if parts[self.host.rank].numel() != own.numel() or any(part.dtype != own.dtype for part in parts):
@@ -128,29 +131,12 @@ class DeviceCollectives:
         self, out: Any, t: Any, *, op: Op = "sum", async_op: bool = False, stream: Any = None
     ) -> Any:
         """Reduces ``t`` (world_size x out.numel() elements) over all ranks; rank r gets part r in ``out``."""
-        if not self._is_ours(out):
+        if not self.takes(out):
             return self.host.reduce_scatter_tensor(out, t, op=op, async_op=async_op)
         own, whole = view_of(out, self.provider, "out"), view_of(t, self.provider)
         self._check_parts(whole, own, "t", "out")
         fields = self._reduction(op, own)
         return self._one("reduce_scatter", whole, own, own.numel(), async_op, stream, **fields)
-
-    def all_to_all_single(self, out: Any, t: Any, *, async_op: bool = False, stream: Any = None) -> Any:
-        """Part r of ``t`` goes to rank r, whose part lands in ``out``; equal parts, ``out`` is not ``t``."""
-        if not self._is_ours(out):
-            return self.host.all_to_all_single(out, t, async_op=async_op)
-        into, source = view_of(out, self.provider, "out"), view_of(t, self.provider)
-        world = self.host.world_size
-        if into.numel() != source.numel() or into.numel() % world or into.dtype != source.dtype:
-            raise UnsupportedError(
-                "all_to_all_single: out and t of one dtype and size, a multiple of the ranks"
-            )
-        size = into.numel() // world
-        messages = []
-        for peer in range(world):
-            messages.append((False, into[peer * size : (peer + 1) * size], peer))
-            messages.append((True, source[peer * size : (peer + 1) * size], peer))
-        return self._messages(messages, async_op, stream, [out, t], "all_to_all_single")
 
     def barrier(self) -> None:
         """Of the hosts: every rank has entered before one returns; devices are not waited for."""
@@ -191,6 +177,13 @@ class DeviceCollectives:
     ) -> Any:
         """A call of one NCCL operation of all ranks."""
         dtype = self._dtype(source)
+        if self._batch is not None:
+            if kind not in ("all_gather", "reduce_scatter"):
+                self._batch.refuse(kind)
+            plain = not async_op and stream is None
+            return self._batch.take(
+                GroupedCall(kind, source, target, count, fields), [source, target], plain=plain
+            )
         where = source.data_ptr(), target.data_ptr()
         key = (kind, count, dtype, *where, *sorted(fields.items()))
         program = self._programs.get(key)

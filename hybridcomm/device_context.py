@@ -4,9 +4,10 @@ It stands beside the host's context, which brought the ranks together and still 
 route is the plan's, as on hosts; where nothing is compressed, NCCL's own algorithms, which are hierarchical already,
 take a tensor in one call ("flat").
 
-    device_context.py   a call -> plan -> program            lower_device.py   plan -> operations on streams
-    device_codec.py     kernels of payloads, as launches     device_plan.py    these as a value; device_check.py
-    device_comms.py     communicators                        csrc/gpu_*        issuing, watchdog
+    device_allreduce.py    a call -> plan -> program            lower_device.py   plan -> operations on streams
+    device_collectives.py  what is one call of NCCL's           device_plan.py    these as a value; device_check.py
+    device_exchanges.py    what is several in one group         device_comms.py   communicators
+    device_codec.py        kernels of payloads, as launches     csrc/gpu_*        issuing, watchdog
 """
 
 from __future__ import annotations
@@ -15,39 +16,34 @@ from collections import OrderedDict, deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hybridcomm import _C, collective_plans, device_comms, policy, reduction
-from hybridcomm import compress as compressors
-from hybridcomm.device_collectives import DeviceCollectives
+from hybridcomm import _C, device_comms
+from hybridcomm.device_allreduce import DeviceAllreduce
+from hybridcomm.device_coalesce import DeviceCoalescing
 from hybridcomm.device_draws import of_call
-from hybridcomm.device_plan import Buffer, nccl_type
+from hybridcomm.device_plan import nccl_type
 from hybridcomm.device_work import DeviceWork, handle_of
-from hybridcomm.errors import UnsupportedError
-from hybridcomm.lower_device import Places, lower_device
-from hybridcomm.plan_wire import sent_nbytes
+from hybridcomm.errors import DataTypeError, UnsupportedError
+from hybridcomm.placing import on_gpu
 from hybridcomm.residual_memory import DeviceResiduals
-from hybridcomm.stream_provider import StreamProvider, TorchCuda, view_of
+from hybridcomm.stream_provider import StreamProvider, TorchCuda
 
 if TYPE_CHECKING:
     import torch
 
-    from hybridcomm.bucket import Span
-    from hybridcomm.compress import ByLink, Compressor
+    from hybridcomm.auto import Policy
     from hybridcomm.context import Context
     from hybridcomm.device_plan import DevicePlan
+    from hybridcomm.device_probe import Stopwatch
     from hybridcomm.groups import Grouping
     from hybridcomm.plan import Plan
-    from hybridcomm.reduction import Op
-    from hybridcomm.residual import Residual
-    from hybridcomm.topology import Topology
 
 __all__ = ["DeviceContext"]
 
 _CACHED = 256
 _WATCH_S = 0.1
-_UNNAMED = "tensor"
 
 
-class DeviceContext(DeviceCollectives):
+class DeviceContext(DeviceAllreduce):
     """One rank's device; made by `DeviceContext.connect`, by all ranks of a context together.
 
     Calls put work on the engine's streams behind what the caller's current stream holds, and return. Without
@@ -64,6 +60,7 @@ class DeviceContext(DeviceCollectives):
         streams: tuple[int, int, int],
         flat: bool,
         debug: bool,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         self.host, self.provider, self.flat, self.debug = host, provider, flat, debug
         self._engine, self._comms, self._streams = engine, comms, streams
@@ -74,6 +71,9 @@ class DeviceContext(DeviceCollectives):
         self._running: deque[DeviceWork] = deque()
         self._captured: list[Any] = []  # memory of programs in graphs, which may be launched at any time
         self._calls = self._first = 0
+        self.policies: dict[str, Policy] = {}  # of "auto" texts: see hybridcomm.device_auto
+        self.stopwatch: Stopwatch = stopwatch or (lambda call, _, __: provider.timed(call))
+        self._batch: DeviceCoalescing | None = None  # that takes the calls at the moment
         self._residuals = DeviceResiduals(provider)
 
     @classmethod
@@ -82,52 +82,54 @@ class DeviceContext(DeviceCollectives):
         host: Context,
         provider: StreamProvider | None = None,
         *,
+        device: Any = None,
         flat: bool = True,
         watch: float = _WATCH_S,
         debug: bool = False,
+        stopwatch: Stopwatch | None = None,
     ) -> DeviceContext:
         """Loads CUDA and NCCL, and connects this rank's device to the others'; all ranks of ``host`` call it.
 
-        ``provider``: whose streams and tensors (default: torch's, of its current device). ``flat``: what is not
-        compressed is left to NCCL's own algorithms; False: it takes the plan's route, stage by stage. ``watch``: s
-        between looks of the watchdog, which ends everything with a typed error where NCCL failed in the background,
+        ``provider``: whose streams and tensors (default: torch's, of ``device``, else its current one). ``flat``: what
+        is not compressed is left to NCCL's own algorithms; False: it takes the plan's route, stage by stage. ``watch``:
+        s between looks of the watchdog, which ends everything with a typed error where NCCL failed in the background,
         or something was not done within the context's timeout; 0: none. ``debug``: before each call ranks compare what
-        they are about to do, which makes the host wait, and raise `PlanMismatchError` where they differ.
+        they are about to do, which makes the host wait, and raise `PlanMismatchError` where they differ. ``stopwatch``:
+        what ``compress="auto"`` measures with (default: the provider's events).
 
-        Raises `UnsupportedError` where a library is missing or too old, or ranks differ in it.
+        Raises `UnsupportedError`, on all ranks, where one has no such device or a library is missing or too old, or
+        ranks differ in it.
         """
         from hybridcomm.gpu_libraries import nccl_files
 
-        provider = TorchCuda() if provider is None else provider
-        engine = _C.GpuEngine(
-            device=provider.ordinal,
-            streams=2,
-            timeout_s=host.timeout,
-            watch_s=watch,
-            nccl_files=[str(path) for path in nccl_files()],
-            host=host._engine,
-        )
-        facts = [f"NCCL {engine.nccl_version}", f"sm_{engine.compute_capability}", *engine.newer]
+        try:
+            provider = TorchCuda(device) if provider is None else provider
+            engine = _C.GpuEngine(
+                device=provider.ordinal,
+                streams=2,
+                timeout_s=host.timeout,
+                watch_s=watch,
+                nccl_files=[str(path) for path in nccl_files()],
+                host=host._engine,
+            )
+            facts = [f"NCCL {engine.nccl_version}", f"sm_{engine.compute_capability}", *engine.newer]
+        except Exception as error:
+            device_comms.check_alike(host, [f"no GPU ({error})"])  # the others must not wait for this rank
+            raise
         device_comms.check_alike(host, facts)
         comms = device_comms.connect(engine, host)
         # One stream for all of NCCL: kernels of two communicators that wait for each other may fill a device.
-        made = cls(host, provider, engine, comms, streams=(0, 1, 1), flat=flat, debug=debug)
+        made = cls(
+            host, provider, engine, comms, streams=(0, 1, 1), flat=flat, debug=debug, stopwatch=stopwatch
+        )
         made._first = host._engine.counters()["calls"]  # what is drawn goes on where the host's calls are
         return made
 
     # -- facts ---------------------------------------------------------------------------------------------
 
     @property
-    def rank(self) -> int:
-        return self.host.rank
-
-    @property
     def world_size(self) -> int:
         return self.host.world_size
-
-    @property
-    def topology(self) -> Topology:
-        return self.host.topology
 
     @property
     def bucket_parts(self) -> int:
@@ -143,7 +145,14 @@ class DeviceContext(DeviceCollectives):
         host = self.host.group(ranks)
         comms = device_comms.connect(self._engine, host) if host.is_member else {}
         return DeviceContext(
-            host, self.provider, self._engine, comms, streams=self._streams, flat=self.flat, debug=self.debug
+            host,
+            self.provider,
+            self._engine,
+            comms,
+            streams=self._streams,
+            flat=self.flat,
+            debug=self.debug,
+            stopwatch=self.stopwatch,
         )
 
     def describe(self) -> str:
@@ -171,152 +180,6 @@ class DeviceContext(DeviceCollectives):
         flat = self.provider.wrap(memory.address, memory.nbytes, memory)[:nbytes]
         return flat.view(dtype).view(shape)
 
-    # -- all-reduce ----------------------------------------------------------------------------------------
-
-    def allreduce(
-        self,
-        t: Any,
-        *,
-        op: Op = "sum",
-        compress: ByLink = None,
-        residual: Residual | None = None,
-        exchange: str = "auto",
-        async_op: bool = False,
-        residual_key: str = _UNNAMED,
-        spans: Sequence[Span] | None = None,
-        stream: Any = None,
-        flat: bool | None = None,
-    ) -> Any:
-        """As `hybridcomm.allreduce`, of a tensor on the device (others are the host context's).
-
-        ``stream``: that the tensor belongs to (torch's, cupy's or an address; default: the current one). ``flat``: as
-        in `connect`, for this call. Fastest where tensors stay where they are: the operations of a call are made once
-        per address.
-
-        Raises `UnsupportedError` where no kernel is shipped for ``compress``, or sizes are not multiples of 16.
-        """
-        if not self._is_ours(t):
-            return self.host.allreduce(
-                t, op=op, compress=compress, residual=residual, exchange=exchange, async_op=async_op,
-                residual_key=residual_key, spans=spans,
-            )  # fmt: skip
-        tensor = view_of(t, self.provider)
-        dtype = self._dtype(tensor)
-        name, factor = reduction.resolve(op)
-        reduction.check(name, dtype)
-        if factor is not None:
-            raise UnsupportedError("op=premul_sum on a GPU: multiply the tensor first")
-        codec = self._codec(compress, dtype, name)
-        flat = self.flat if flat is None else flat
-        key = ("allreduce", tensor.numel(), dtype, name, str(codec), codec, exchange, flat)
-        plan = self._plan(
-            key, lambda: self._plan_allreduce(tensor.numel(), dtype, name, codec, exchange, flat)
-        )
-        if plan.compressor == "none" and residual is not None:
-            raise UnsupportedError("residual= needs compress=, and nodes to compress between")
-        pair = self._staged(plan, codec, residual, residual_key, spans)
-        where = (tensor.data_ptr(), *(() if pair is None else (each.data_ptr() for each in pair)))
-        program = self._program((key, residual_key, where), plan, tensor, codec, pair)
-        return self._start(
-            program, [t, tensor, *(pair or ())], async_op, stream, residual_key, sent_nbytes(plan, self.rank)
-        )
-
-    def _is_ours(self, t: Any) -> bool:
-        return self.provider.owns(t) or (hasattr(t, "__dlpack_device__") and t.__dlpack_device__()[0] == 2)
-
-    def _codec(self, compress: ByLink, dtype: str, op: str) -> Compressor | None:
-        links = compressors.by_link(compress)
-        if links.intra_node is not None:
-            raise UnsupportedError("compress= inside nodes: GPUs of a node are summed dense")
-        if isinstance(links.inter_node, str) and links.inter_node.partition(":")[0] == "auto":
-            raise UnsupportedError(
-                "compress='auto' on a GPU: nothing was measured there yet; name a compressor"
-            )
-        codec = compressors.resolve(links.inter_node)
-        if codec is not None:
-            compressors.check_compressible(codec, dtype=dtype, op=op)
-        return codec
-
-    def _plan_allreduce(
-        self, numel: int, dtype: str, op: str, codec: Compressor | None, exchange: str, flat: bool
-    ) -> Plan:
-        several = len(self.topology.nodes) > 1
-        if flat and (codec is None or not several):
-            return collective_plans.allreduce_flat(self.topology, numel, dtype=dtype, op=op)
-        block = 1 if codec is None else codec.block
-        align = block * policy.DENSE_ALIGN
-        drawn = several and codec is not None and codec.spec.seeded  # by the host's steps, so in its chunks
-        return collective_plans.allreduce(
-            self.topology,
-            numel,
-            dtype=dtype,
-            op=op,
-            compressor=codec,
-            exchange=exchange,
-            chunk_elems=None if drawn else max(-(-numel // align), 1) * align,
-            chunk_nbytes=self.host.chunk_nbytes,
-        )
-
-    def _plan(self, key: tuple[Any, ...], build: Any) -> Plan:
-        found = self._plans.get(key)
-        if found is None:
-            found = self._plans[key] = build()
-            if len(self._plans) > _CACHED:
-                self._plans.popitem(last=False)
-        return found
-
-    def _staged(
-        self,
-        plan: Plan,
-        codec: Compressor | None,
-        residual: Residual | None,
-        key: str,
-        spans: Sequence[Span] | None,
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        if residual is None or codec is None:
-            return None
-        compressors.check_feedback(codec, residual)
-        if residual.momentum or residual.decay != 1.0:
-            raise UnsupportedError("Residual(decay=, momentum=): on GPUs kernels are shipped without them")
-        residual.place(self._residuals)
-        regions = plan.residuals(self.rank)
-        e_in: Any
-        e_out: Any
-        e_in, e_out = residual.stage(key, numel=plan.numel, regions=regions, spans=spans)
-        if e_in is e_out:  # a second call before a commit: kernels take two buffers
-            raise UnsupportedError(
-                f"residual of {key!r}: a second call before commit(); on GPUs call commit() or rollback() between"
-            )
-        return e_in, e_out
-
-    def _program(
-        self,
-        key: tuple[Any, ...],
-        plan: Plan,
-        tensor: torch.Tensor,
-        codec: Compressor | None,
-        pair: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> tuple[_C.DeviceProgram, DevicePlan, Sequence[Any]]:
-        found = self._programs.get(key)
-        if found is not None:
-            self._programs.move_to_end(key)
-            return found
-        payloads = None
-        if plan.compressor != "none" and codec is not None:
-            from hybridcomm.device_codec import DevicePayloads
-            from hybridcomm.kernels.cubins.load import find
-
-            arch = self._engine.compute_capability
-            payloads = DevicePayloads(
-                plan, self.rank, codec, tensor, pair, memory=self.provider, find=lambda name: find(name, arch)
-            )
-        buffer = Buffer("tensor", tensor.data_ptr(), tensor.numel() * tensor.element_size())
-        places = Places(tensor=buffer, comms=self._comms)
-        text = f"rank {self.rank}: {plan.collective} of {plan.numel:,} {plan.dtype} ({plan.compressor})"
-        lowered = lower_device(plan, self.rank, places, payloads, name=text)
-        kept: Sequence[Any] = () if payloads is None else payloads.kept
-        return self._remember(key, lowered, kept)
-
     def _remember(
         self, key: tuple[Any, ...], lowered: DevicePlan, kept: Sequence[Any]
     ) -> tuple[_C.DeviceProgram, DevicePlan, Sequence[Any]]:
@@ -335,6 +198,8 @@ class DeviceContext(DeviceCollectives):
         name: str,
         wire_nbytes: int = 0,
     ) -> DeviceWork | None:
+        if self._batch is not None:
+            self._batch.refuse(name)
         compiled, lowered, kept = program
         producer = self.provider.stream() if stream is None else handle_of(stream)
         if lowered.draws is not None and self._engine.capturing(producer):
@@ -368,6 +233,22 @@ class DeviceContext(DeviceCollectives):
         dtype = str(tensor.dtype).removeprefix("torch.")
         nccl_type(dtype)
         return dtype
+
+    def takes(self, t: Any) -> bool:
+        """Whether a call of such a tensor is this device's, and not the host's; one of another GPU is refused then."""
+        return self.provider.owns(t) or on_gpu(t)
+
+    def check_here(self, device: Any) -> None:
+        """Raises `DataTypeError` for a name of another device than this one."""
+        import torch
+
+        wanted = torch.device(device)
+        if wanted.index is not None and wanted != self.provider.device:
+            raise DataTypeError(f"device={device!r}: this rank's GPU is {self.provider.device}")
+
+    def coalescing(self, *, async_op: bool = False) -> DeviceCoalescing:
+        """A block whose collectives run as one NCCL group at its end; see `hybridcomm.coalescing`."""
+        return DeviceCoalescing(self, async_op=async_op)
 
     # -- end -----------------------------------------------------------------------------------------------
 

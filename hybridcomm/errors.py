@@ -10,6 +10,7 @@ __all__ = [
     "BootstrapError",
     "CompressorError",
     "DataTypeError",
+    "DeviceError",
     "GroupError",
     "HybridCommError",
     "PayloadError",
@@ -86,6 +87,27 @@ class StallError(HybridCommError, TimeoutError):
     def __init__(self, message: str, missing: tuple[int, ...] = ()) -> None:
         super().__init__(message)
         self.missing = missing
+
+
+class DeviceError(HybridCommError):
+    """A GPU failed, or CUDA refused a call.
+
+    ``call``: whose; ``name`` and ``code``: CUDA's ("CUDA_ERROR_OUT_OF_MEMORY", 2), or of NCCL's where CUDA failed it;
+    ``device``: its number, -1 of none yet; ``lost``: nothing works there any more, on any rank of the context.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        call: str = "",
+        name: str = "",
+        code: int = 0,
+        device: int = -1,
+        lost: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.call, self.name, self.code, self.device, self.lost = call, name, code, device, lost
 
 
 class AbortedError(HybridCommError):

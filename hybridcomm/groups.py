@@ -11,7 +11,7 @@ it by the digest in every message, or, where no message shows it, by a chase aro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from hybridcomm.point_to_point import PointToPoint
 
 if TYPE_CHECKING:
     from hybridcomm.arrays import Array
+    from hybridcomm.context import Context
     from hybridcomm.topology import Topology
 
 __all__ = ["Group", "Grouping"]
@@ -32,6 +33,7 @@ class Grouping(Collectives, PointToPoint):
     """A rank of some ranks that can be divided further: a context, or a group."""
 
     timeout: float
+    _home: Context | None = None  # whose group it is; None: it is a context itself
 
     def empty(self, *size: Any, dtype: Any = None) -> Array:
         """An array in shared memory; see `hybridcomm.empty`."""
@@ -81,7 +83,7 @@ class Group(Grouping):
             members=members,
         )
         self.timeout = parent.timeout
-        self._context = parent  # the engine closes when its context dies
+        self._home = parent._home or cast("Context", parent)  # the engine closes when its context dies
 
     @property
     def ranks(self) -> tuple[int, ...]:

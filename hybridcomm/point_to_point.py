@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections import deque
 
     from hybridcomm import _C
+    from hybridcomm.device_context import DeviceContext
+    from hybridcomm.device_work import DeviceWork
     from hybridcomm.members import Members
 
 __all__ = ["P2POp", "PointToPoint", "batch_isend_irecv"]
@@ -118,7 +120,7 @@ class P2POp:
     op: Callable[..., Any]
     tensor: Array
     peer: int
-    group: PointToPoint | None = None
+    group: PointToPoint | DeviceContext | None = None
     tag: int = 0
 
     def __post_init__(self) -> None:
@@ -126,13 +128,28 @@ class P2POp:
             raise UnsupportedError(f"P2POp({self.op!r}): op must be hybridcomm.isend or hybridcomm.irecv")
 
 
-def batch_isend_irecv(ops: Sequence[P2POp]) -> list[Work]:
-    """Starts all of ``ops`` together; one work stands for all of them (the list has one, or none)."""
-    if not ops:
-        return []
-    from hybridcomm import default_context
+def batch_isend_irecv(ops: Sequence[P2POp]) -> list[Work | DeviceWork]:
+    """Starts all of ``ops`` together; one work stands for those of the host, one for those on the GPU."""
+    from hybridcomm.default import context_of
+    from hybridcomm.placing import gpu_messages
 
-    groups = [default_context() if op.group is None else op.group for op in ops]
+    placed = [(op, context_of(op.group)) for op in ops]
+    routes = [gpu_messages(group, op.tensor, op.peer, op.tag) for op, group in placed]
+    on_host = [pair for pair, route in zip(placed, routes, strict=True) if route is None]
+    on_gpus = [(op, *route) for op, route in zip(ops, routes, strict=True) if route is not None]
+    works: list[Work | DeviceWork] = []
+    if on_gpus:
+        gpus = on_gpus[0][1]
+        if any(other is not gpus for _, other, _ in on_gpus):
+            raise UnsupportedError("batch_isend_irecv: all operations must be of groups of one context")
+        works.append(gpus.batch([(op.op.__name__ == "isend", op.tensor, peer) for op, _, peer in on_gpus]))
+    return [*works, *_start_on_host(on_host)]
+
+
+def _start_on_host(placed: Sequence[tuple[P2POp, PointToPoint]]) -> list[Work]:
+    if not placed:
+        return []
+    ops, groups = zip(*placed, strict=True)
     if any(group._engine is not groups[0]._engine for group in groups):
         raise UnsupportedError("batch_isend_irecv: all operations must be of groups of one context")
     halves = [

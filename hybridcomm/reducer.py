@@ -35,7 +35,7 @@ __all__ = ["Reducer", "ReducerStats"]
 
 
 class Reducer:
-    """Averages the gradients of ``module`` over all ranks of ``ctx`` during backward.
+    """Averages the gradients of ``module`` over all ranks of ``ctx`` during backward, on GPUs where it lies there.
 
     Call `finalize` after each synchronised backward and before clipping or stepping; `attach` the optimizer
     so that its steps commit the residual. Parameters (and buffers) start as rank 0's unless
@@ -63,7 +63,6 @@ class Reducer:
     ) -> None:
         if unused not in ("error", "zero"):
             raise UnsupportedError(f"unused={unused!r}: use 'error' or 'zero'")
-        self.ctx = ctx
         choice, self.intra = setup.by_link(compress)
         self.policy = CompressionPolicy.of(choice)
         self.requested = "policy" if choice is self.policy else str(choice or "none")
@@ -72,6 +71,7 @@ class Reducer:
         self._scaler: GradScaler | None = None
         self._scale = 1.0
         self._parameters = setup.trainable(module)
+        self.ctx = ctx = setup.placed(ctx, next(iter(self._parameters.values())))
         self._moves = setup.mover(ctx, next(iter(self._parameters.values())).device)
         choices = setup.choices_of(module, self._parameters, self.policy)
         self.layouts = setup.layouts_of(

@@ -15,6 +15,8 @@ from hybridcomm.bucket import BucketLayout, ParameterSize, Span, plan_buckets
 from hybridcomm.compress import ByLink, Compressor
 from hybridcomm.compression_policy import Choice, CompressionPolicy, ParameterFacts
 from hybridcomm.errors import DataTypeError, PlanMismatchError, UnsupportedError
+from hybridcomm.groups import Grouping
+from hybridcomm.placing import taking
 from hybridcomm.schedule import Schedule
 from hybridcomm.stream_provider import HOST_TENSORS, TensorMover
 
@@ -38,6 +40,7 @@ __all__ = [
     "flat_buffer",
     "layouts_of",
     "mover",
+    "placed",
     "places",
     "regions_of",
     "sync_parameters",
@@ -229,6 +232,12 @@ def regions_of(
     return plan.residuals(ctx.rank)
 
 
+def placed(ctx: ContextLike, parameter: torch.nn.Parameter) -> ContextLike:
+    """``ctx``, or where a parameter lies on a GPU those of its ranks (`hybridcomm.placing`); all ranks call it."""
+    found: ContextLike = taking(ctx, parameter) if isinstance(ctx, Grouping) else ctx
+    return found
+
+
 def mover(ctx: ContextLike, device: torch.device) -> TensorMover:
     """What moves gradients of parameters on ``device``: torch on the host, the context's provider on GPUs.
 
@@ -238,8 +247,8 @@ def mover(ctx: ContextLike, device: torch.device) -> TensorMover:
     where = torch.device("cpu") if provider is None else provider.device
     if where != device:
         raise DataTypeError(
-            f"parameters lie on {device}, the context reduces tensors on {where}: for GPUs pass "
-            "ctx=hybridcomm.DeviceContext.connect(ctx)"
+            f"parameters lie on {device}, the context reduces tensors on {where}: move the module, or connect that "
+            "device with hybridcomm.init(device=...)"
         )
     moves: TensorMover = HOST_TENSORS if provider is None else provider
     return moves

@@ -7,15 +7,18 @@ under a simulated driver, whose device memory lies behind CPU tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hybridcomm.errors import DataTypeError, UnsupportedError
+from hybridcomm.errors import DataTypeError, DeviceError, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["HOST_TENSORS", "HostTensors", "StreamProvider", "TensorMover", "TorchCuda", "view_of"]
+
+
+_OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 
 
 class TensorMover(Protocol):
@@ -77,6 +80,10 @@ class StreamProvider(TensorMover, Protocol):
 
     def add(self, target: torch.Tensor, source: torch.Tensor, factor: float) -> None:
         """``target += factor * source`` on the current stream."""
+        ...
+
+    def timed(self, call: Callable[[], object]) -> float:
+        """s that the device takes for what ``call`` puts on the current stream; the host waits for it."""
         ...
 
     def place(self, module: torch.nn.Module) -> None:
@@ -144,10 +151,22 @@ class TorchCuda(HostTensors):
         return int(torch.cuda.current_stream(self.device).cuda_stream)
 
     def empty(self, nbytes: int) -> torch.Tensor:
-        """From torch's caching allocator; the engine's works keep it until they are over."""
+        """From torch's caching allocator; the engine's works keep it until they are over.
+
+        Raises `DeviceError` where there is not so much.
+        """
         import torch
 
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        except torch.cuda.OutOfMemoryError as error:
+            raise DeviceError(
+                f"{nbytes:,} bytes of scratch on {self.device}: {error}; make buckets or batches smaller",
+                call="torch.empty",
+                name="CUDA_ERROR_OUT_OF_MEMORY",
+                code=_OUT_OF_MEMORY,
+                device=self.ordinal,
+            ) from error
 
     def wrap(self, address: int, nbytes: int, owner: Any) -> torch.Tensor:
         import torch
@@ -170,6 +189,17 @@ class TorchCuda(HostTensors):
 
     def add(self, target: torch.Tensor, source: torch.Tensor, factor: float) -> None:
         target.add_(source, alpha=factor)
+
+    def timed(self, call: Callable[[], object]) -> float:
+        import torch
+
+        stream = torch.cuda.current_stream(self.device)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record(stream)
+        call()
+        end.record(stream)
+        end.synchronize()
+        return float(begin.elapsed_time(end)) * 1e-3
 
     def place(self, module: torch.nn.Module) -> None:
         module.to(self.device)

@@ -153,9 +153,25 @@ void bind_communicators(py::class_<GpuEngine, std::shared_ptr<GpuEngine>>& engin
           py::arg("parent"), py::arg("color"), py::arg("key"));
 }
 
+// Tried before what `bind_errors` has for all errors.
+void bind_device_error() {
+  py::register_local_exception_translator([](std::exception_ptr pending) {
+    try {
+      if (pending) std::rethrow_exception(pending);
+    } catch (const DeviceError& error) {
+      const py::object type = py::module_::import("hybridcomm.errors").attr("DeviceError");
+      const py::object made = type(error.what(), py::arg("call") = error.call, py::arg("name") = error.name,
+                                   py::arg("code") = error.result, py::arg("device") = error.device,
+                                   py::arg("lost") = error.lost);
+      PyErr_SetObject(type.ptr(), made.ptr());
+    }
+  });
+}
+
 }  // namespace
 
 void bind_gpu(py::module_& module) {
+  bind_device_error();
   bind_programs(module);
   py::class_<GpuWork, std::shared_ptr<GpuWork>>(module, "GpuWork")
       .def_property_readonly("captured", &GpuWork::captured);
@@ -212,7 +228,10 @@ void bind_gpu(py::module_& module) {
           },
           py::arg("nbytes"), py::call_guard<py::gil_scoped_release>())
       .def(
-          "fail", [](GpuEngine& gpu, const std::string& why) { gpu.fail(Error(Code::aborted, why)); },
+          "fail",
+          [](GpuEngine& gpu, const std::string& why) {
+            gpu.fail(std::make_exception_ptr(Error(Code::aborted, why)));
+          },
           py::arg("why"), py::call_guard<py::gil_scoped_release>())
       .def("check", &GpuEngine::check, py::call_guard<py::gil_scoped_release>())
       .def("close", &GpuEngine::close, py::call_guard<py::gil_scoped_release>());

@@ -63,15 +63,23 @@ ncclConfig_t Comms::config() const {
   return config;
 }
 
-std::string Comms::words(ncclComm_t comm, ncclResult_t result, const char* call) const {
+std::string Comms::words(ncclComm_t comm, ncclResult_t result) const {
   const char* last = comm == nullptr ? nullptr : nccl_.ncclGetLastError(comm);
   const std::string more = last == nullptr || *last == '\0' ? "" : std::string(": ") + last;
-  return std::string(call) + ": " + nccl_.ncclGetErrorString(result) + more;
+  return nccl_.ncclGetErrorString(result) + more;
+}
+
+std::exception_ptr Comms::failure(ncclComm_t comm, ncclResult_t result, const char* call,
+                                  Code otherwise) const {
+  const std::string why = words(comm, result);
+  if (result == ncclUnhandledCudaError) return std::make_exception_ptr(nccl_.cuda_failed(call, result, why));
+  if (result == ncclRemoteError || result == ncclSystemError) otherwise = Code::peer_lost;
+  if (result == ncclInternalError) otherwise = Code::aborted;
+  return std::make_exception_ptr(Error(otherwise, std::string(call) + ": " + why));
 }
 
 void Comms::fail(ncclComm_t comm, ncclResult_t result, const char* call) const {
-  const bool peer = result == ncclRemoteError || result == ncclSystemError;
-  throw Error(peer ? Code::peer_lost : Code::invalid, words(comm, result, call));
+  std::rethrow_exception(failure(comm, result, call, Code::invalid));
 }
 
 std::string Comms::unique_id() const {
@@ -172,18 +180,17 @@ NcclGroup::~NcclGroup() {
 
 ncclResult_t NcclGroup::end() { return std::exchange(open_, false) ? nccl_.ncclGroupEnd() : ncclSuccess; }
 
-std::optional<Error> Comms::async_error() {
+std::exception_ptr Comms::async_error() {
   const std::lock_guard lock(mutex_);
-  if (aborted_) return std::nullopt;
+  if (aborted_) return nullptr;
   for (ncclComm_t comm : comms_) {
     ncclResult_t state = ncclSuccess;
     const ncclResult_t asked = nccl_.ncclCommGetAsyncError(comm, &state);
     const ncclResult_t result = asked != ncclSuccess ? asked : state;
     if (result == ncclSuccess || result == ncclInProgress) continue;
-    const bool peer = result == ncclRemoteError || result == ncclSystemError;
-    return Error(peer ? Code::peer_lost : Code::aborted, words(comm, result, "NCCL in the background"));
+    return failure(comm, result, "NCCL in the background", Code::aborted);
   }
-  return std::nullopt;
+  return nullptr;
 }
 
 void Comms::abort() {

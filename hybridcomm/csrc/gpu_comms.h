@@ -5,10 +5,10 @@
 #pragma once
 
 #include <atomic>
+#include <exception>
 #include <functional>
 #include <map>
 #include <mutex>
-#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -59,8 +59,8 @@ class Comms {
   // After a call that may return before it is done, without `hold`: until it is, or has failed.
   void settle(int comm, ncclResult_t result, const char* call);
 
-  // What NCCL reports of itself in the background; nothing: all is well.
-  std::optional<Error> async_error();
+  // What NCCL reports of itself in the background; null: all is well.
+  std::exception_ptr async_error();
   // From any thread. What is stuck in a communicator comes back; they are of no more use.
   void abort();
   bool aborted() const { return aborted_; }
@@ -73,7 +73,9 @@ class Comms {
  private:
   ncclConfig_t config() const;
   int add(ncclComm_t comm);
-  std::string words(ncclComm_t comm, ncclResult_t result, const char* call) const;
+  std::string words(ncclComm_t comm, ncclResult_t result) const;
+  // A peer's, CUDA's, NCCL's own, or else of that code.
+  std::exception_ptr failure(ncclComm_t comm, ncclResult_t result, const char* call, Code otherwise) const;
   [[noreturn]] void fail(ncclComm_t comm, ncclResult_t result, const char* call) const;
   void settle(ncclComm_t comm, ncclResult_t result, const char* call);
 

@@ -38,11 +38,18 @@ enum : int32_t {
   CUDA_ERROR_INVALID_DEVICE = 101,
   CUDA_ERROR_INVALID_IMAGE = 200,
   CUDA_ERROR_INVALID_CONTEXT = 201,
+  CUDA_ERROR_NO_BINARY_FOR_GPU = 209,
+  CUDA_ERROR_ECC_UNCORRECTABLE = 214,
+  CUDA_ERROR_UNSUPPORTED_PTX_VERSION = 222,
   CUDA_ERROR_INVALID_HANDLE = 400,
   CUDA_ERROR_ILLEGAL_STATE = 401,
   CUDA_ERROR_NOT_FOUND = 500,
   CUDA_ERROR_NOT_READY = 600,
   CUDA_ERROR_ILLEGAL_ADDRESS = 700,
+  CUDA_ERROR_LAUNCH_TIMEOUT = 702,
+  CUDA_ERROR_CONTEXT_IS_DESTROYED = 709,
+  CUDA_ERROR_ASSERT = 710,
+  CUDA_ERROR_HARDWARE_STACK_ERROR = 714,
   CUDA_ERROR_LAUNCH_FAILED = 719,
   CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900,
   CUDA_ERROR_STREAM_CAPTURE_INVALIDATED = 901,
@@ -74,6 +81,7 @@ enum : int32_t {
   X(cuInit, CUresult, (unsigned))                                                                        \
   X(cuDriverGetVersion, CUresult, (int*))                                                                \
   X(cuGetErrorName, CUresult, (CUresult, const char**))                                                  \
+  X(cuGetErrorString, CUresult, (CUresult, const char**))                                                \
   X(cuDeviceGetCount, CUresult, (int*))                                                                  \
   X(cuDeviceGet, CUresult, (CUdevice*, int))                                                             \
   X(cuDeviceGetAttribute, CUresult, (int*, int32_t, CUdevice))                                           \

@@ -10,12 +10,18 @@ constexpr double kEnding = 10;                  // s that streams get to end in 
 constexpr double kForever = 1e9;                // s
 constexpr unsigned kUnaskedShared = 48 * 1024;  // bytes of shared memory that a block gets without asking
 
+template <class Library>
+Library of_device(Library library, int device) {
+  library.device = device;
+  return library;
+}
+
 }  // namespace
 
 GpuEngine::GpuEngine(Cuda cuda, Nccl nccl, const GpuConfig& config, std::function<void()> interrupted,
                      std::function<void()> on_failure)
-    : cuda_(std::make_shared<const Cuda>(std::move(cuda))),
-      nccl_(std::make_shared<const Nccl>(std::move(nccl))),
+    : cuda_(std::make_shared<const Cuda>(of_device(std::move(cuda), config.device))),
+      nccl_(std::make_shared<const Nccl>(of_device(std::move(nccl), config.device))),
       config_(config),
       interrupted_(std::move(interrupted)),
       on_failure_(std::move(on_failure)),
@@ -80,7 +86,7 @@ int GpuEngine::load(const std::string& image, const std::string& symbol, unsigne
 
 void GpuEngine::check() const {
   const std::lock_guard lock(mutex_);
-  if (failure_) throw *failure_;
+  if (failure_ != nullptr) std::rethrow_exception(failure_);
   if (closed_) throw Error(Code::aborted, "the GPU engine is closed: its context has ended");
 }
 
@@ -94,12 +100,15 @@ bool GpuEngine::poll(GpuWork& work) const {
   return work.over_ = true;
 }
 
-bool GpuEngine::done(GpuWork& work) {
+bool GpuEngine::done(GpuWork& work) try {
   const std::lock_guard lock(issuing_);
   check();
   make_current();
   if (in_capture()) return work.over_;  // asking for an event would break the capture
   return work.issued_ && ended(work);
+} catch (const DeviceError& error) {
+  fail_if_lost(error);
+  throw;
 }
 
 // An abort ends what is stuck: an end counts where nothing had failed by then.
@@ -109,7 +118,7 @@ bool GpuEngine::ended(GpuWork& work) const {
   return true;
 }
 
-bool GpuEngine::synchronize(const std::shared_ptr<GpuWork>& work, double limit_s) {
+bool GpuEngine::synchronize(const std::shared_ptr<GpuWork>& work, double limit_s) try {
   if (work->captured_) throw Error(Code::invalid, "a captured collective is run by its graph: wait for that");
   const auto limit = hybridcomm::Clock::now() + seconds(std::min(limit_s, config_.timeout_s));
   while (true) {
@@ -125,11 +134,14 @@ bool GpuEngine::synchronize(const std::shared_ptr<GpuWork>& work, double limit_s
     std::this_thread::sleep_for(kPoll);
   }
   if (limit_s < config_.timeout_s) return false;
-  fail(Error(Code::stall, work->program_->name + ": not done on the device after " +
-                              std::to_string(config_.timeout_s) +
-                              " s; a rank did not come to it, or its link is down"));
+  fail(std::make_exception_ptr(Error(Code::stall, work->program_->name + ": not done on the device after " +
+                                                      std::to_string(config_.timeout_s) +
+                                                      " s; a rank did not come to it, or its link is down")));
   check();
   return false;
+} catch (const DeviceError& error) {
+  fail_if_lost(error);
+  throw;
 }
 
 void GpuEngine::drain() {
@@ -162,7 +174,7 @@ void GpuEngine::close() {
   bool failed = false;
   {
     const std::lock_guard lock(mutex_);
-    failed = failure_.has_value();  // who called has heard of it
+    failed = failure_ != nullptr;  // who called has heard of it
   }
   try {
     if (!failed) drain();

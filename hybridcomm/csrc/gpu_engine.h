@@ -13,11 +13,11 @@
 #include <atomic>
 #include <condition_variable>
 #include <deque>
+#include <exception>
 #include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -84,7 +84,7 @@ class GpuEngine {
   // Waits until nothing is under way any more, then says goodbye. Idempotent.
   void close();
   // Ends what is under way: every communicator is aborted, and all later calls raise.
-  void fail(const Error& error);
+  void fail(std::exception_ptr error);
   void check() const;  // raises what it has failed with
 
  private:
@@ -97,12 +97,14 @@ class GpuEngine {
   ncclResult_t call_nccl(const DeviceOp& op, ncclRedOp_t reduction);
   void launch(const DeviceOp& op);
   void fail_by_current();
+  void fail_if_lost(const DeviceError& error);
   void finish_issue(const std::shared_ptr<GpuWork>& work);
   bool in_capture() const;
   bool poll(GpuWork& work) const;
   bool ended(GpuWork& work) const;
   void watch();
-  std::optional<Error> look();
+  std::exception_ptr look();
+  std::exception_ptr cause_of(const std::exception_ptr& error) const;
   void drain();
   void let_streams_end() const;
 
@@ -125,7 +127,7 @@ class GpuEngine {
   mutable std::mutex mutex_;  // of what the watchdog reads
   std::condition_variable changed_;
   std::deque<std::shared_ptr<GpuWork>> running_;
-  std::optional<Error> failure_;
+  std::exception_ptr failure_;
   bool capturing_ = false, closed_ = false;
   std::thread watchdog_;
 };

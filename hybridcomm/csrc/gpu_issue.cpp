@@ -26,7 +26,8 @@ bool GpuEngine::in_capture() const {
   return std::any_of(streams_.begin(), streams_.end(), [this](CUstream stream) { return capturing(stream); });
 }
 
-std::shared_ptr<GpuWork> GpuEngine::start(std::shared_ptr<const DeviceProgram> program, CUstream producer) {
+std::shared_ptr<GpuWork> GpuEngine::start(std::shared_ptr<const DeviceProgram> program,
+                                          CUstream producer) try {
   const std::lock_guard lock(issuing_);
   check();
   make_current();
@@ -56,6 +57,9 @@ std::shared_ptr<GpuWork> GpuEngine::start(std::shared_ptr<const DeviceProgram> p
   running_.push_back(work);
   changed_.notify_all();
   return work;
+} catch (const DeviceError& error) {
+  fail_if_lost(error);
+  throw;
 }
 
 // Before a start: works that are over, and those of a capture that has ended, which nothing may wait for.
@@ -81,11 +85,17 @@ void GpuEngine::forget(bool capture) {
 void GpuEngine::fail_by_current() {
   try {
     throw;
-  } catch (const Error& error) {
-    fail(error);
+  } catch (const Error&) {
+    fail(std::current_exception());
   } catch (...) {
-    fail(Error(Code::aborted, "a collective was interrupted while it was put on the streams"));
+    fail(std::make_exception_ptr(
+        Error(Code::aborted, "a collective was interrupted while it was put on the streams")));
   }
+}
+
+// Of a device on which nothing works any more the peers must hear, wherever that came up.
+void GpuEngine::fail_if_lost(const DeviceError& error) {
+  if (error.lost) fail(std::current_exception());
 }
 
 // Of those under way that touch the same memory, whoever has waited for them; streams keep the order of others.
@@ -126,7 +136,7 @@ void GpuEngine::finish_issue(const std::shared_ptr<GpuWork>& work) {
   held->issued_ = true;
 }
 
-void GpuEngine::wait(const std::shared_ptr<GpuWork>& work, CUstream consumer) {
+void GpuEngine::wait(const std::shared_ptr<GpuWork>& work, CUstream consumer) try {
   const std::lock_guard lock(issuing_);
   check();
   make_current();
@@ -140,6 +150,9 @@ void GpuEngine::wait(const std::shared_ptr<GpuWork>& work, CUstream consumer) {
   for (const size_t end : work->program_->ends) {
     cuda_->check(cuda_->cuStreamWaitEvent(consumer, work->events_.at(end).get(), 0), "cuStreamWaitEvent");
   }
+} catch (const DeviceError& error) {
+  fail_if_lost(error);
+  throw;
 }
 
 void GpuEngine::issue(GpuWork& work, size_t begin, size_t end) {

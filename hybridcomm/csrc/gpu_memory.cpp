@@ -11,8 +11,8 @@ GpuMemory::GpuMemory(std::shared_ptr<GpuEngine> engine, size_t nbytes)
     void* data = nullptr;
     const ncclResult_t result = nccl.ncclMemAlloc(&data, nbytes);
     if (result != ncclSuccess) {
-      throw Error(Code::invalid, std::string("ncclMemAlloc of ") + std::to_string(nbytes) +
-                                     " bytes: " + nccl.ncclGetErrorString(result));
+      throw nccl.cuda_failed("ncclMemAlloc", result,
+                             std::to_string(nbytes) + " bytes, " + nccl.ncclGetErrorString(result));
     }
     address_ = reinterpret_cast<CUdeviceptr>(data);
     try {

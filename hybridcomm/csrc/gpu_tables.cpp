@@ -1,7 +1,5 @@
 #include "gpu_tables.h"
 
-#include "common.h"
-
 namespace hybridcomm::gpu {
 namespace {
 
@@ -12,6 +10,41 @@ template <class Function>
 void fill(Function& member, const SharedLibrary& library, const char* name, std::string& missing) {
   member = reinterpret_cast<Function>(library.find(name));
   if (member == nullptr) missing += (missing.empty() ? "" : ", ") + std::string(name);
+}
+
+std::string on(int device) { return device < 0 ? "" : " on device " + std::to_string(device); }
+
+// Errors that stay: every later call in the context answers likewise.
+bool is_lost(CUresult result) {
+  return result == CUDA_ERROR_ECC_UNCORRECTABLE || result == CUDA_ERROR_ILLEGAL_ADDRESS ||
+         result == CUDA_ERROR_LAUNCH_TIMEOUT ||
+         (result >= CUDA_ERROR_CONTEXT_IS_DESTROYED && result <= CUDA_ERROR_ASSERT) ||
+         (result >= CUDA_ERROR_HARDWARE_STACK_ERROR && result <= CUDA_ERROR_LAUNCH_FAILED);
+}
+
+const char* advice(CUresult result) {
+  if (is_lost(result)) {
+    return "the device's context is lost, so end this process; if it happens again, look for Xid in dmesg, "
+           "and run it under compute-sanitizer";
+  }
+  switch (result) {
+    case CUDA_ERROR_OUT_OF_MEMORY:
+      return "the device's memory is full: make buckets or batches smaller, and see who else is on it in "
+             "nvidia-smi";
+    case CUDA_ERROR_NO_DEVICE:
+    case CUDA_ERROR_INVALID_DEVICE:
+      return "see nvidia-smi and CUDA_VISIBLE_DEVICES";
+    case CUDA_ERROR_INVALID_IMAGE:
+    case CUDA_ERROR_NO_BINARY_FOR_GPU:
+    case CUDA_ERROR_UNSUPPORTED_PTX_VERSION:
+      return "no shipped kernel runs here: install a newer driver, or a version of hybridcomm for this GPU";
+    default:
+      break;
+  }
+  if (result >= CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED && result <= CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD) {
+    return "a graph was being captured that allows no such call: make it before or behind the capture";
+  }
+  return "look for an earlier error, and for Xid in dmesg";
 }
 
 std::string nccl_text(int version) {
@@ -42,9 +75,13 @@ Cuda Cuda::load(const SharedLibrary& library) {
 
 void Cuda::check(CUresult result, const char* call) const {
   if (result == CUDA_SUCCESS) return;
-  const char* word = nullptr;
+  const char *word = nullptr, *text = nullptr;
   if (cuGetErrorName(result, &word) != CUDA_SUCCESS || word == nullptr) word = "an unknown error";
-  throw Error(Code::invalid, std::string(call) + ": " + word + " (" + std::to_string(result) + ")");
+  if (cuGetErrorString(result, &text) != CUDA_SUCCESS) text = nullptr;
+  const std::string why = text == nullptr ? "" : std::string(", ") + text;
+  throw DeviceError(
+      call + on(device) + ": " + word + " (" + std::to_string(result) + ")" + why + ": " + advice(result),
+      call, word, result, device, is_lost(result));
 }
 
 int Cuda::device_count() const {
@@ -87,6 +124,15 @@ std::vector<std::string> Nccl::newer() const {
   NCCL_NEWER_CALLS(NAME)
 #undef NAME
   return names;
+}
+
+DeviceError Nccl::cuda_failed(const char* call, ncclResult_t result, const std::string& words) const {
+  return {call + on(device) + ": " + words + ": look for an earlier error, and for Xid in dmesg",
+          call,
+          "ncclUnhandledCudaError",
+          result,
+          device,
+          false};
 }
 
 }  // namespace hybridcomm::gpu

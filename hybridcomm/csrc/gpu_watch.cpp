@@ -3,22 +3,33 @@
 
 namespace hybridcomm::gpu {
 
-void GpuEngine::fail(const Error& error) {
+void GpuEngine::fail(std::exception_ptr error) {
   {
     const std::lock_guard lock(mutex_);
-    if (failure_) return;
-    failure_ = error;
+    if (failure_ != nullptr) return;
+    failure_ = std::move(error);
     changed_.notify_all();
   }
   comms_.abort();  // what is stuck comes back, and the peers hear of it
   on_failure_();
 }
 
+// Of what NCCL reports: CUDA's own error where the device is lost, which NCCL does not name.
+std::exception_ptr GpuEngine::cause_of(const std::exception_ptr& error) const {
+  try {
+    const CUresult result = cuda_->cuStreamQuery(streams_.front());
+    if (result != CUDA_ERROR_NOT_READY) cuda_->check(result, "cuStreamQuery");
+  } catch (const DeviceError& found) {
+    if (found.lost) return std::current_exception();
+  }
+  return error;
+}
+
 // What is wrong, if anything is. Works that are over are forgotten.
-std::optional<Error> GpuEngine::look() {
-  if (const std::optional<Error> error = comms_.async_error()) return error;
+std::exception_ptr GpuEngine::look() {
+  if (std::exception_ptr error = comms_.async_error()) return cause_of(error);
   const std::lock_guard lock(mutex_);
-  if (capturing_) return std::nullopt;  // asking for an event would break another thread's capture
+  if (capturing_) return nullptr;  // asking for an event would break another thread's capture
   while (!running_.empty() && !running_.front()->captured_) {
     GpuWork& work = *running_.front();
     if (work.over_) {
@@ -26,18 +37,19 @@ std::optional<Error> GpuEngine::look() {
       continue;
     }
     // What is not issued to its end yet waits for its caller, not for the device.
-    if (!work.issued_) return std::nullopt;
+    if (!work.issued_) return nullptr;
     try {
       if (poll(work)) continue;
-    } catch (const Error& error) {
-      return error;
+    } catch (const Error&) {
+      return std::current_exception();
     }
-    if (hybridcomm::Clock::now() < work.since_ + seconds(config_.timeout_s)) return std::nullopt;
-    return Error(Code::stall, work.program_->name + ": not done on the device after " +
-                                  std::to_string(config_.timeout_s) +
-                                  " s; a rank did not come to it, or its link is down");
+    if (hybridcomm::Clock::now() < work.since_ + seconds(config_.timeout_s)) return nullptr;
+    return std::make_exception_ptr(
+        Error(Code::stall, work.program_->name + ": not done on the device after " +
+                               std::to_string(config_.timeout_s) +
+                               " s; a rank did not come to it, or its link is down"));
   }
-  return std::nullopt;
+  return nullptr;
 }
 
 void GpuEngine::watch() {
@@ -47,16 +59,16 @@ void GpuEngine::watch() {
       {
         std::unique_lock lock(mutex_);
         if (changed_.wait_for(lock, seconds(config_.watch_s),
-                              [this] { return closed_ || failure_.has_value(); }))
+                              [this] { return closed_ || failure_ != nullptr; }))
           return;
       }
-      if (const std::optional<Error> error = look()) {
-        fail(*error);
+      if (std::exception_ptr error = look()) {
+        fail(std::move(error));
         return;
       }
     }
-  } catch (const Error& error) {
-    fail(error);
+  } catch (const Error&) {
+    fail(std::current_exception());
   }
 }
 

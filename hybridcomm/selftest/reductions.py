@@ -26,14 +26,19 @@ def same_residual(on_device: Residual, on_host: Residual) -> list[str]:
     return [f"value: residual {k}" for k in wanted if not (kept[k] == wanted[k]).all()]
 
 
-def feedback(codec: str, exchange: str, numel: int, steps: int = 3) -> Body:
-    """Each step's mean with error feedback, and the residual in the end; the second step is rolled back."""
+def feedback(
+    codec: str, exchange: str, numel: int, steps: int = 3, *, decay: float = 1.0, spoilt: int = -1
+) -> Body:
+    """Each step's mean with error feedback, and the residual in the end; the second step is rolled back. ``spoilt``: a
+    step in which rank 0 has a NaN."""
 
     def body(rank: Rank) -> list[str]:
         rank.align()
-        on_host, on_device, wrong = Residual(), Residual(), list[str]()
+        on_host, on_device, wrong = Residual(decay=decay), Residual(decay=decay), list[str]()
         for step in range(steps):
             want = gradient(numel, rank.rank, step)
+            if step == spoilt and rank.rank == 0:
+                want[numel // 3] = float("nan")
             tensor = rank.upload(want)
             rank.host.allreduce(want, op="mean", compress=codec, residual=on_host, exchange=exchange)
             rank.device.allreduce(tensor, op="mean", compress=codec, residual=on_device, exchange=exchange)

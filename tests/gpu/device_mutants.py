@@ -13,7 +13,8 @@ from unittest import mock
 
 import torch
 
-from hybridcomm import _C, device_codec, device_comms, device_context
+from hybridcomm import _C, device_allreduce, device_codec, device_comms, placing, verbs
+from hybridcomm.device_coalesce import DeviceCoalescing
 from hybridcomm.device_codec import DevicePayloads
 from hybridcomm.device_context import DeviceContext
 from hybridcomm.device_plan import DevicePlan, Operation
@@ -29,12 +30,12 @@ Patch = Any
 
 def lowering(change: Callable[[DevicePlan, int], DevicePlan]) -> Patch:
     """Every plan that is lowered is changed, given its rank."""
-    real = device_context.lower_device
+    real = device_allreduce.lower_device
 
     def lower(plan: Any, rank: int, *given: Any, **named: Any) -> DevicePlan:
         return change(real(plan, rank, *given, **named), rank)
 
-    return mock.patch.object(device_context, "lower_device", lower)
+    return mock.patch.object(device_allreduce, "lower_device", lower)
 
 
 def operations(change: Callable[[Operation], Operation], *, rank: int | None = None) -> Patch:
@@ -229,6 +230,29 @@ def no_template(real: Any, *given: Any) -> Any:
     return header
 
 
+def untranslated(real: Any, group: Any, t: Any, peer: int, tag: int) -> Any:
+    found = real(group, t, peer, tag)
+    return found and (found[0], peer)
+
+
+def of_all_ranks(real: Any, group: Any) -> Any:
+    return real(placing._home(group))
+
+
+def backwards(real: Any, self: DeviceContext, arrays: Any, name: str) -> Any:
+    return real(self, arrays, name)[::-1]
+
+
+def takes_one(real: Any, self: DeviceCoalescing, *given: Any, **named: Any) -> None:
+    if not self._calls:
+        real(self, *given, **named)
+
+
+def reordered(real: Any, self: DeviceContext, calls: Any, *given: Any) -> Any:
+    """On rank 1."""
+    return real(self, calls[::-1] if self.rank else calls, *given)
+
+
 class Planted(NamedTuple):
     """A scenario that should notice it, what plants it, and under how many seeds."""
 
@@ -254,6 +278,13 @@ MUTANTS: dict[str, Planted] = {
     },
     "swapped buckets": Planted("buckets", methods(DeviceContext, "allreduce", swaps_buckets)),
     "a skipped collective": Planted("buckets", methods(DeviceContext, "allreduce", skips_one)),
+    "a group's peers are taken for the job's": Planted(
+        "verbs", lambda: around(verbs, "gpu_messages", untranslated)
+    ),
+    "a group's calls go to all ranks": Planted("verbs", lambda: around(placing, "gpus_of", of_all_ranks)),
+    "lists are gathered backwards": Planted("verbs", methods(DeviceContext, "_parts", backwards)),
+    "a block keeps its first call alone": Planted("coalesced", methods(DeviceCoalescing, "take", takes_one)),
+    "coalesced calls are in no order": Planted("coalesced", methods(DeviceContext, "_grouped", reordered)),
     "a payload's end is not sent": Planted("buckets", lambda: operations(cut)),
     "one rank sums less": Planted("buckets", lambda: operations(shorter, rank=1)),
     "a wrong root of shards": Planted("uneven shards", lambda: operations(next_root)),

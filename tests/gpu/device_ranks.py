@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from hybridcomm.device_context import DeviceContext
 from hybridcomm.selftest.rank import Rank, gradient
 from hybridcomm.topology import Topology
 from tests.engine_ranks import TIMEOUT_S, engine_contexts
@@ -35,11 +34,13 @@ def run_devices(
     nccl: int = NCCL,
     patience_ms: int | None = None,
     return_exceptions: bool = False,
+    connect: bool = True,
     **options: Any,
 ) -> tuple[list[T], list[str]]:
     """``body`` on every rank; (results by rank, what the simulation reported). ``options``: of `DeviceContext.connect`.
 
-    ``stall_s``: the contexts' timeout; ``nccl``: the version that is simulated; ``patience_ms``: `Simulation.patience`.
+    ``connect``: else the body does that, or nobody. ``stall_s``: the contexts' timeout; ``nccl``: the version that is
+    simulated; ``patience_ms``: `Simulation.patience`.
     """
     os.environ["HYBRIDCOMM_CUDA"] = os.environ["HYBRIDCOMM_NCCL"] = str(library())
     world = topology.world_size
@@ -54,11 +55,12 @@ def run_devices(
         def ranked(host: Any) -> T:
             provider = SimulatedTorch(simulation, host.rank)
             providers.append(provider)
-            device = DeviceContext.connect(host, provider, **{"watch": 0, **options})
+            if connect:
+                host.connect_device(provider=provider, **{"watch": 0, **options})
             try:
-                return body(Rank(host=host, device=device, torch=provider))
+                return body(Rank(host=host, device=host.device, torch=provider))
             finally:
-                device.close()
+                host.close_device()
                 provider.close()
                 simulation.publish()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hybridcomm.errors import HybridCommError, PeerLostError, StallError
+from hybridcomm.errors import AbortedError, DeviceError, HybridCommError, PeerLostError, StallError
 from hybridcomm.kernels import parse, reference
 from hybridcomm.residual import Residual
 from hybridcomm.selftest.rank import all_differ, differ, numbers, total
@@ -34,6 +34,7 @@ from hybridcomm.selftest.under_way import (
 from hybridcomm.selftest.verbs import means, messages
 from hybridcomm.topology import Topology
 from tests.gpu.device_ranks import Rank, gradient, run_devices
+from tests.gpu.device_verbs import coalesced, verbs
 from tests.gpu.simulated import Fault, sim_library
 
 __all__ = ["EAGER", "SCENARIOS", "Scenario", "wrongs"]
@@ -180,6 +181,23 @@ def _fails(fault: Fault, *wanted: type[Exception]) -> Callable[[Rank], list[str]
     return body
 
 
+def _broken(rank: Rank) -> list[str]:
+    """Rank 1's device is lost, and nobody watches: its next call says so, and the others hear of it on the host."""
+    tensor = rank.upload(numbers(64, rank.rank))
+    try:
+        rank.host.barrier()
+        if rank.rank == 1:
+            rank.torch.simulation.inject(Fault.BREAKS, device=1, operation=0)
+            rank.torch.lost = True
+            rank.device.allreduce(tensor)
+        rank.host.barrier()
+    except DeviceError as error:
+        return [] if rank.rank == 1 and error.lost else [str(error)]
+    except (AbortedError, PeerLostError):
+        return ["not told as its own device's error"] if rank.rank == 1 else []
+    return ["nothing is raised"]
+
+
 _WATCHED = {"watch": 0.02, "stall_s": STALL_S}
 
 SCENARIOS: dict[str, Scenario] = {
@@ -189,6 +207,8 @@ SCENARIOS: dict[str, Scenario] = {
     "unequal": Scenario(nodes=(2, 1), body=unequal),
     "uneven shards": Scenario(nodes=(2, 2), body=uneven),
     "messages": Scenario(nodes=(2, 1), body=messages),
+    "verbs": Scenario(nodes=(2, 2), body=verbs),
+    "coalesced": Scenario(nodes=(2, 1), body=coalesced),
     "two-stage": Scenario(nodes=(1, 1, 1), body=two_stage),
     "overlap": Scenario(nodes=(1, 1), body=overlap),
     "streams": Scenario(nodes=(1, 1), body=streams),
@@ -202,6 +222,7 @@ SCENARIOS: dict[str, Scenario] = {
     "refused": Scenario(nodes=(1, 1), body=_refused, expected="misuse: ncclGroupEnd without ncclGroupStart"),
     "means": Scenario(nodes=(2, 2), body=means),
     "hangs": Scenario(nodes=(1, 1), body=_fails(Fault.HANGS, StallError, PeerLostError), options=_WATCHED),
+    "broken": Scenario(nodes=(1, 1), body=_broken, options={"stall_s": 5 * STALL_S}),
     "lost": Scenario(
         nodes=(1, 1), body=_fails(Fault.REMOTE_ERROR, PeerLostError, StallError), options=_WATCHED
     ),

@@ -274,13 +274,13 @@ MUTANTS: dict[str, Mutant] = {
     "a failure of NCCL in the background is not heard": Mutant(
         "gpu_watch.cpp",
         ("lost",),
-        {"if (const std::optional<Error> error = comms_.async_error()) return error;": ""},
+        {"if (std::exception_ptr error = comms_.async_error()) return cause_of(error);": ""},
     ),
     "nobody looks at the clock": Mutant(
         "gpu_watch.cpp",
         ("hangs",),
         {
-            "if (hybridcomm::Clock::now() < work.since_ + seconds(config_.timeout_s)) return std::nullopt;": "return std::nullopt;"
+            "if (hybridcomm::Clock::now() < work.since_ + seconds(config_.timeout_s)) return nullptr;": "return nullptr;"
         },
     ),
     "a failure leaves the communicators as they are": Mutant(
@@ -291,7 +291,17 @@ MUTANTS: dict[str, Mutant] = {
     "a failure is kept to oneself": Mutant(
         "gpu_watch.cpp",
         ("hangs",),
-        {"    failure_ = error;": ""},
+        {"    failure_ = std::move(error);": ""},
+    ),
+    "a lost device is kept to oneself": Mutant(
+        "gpu_issue.cpp",
+        ("broken",),
+        {"  if (error.lost) fail(std::current_exception());": ""},
+    ),
+    "no error of CUDA's leaves a device lost": Mutant(
+        "gpu_tables.cpp",
+        ("broken",),
+        {"word, result, device, is_lost(result));": "word, result, device, false);"},
     ),
 }
 

@@ -133,7 +133,7 @@ def check_driver(loader: Path, library: Path, package: str, version: int) -> Fin
     problems = [
         *([f"fails: {ran.said.get('error')}"] if ran.code else []),
         *([f"says {ran.said.get('version')}"] if ran.said.get("version") != str(version) else []),
-        *([f"cuInit says {said!r}"] if said != NO_DEVICE else []),
+        *([f"cuInit says {said!r}"] if not said.startswith(NO_DEVICE) else []),
         *(["counts devices"] if ran.said.get("devices") != "0" else []),
     ]
     return Finding(

@@ -67,6 +67,7 @@ def sim_library() -> ctypes.CDLL:
         "sim_share_hosts": (None, ()),
         "sim_patience": (None, (ctypes.c_int,)),
         "sim_inject": (None, (ctypes.c_int, ctypes.c_long, ctypes.c_long, ctypes.c_int)),
+        "sim_refuse": (None, (ctypes.c_int, ctypes.c_char_p, ctypes.c_long, ctypes.c_int)),
         "sim_nccl_version": (None, (ctypes.c_int,)),
         "sim_register_image": (
             None,
@@ -214,6 +215,12 @@ class Simulation:
         device has run.
         """
         sim_library().sim_inject(device, communicator, operation, int(fault))
+
+    def refuse(self, call: str, code: int, *, device: int, count: int = 0) -> None:
+        """Lets the device's call number ``count`` of a function of the driver, counted from now on, answer ``code``;
+        of those that ask what is planted: `sim::planted` in sim/*.cpp.
+        """
+        sim_library().sim_refuse(device, call.encode(), count, code)
 
     def share_hosts(self) -> None:
         """From here on, threads of one device count as ordered among themselves: for engines with own threads."""

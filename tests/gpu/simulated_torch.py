@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -109,6 +110,7 @@ class SimulatedTorch:
         self._hooks: list[Any] = []
         self._grads: dict[torch.Tensor, torch.Tensor] = {}
         self.over = False  # the simulation has forgotten all memory
+        self.lost = False  # a test has broken the device
         context, stream = ctypes.c_void_p(), ctypes.c_void_p()
         _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), ordinal)
         _call("cuCtxSetCurrent", context)
@@ -129,7 +131,13 @@ class SimulatedTorch:
     def empty(self, nbytes: int) -> torch.Tensor:
         address = ctypes.c_uint64()
         _call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
-        return self._at(address.value, nbytes, lambda: _call("cuMemFree_v2", ctypes.c_uint64(address.value)))
+        return self._at(address.value, nbytes, lambda: self._free(address.value))
+
+    def _free(self, address: int) -> None:
+        if self.lost:
+            sim_library().cuMemFree_v2(ctypes.c_uint64(address))  # whose memory went with it
+        else:
+            _call("cuMemFree_v2", ctypes.c_uint64(address))
 
     def wrap(self, address: int, nbytes: int, owner: Any) -> torch.Tensor:
         holder = [owner]
@@ -199,6 +207,14 @@ class SimulatedTorch:
                 ctypes.c_size_t(nbytes),
                 self._stream,
             )
+
+    def timed(self, call: Callable[[], object]) -> float:
+        """Of the host's clock: a simulated device has none."""
+        self.synchronize()
+        begin = time.perf_counter()
+        call()
+        self.synchronize()
+        return time.perf_counter() - begin
 
     def finite(self, tensor: torch.Tensor, limit: float) -> bool:
         return bool((self.download(tensor).abs() <= limit).all())
@@ -275,6 +291,8 @@ class SimulatedTorch:
         self.simulation.host_access(tensor, write=True, what=what)
 
     def close(self) -> None:
+        if self.lost:
+            return  # nothing can be given back
         self.synchronize()
         for hook in self._hooks:
             hook.remove()

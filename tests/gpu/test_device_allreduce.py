@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from hybridcomm import device_draws
+from hybridcomm import device_decay, device_draws
 from hybridcomm.errors import DataTypeError, UnsupportedError
 from hybridcomm.residual import Residual
 from hybridcomm.selftest.cases import SEEDED, TWICE
@@ -31,6 +33,42 @@ def test_payloads_in_two_stages_give_the_hosts_bits(codec: str) -> None:
     results, reports = run_devices(Topology.virtual(3, 2), feedback(codec, "two_stage", 3 << 16), seed=3)
     assert results == [[]] * 6
     assert reports == []
+
+
+@pytest.mark.parametrize("codec", SPECS)
+def test_a_decayed_residual_gives_the_hosts_bits(codec: str) -> None:
+    """Also where a step that is not finite leaves the residual as it was, undecayed."""
+    body = feedback(codec, "gather", 1 << 14, 4, decay=0.9, spoilt=2)
+    results, reports = run_devices(Topology.virtual(2, 1), body, seed=4)
+    assert results == [[]] * 2
+    assert reports == []
+
+
+@pytest.mark.parametrize("codec", ["topk:0.01", "int8", "powersgd:2"])
+def test_a_decayed_second_residual_gives_the_hosts_bits(codec: str) -> None:
+    body = feedback(codec, "two_stage", 3 << 14, 4, decay=0.7, spoilt=2)
+    results, reports = run_devices(Topology.virtual(3, 1), body, seed=5)
+    assert results == [[]] * 3
+    assert reports == []
+
+
+@pytest.mark.parametrize(
+    ("codec", "name", "bug"),
+    [
+        ("int8", "_restores", lambda _: False),
+        ("int8", "Decay.record", lambda self, record, e_in: record(e_in, 1.0)),
+        ("topk:0.01", "Decay.record", lambda self, record, e_in: record(e_in, 1.0)),
+    ],
+)
+def test_a_decay_that_is_forgotten_or_kept_too_long_is_noticed(
+    codec: str, name: str, bug: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, _, method = name.rpartition(".")
+    monkeypatch.setattr(getattr(device_decay, owner) if owner else device_decay, method, bug)
+    results, _ = run_devices(
+        Topology.virtual(2, 1), feedback(codec, "gather", 1 << 14, 4, decay=0.9, spoilt=2)
+    )
+    assert all(results)
 
 
 @pytest.mark.parametrize("codec", SEEDED)
@@ -187,8 +225,8 @@ def test_what_a_gpu_cannot_do_is_refused_with_advice() -> None:
             device.allreduce(tensor, compress="topk:0.03")
         with pytest.raises(UnsupportedError, match="16"):
             device.allreduce(rank.upload(torch.ones(4099)), compress="topk:0.01")
-        with pytest.raises(UnsupportedError, match="auto"):
-            device.allreduce(tensor, compress="auto")
+        with pytest.raises(UnsupportedError, match="momentum"):
+            device.allreduce(tensor, compress="topk:0.01", residual=Residual(momentum=0.9))
         with pytest.raises(UnsupportedError, match="residual"):
             device.allreduce(tensor, residual=Residual())
         with pytest.raises(DataTypeError, match="NCCL"):

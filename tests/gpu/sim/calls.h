@@ -21,6 +21,9 @@ inline bool on_a_device() { return world().here().device >= 0; }
 // Whether the calling thread's context is lost.
 inline bool broken() { return world().broken(world().here().device); }
 
+// What a test wants this call to answer on the thread's device, once; CUDA_SUCCESS: it works.
+hybridcomm::gpu::CUresult planted(const char* call);
+
 inline uintptr_t address(hybridcomm::gpu::CUdeviceptr pointer) { return static_cast<uintptr_t>(pointer); }
 
 // Onto the stream, or into what captures it.

@@ -73,6 +73,12 @@ EXPORT CUresult cuGetErrorName(CUresult result, const char** name) {
   }
 #undef NAME
 }
+EXPORT CUresult cuGetErrorString(CUresult result, const char** text) {
+  *text = result == CUDA_ERROR_OUT_OF_MEMORY     ? "out of memory"
+          : result == CUDA_ERROR_ILLEGAL_ADDRESS ? "an illegal memory access was encountered"
+                                                 : nullptr;
+  return *text == nullptr ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+}
 EXPORT CUresult cuDeviceGetCount(int* count) {
   const auto lock = locked();
   *count = world().devices;
@@ -109,6 +115,7 @@ EXPORT CUresult cuCtxSetCurrent(CUcontext context) {
 
 EXPORT CUresult cuStreamCreateWithPriority(CUstream* stream, unsigned flags, int) {
   const auto lock = locked();
+  if (const CUresult planted = sim::planted(__func__)) return planted;
   if (broken()) return CUDA_ERROR_ILLEGAL_ADDRESS;
   if (!on_a_device()) return CUDA_ERROR_INVALID_CONTEXT;
   *stream = reinterpret_cast<CUstream>(
@@ -168,6 +175,7 @@ EXPORT CUresult cuEventDestroy_v2(CUevent handle) {
 }
 EXPORT CUresult cuEventRecord(CUevent handle, CUstream to) {
   const auto lock = locked();
+  if (const CUresult planted = sim::planted(__func__)) return planted;
   if (broken()) return CUDA_ERROR_ILLEGAL_ADDRESS;
   if (!on_a_device()) return CUDA_ERROR_INVALID_CONTEXT;
   sim::Event* event = world().event(handle);
@@ -177,6 +185,7 @@ EXPORT CUresult cuEventRecord(CUevent handle, CUstream to) {
 }
 EXPORT CUresult cuEventQuery(CUevent handle) {
   auto lock = locked();
+  if (const CUresult planted = sim::planted(__func__)) return planted;
   if (broken()) return CUDA_ERROR_ILLEGAL_ADDRESS;
   sim::Event* event = world().event(handle);
   if (event == nullptr) return CUDA_ERROR_INVALID_HANDLE;

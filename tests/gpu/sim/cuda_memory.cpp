@@ -16,6 +16,7 @@ using sim::world;
 
 EXPORT CUresult cuMemAlloc_v2(CUdeviceptr* pointer, size_t nbytes) {
   const auto lock = locked();
+  if (const CUresult planted = sim::planted(__func__)) return planted;
   if (broken()) return CUDA_ERROR_ILLEGAL_ADDRESS;
   if (!on_a_device()) return CUDA_ERROR_INVALID_CONTEXT;
   if (const CUresult refused = graphs().unsafe(); refused != CUDA_SUCCESS) return refused;

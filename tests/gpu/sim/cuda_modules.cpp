@@ -57,6 +57,7 @@ Function* function_of(CUfunction handle) {
 // A module belongs to the context that loaded it.
 EXPORT CUresult cuModuleLoadData(CUmodule* module, const void* image) {
   const auto lock = locked();
+  if (const CUresult planted = sim::planted(__func__)) return planted;
   if (broken()) return CUDA_ERROR_ILLEGAL_ADDRESS;
   if (!on_a_device()) return CUDA_ERROR_INVALID_CONTEXT;
   const sim::Image* found = image == nullptr ? nullptr : sim::find_image(image);
@@ -97,6 +98,7 @@ EXPORT CUresult cuLaunchKernel(CUfunction handle, unsigned x, unsigned y, unsign
                                unsigned threads_y, unsigned threads_z, unsigned shared, CUstream to,
                                void** parameters, void** extra) {
   const auto lock = locked();
+  if (const CUresult planted = sim::planted(__func__)) return planted;
   if (broken()) return CUDA_ERROR_ILLEGAL_ADDRESS;
   if (!on_a_device()) return CUDA_ERROR_INVALID_CONTEXT;
   const Function* function = function_of(handle);

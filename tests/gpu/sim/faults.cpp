@@ -10,7 +10,7 @@ Faults& faults() {
 }
 
 Faults::Faults() {
-  world().also_reset.push_back([this] { planted_.clear(); });
+  world().also_reset.push_back([this] { planted_.clear(), answers_.clear(); });
 }
 
 void Faults::plant(int device, long communicator, long operation, Fault fault) {
@@ -28,7 +28,29 @@ Fault Faults::at(int device, long communicator, long operation) {
   return kNone;
 }
 
+void Faults::plant_call(int device, const std::string& call, long count, int result) {
+  answers_.push_back({device, call, count, result});
+}
+
+int Faults::answer(int device, const std::string& call) {
+  for (auto each = answers_.begin(); each != answers_.end(); ++each) {
+    if (each->device != device || each->call != call || each->left-- > 0) continue;
+    const int result = each->result;
+    answers_.erase(each);
+    return result;
+  }
+  return 0;
+}
+
+hybridcomm::gpu::CUresult planted(const char* call) { return faults().answer(world().here().device, call); }
+
 }  // namespace sim
+
+// `device`'s call number `count` of the driver's function `call` from now on answers `result`, and does nothing.
+EXPORT void sim_refuse(int device, const char* call, long count, int result) {
+  const std::lock_guard<std::mutex> lock(sim::world().mutex);
+  sim::faults().plant_call(device, call, count, result);
+}
 
 // `device`'s communicator number `communicator`, counted from 0 in the order in which the round makes them there: what
 // befalls its operation number `operation` (a call, or a group's calls), counted from 0 likewise. With communicator -1

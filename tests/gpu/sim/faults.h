@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 #include <vector>
 
 namespace sim {
@@ -21,6 +22,9 @@ class Faults {
   void plant(int device, long communicator, long operation, Fault fault);
   // What befalls an operation that begins; it does so once.
   Fault at(int device, long communicator, long operation);
+  // `device`'s call number `count` of that name from now on, counted from 0, answers `result`, once.
+  void plant_call(int device, const std::string& call, long count, int result);
+  int answer(int device, const std::string& call);
 
  private:
   struct Planted {
@@ -28,7 +32,14 @@ class Faults {
     long communicator, operation;
     Fault fault;
   };
+  struct Answer {
+    int device;
+    std::string call;
+    long left;
+    int result;
+  };
   std::vector<Planted> planted_;
+  std::vector<Answer> answers_;
 };
 
 Faults& faults();

@@ -71,6 +71,7 @@ class DeviceContext(DeviceCollectives):
         self._programs: OrderedDict[tuple[Any, ...], tuple[_C.DeviceProgram, DevicePlan, Sequence[Any]]] = (
             OrderedDict()
         )
+        self._exchanges = OrderedDict()
         self._running: deque[DeviceWork] = deque()
         self._captured: list[Any] = []  # memory of programs in graphs, which may be launched at any time
         self._calls = self._first = 0
@@ -142,7 +143,7 @@ class DeviceContext(DeviceCollectives):
         """
         host = self.host.group(ranks)
         comms = device_comms.connect(self._engine, host) if host.is_member else {}
-        return DeviceContext(
+        return type(self)(
             host, self.provider, self._engine, comms, streams=self._streams, flat=self.flat, debug=self.debug
         )
 
@@ -212,8 +213,8 @@ class DeviceContext(DeviceCollectives):
         plan = self._plan(
             key, lambda: self._plan_allreduce(tensor.numel(), dtype, name, codec, exchange, flat)
         )
-        if plan.compressor == "none" and residual is not None:
-            raise UnsupportedError("residual= needs compress=, and nodes to compress between")
+        if codec is None and residual is not None:
+            raise UnsupportedError("residual= needs compress=: a dense all-reduce leaves nothing behind")
         pair = self._staged(plan, codec, residual, residual_key, spans)
         where = (tensor.data_ptr(), *(() if pair is None else (each.data_ptr() for each in pair)))
         program = self._program((key, residual_key, where), plan, tensor, codec, pair)
@@ -273,7 +274,7 @@ class DeviceContext(DeviceCollectives):
         key: str,
         spans: Sequence[Span] | None,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        if residual is None or codec is None:
+        if residual is None or codec is None or plan.compressor == "none":  # no nodes to compress between
             return None
         compressors.check_feedback(codec, residual)
         if residual.momentum or residual.decay != 1.0:
@@ -334,13 +335,15 @@ class DeviceContext(DeviceCollectives):
         stream: Any,
         name: str,
         wire_nbytes: int = 0,
+        *,
+        alike: bool = True,
     ) -> DeviceWork | None:
         compiled, lowered, kept = program
         producer = self.provider.stream() if stream is None else handle_of(stream)
         if lowered.draws is not None and self._engine.capturing(producer):
             raise UnsupportedError(f"{name}: draws anew in every call, which a graph cannot; use topk")
-        self._calls += 1
-        if self.debug:
+        self._calls += alike
+        if alike and self.debug:
             device_comms.compare(self.host, self._calls, name, lowered)
         if lowered.draws is not None:
             lowered, headers = of_call(lowered, self._first + self._calls, self.provider, producer)

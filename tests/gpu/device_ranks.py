@@ -57,6 +57,7 @@ def run_devices(
     nccl: int = NCCL,
     patience_ms: int | None = None,
     return_exceptions: bool = False,
+    kind: type[DeviceContext] = DeviceContext,
     **options: Any,
 ) -> tuple[list[T], list[str]]:
     """``body`` on every rank; (results by rank, what the simulation reported). ``options``: of `DeviceContext.connect`.
@@ -76,7 +77,7 @@ def run_devices(
         def ranked(host: Any) -> T:
             provider = SimulatedTorch(simulation, host.rank)
             providers.append(provider)
-            device = DeviceContext.connect(host, provider, **{"watch": 0, **options})
+            device = kind.connect(host, provider, **{"watch": 0, **options})
             try:
                 return body(Rank(host=host, device=device, torch=provider))
             finally:

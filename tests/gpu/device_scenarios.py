@@ -18,6 +18,7 @@ from hybridcomm.kernels import parse, reference
 from hybridcomm.reducer import Reducer
 from hybridcomm.residual import Residual
 from hybridcomm.topology import Topology
+from tests.gpu.device_lanes import lanes
 from tests.gpu.device_ranks import Rank, gradient, run_devices
 from tests.gpu.device_reductions import (
     CODEC,
@@ -307,6 +308,8 @@ SCENARIOS: dict[str, Scenario] = {
     "unequal": Scenario(nodes=(2, 1), body=unequal),
     "uneven shards": Scenario(nodes=(2, 2), body=uneven),
     "messages": Scenario(nodes=(2, 1), body=_messages),
+    "pipeline": Scenario(nodes=(1, 1, 1), body=lanes("1f1b")),
+    "split backward": Scenario(nodes=(2, 1), body=lanes("zb-h1")),
     "two-stage": Scenario(nodes=(1, 1, 1), body=two_stage),
     "overlap": Scenario(nodes=(1, 1), body=overlap),
     "streams": Scenario(nodes=(1, 1), body=streams),

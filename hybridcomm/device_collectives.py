@@ -172,7 +172,7 @@ class DeviceCollectives:
         return None
 
     def recv(self, t: Any, src: int, tag: int = 0, *, stream: Any = None) -> int:
-        """As `irecv`; the current stream waits for the message (with a host's tensor the host does). ``src``."""
+        """As `irecv`; the current stream waits for it (with a host's tensor the host does). Returns ``src``."""
         if not self._is_ours(t):
             return self.host.recv(t, src, tag)
         self.irecv(t, src, tag, stream=stream).wait(stream)
@@ -183,23 +183,19 @@ class DeviceCollectives:
 
         Raises `UnsupportedError` for a ``tag`` between devices: NCCL tells messages apart by their order alone.
         """
-        return (
-            self.host.isend(t, dst, tag) if not self._is_ours(t) else self._message(True, t, dst, tag, stream)
-        )
+        if not self._is_ours(t):
+            return self.host.isend(t, dst, tag)
+        return self._message(True, t, dst, tag, stream)
 
     def irecv(self, t: Any, src: int, tag: int = 0, *, stream: Any = None) -> Any:
         """Receives into ``t``, of the size and dtype that were sent, from rank ``src``; raises as `isend`."""
-        return (
-            self.host.irecv(t, src, tag)
-            if not self._is_ours(t)
-            else self._message(False, t, src, tag, stream)
-        )
+        if not self._is_ours(t):
+            return self.host.irecv(t, src, tag)
+        return self._message(False, t, src, tag, stream)
 
     def _message(self, sends: bool, t: Any, peer: int, tag: int, stream: Any) -> Any:
         if tag:
-            raise UnsupportedError(
-                f"tag={tag}: messages between GPUs have none; both ends call them in one order"
-            )
+            raise UnsupportedError(f"tag={tag}: messages between GPUs have none, only an order; leave it out")
         return self.batch([(sends, t, peer)], stream=stream)
 
     def batch(self, messages: Sequence[tuple[bool, Any, int]], *, stream: Any = None) -> Any:

@@ -50,9 +50,8 @@ class HybridBackend(Backend):
         self.rank, self.world_size = self.context.rank, self.context.world_size
         self.mesh = Mesh.over(self.context.topology, pp=config.pp, tp=config.tp, outer=config.outer)
         self.replica, self.replicas = self.mesh.at(self.rank).dp, self.mesh.dp
-        self._replicas = self.mesh.group(
-            "dp", getattr(self.context, "host", self.context)
-        )  # for numbers of the host's
+        host = getattr(self.context, "host", self.context)  # of a GPU: what is summed there is on the host
+        self._replicas = self.mesh.group("dp", host)
         # Layers wait for their collectives: those must not stand in one queue with buckets, for which nobody waits yet.
         # (On a GPU they do: all of NCCL is on one stream.)
         self._node = self.context.connect_node() if self.mesh.tp > 1 and not self._on_gpu else None

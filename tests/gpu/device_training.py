@@ -23,6 +23,7 @@ from train.backend_hybrid import HybridBackend
 from train.batch import Packed, train_batch
 from train.config import TrainConfig
 from train.data import split_leave_one_out
+from train.evaluate import evaluate_model
 from train.optim import build_optimizer
 from train.outcome import StepTimes
 from train.replica import ModelSpec, Replica
@@ -81,7 +82,8 @@ class OnSimulatedGpu(HybridBackend):
 
 
 def train(backend: HybridBackend, config: TrainConfig, steps: int) -> list[torch.Tensor]:
-    """Parameters after each step; steps 4, 9, ... are refused, as one with gradients that are not finite would be."""
+    """Parameters after each step, and metrics; steps 4, 9, ... are refused, as one with gradients that are not
+    finite would be."""
     spec = ModelSpec(config=config.model, num_items=DATA.num_items, seed=3)
     parameters = backend.build(spec)
     optimizer = build_optimizer(backend.updated(), config.optim)
@@ -101,6 +103,8 @@ def train(backend: HybridBackend, config: TrainConfig, steps: int) -> list[torch
             assert torch.isfinite(backend.gradient_norm())
             optimizer.step()
         seen.append(torch.cat([p.detach().flatten().clone() for p in parameters]))
+    metrics = evaluate_model(backend, DATA, SPLIT, config.model.max_len, which="validation")
+    seen.append(torch.tensor([metrics.hr, metrics.ndcg, metrics.users]))
     for reducer in backend.held.runtime.all_reducers():
         reducer.close()  # its hooks would keep it, and its buckets, as long as the parameters
     return seen
@@ -128,7 +132,8 @@ def _same_every_time() -> Iterator[None]:
 def compared(
     config: TrainConfig, topology: Topology, *, steps: int, **options: Any
 ) -> tuple[list[Any], list[str]]:
-    """By rank, the steps after which parameters are not the host's, or an error; and what the simulation reported."""
+    """By rank, the steps after which parameters (or metrics in the end) are not the host's, or an error; and what the
+    simulation reported."""
 
     def body(rank: Rank) -> list[int]:
         wanted = train(HybridBackend(config, rank.host), config, steps)

@@ -59,13 +59,12 @@ def add_rendezvous(schedule: PipelineSchedule, costs: Costs | None = None) -> Pi
     made = table.by_line[op * lines.units + lines.unit[send]].ravel()
     computed, messages = _order(schedule, costs, made, shortest / _FINER)
     texts = numbering(schedule.placement, count).instructions[..., :count]
+    far = computed.size + messages.size  # keeps ranks apart
+    places = table.rank * far + computed
     turn, at, ranks, new = messages.argsort(), [], [], []
     for line in (send, receive):
         rank = lines.rank[line].repeat(count)[turn]
-        far = rank * (computed.size + messages.size)  # keeps ranks apart
-        at.append(
-            (table.rank * (computed.size + messages.size) + computed).searchsorted(far + messages[turn])
-        )
+        at.append(places.searchsorted(rank * far + messages[turn]))
         ranks.append(rank)
         new.append(texts[line // lines.units, lines.unit[line]].ravel()[turn])
     by_turn = np.tile(messages[turn], 2).argsort(kind="stable")
@@ -82,9 +81,8 @@ def _order(
     turn = np.empty(table.size, np.intp)
     turn[np.concatenate(list(stretches))] = np.arange(table.size)
     finish = np.fromiter(chain.from_iterable(simulate(schedule, costs).finish), float, table.size)
-    time = np.floor(
-        finish / quantum
-    )  # whoever takes a value ends later than what makes it, by this clock too
+    # By this clock, too, whoever takes a value ends later than what makes it.
+    time = np.floor(finish / quantum)
     both = np.concatenate((np.arange(table.size), made))
     message = np.arange(both.size) >= table.size
     place = np.empty(both.size, np.intp)

@@ -264,8 +264,8 @@ def swaps_sends(real: Any, self: Lanes) -> None:
 
 
 def one_room(real: Any, self: Lanes, op: str, microbatch: int) -> Any:
-    """What is received comes to the same buffer, whether or not it was used."""
-    return self.rooms[op][0] if op in RECEIVE else real(self, op, microbatch)
+    """All that is received comes to the same buffer, whether or not what was there has been used."""
+    return self.rooms["RECV_F"][0] if op in RECEIVE else real(self, op, microbatch)
 
 
 class Planted(NamedTuple):

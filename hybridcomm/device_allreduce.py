@@ -97,8 +97,8 @@ class DeviceAllreduce(DeviceExchanges):
         plan = self._plan(
             key, lambda: self._plan_allreduce(tensor.numel(), dtype, name, codec, exchange, flat)
         )
-        if plan.compressor == "none" and residual is not None:
-            raise UnsupportedError("residual= needs compress=, and nodes to compress between")
+        if codec is None and residual is not None:
+            raise UnsupportedError("residual= needs compress=: a dense all-reduce leaves nothing behind")
         pair = self._staged(plan, codec, residual, residual_key, spans)
         where = (tensor.data_ptr(), *(() if pair is None else (each.data_ptr() for each in pair)))
         decay = 1.0 if residual is None else residual.decay
@@ -157,7 +157,7 @@ class DeviceAllreduce(DeviceExchanges):
         key: str,
         spans: Sequence[Span] | None,
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        if residual is None or codec is None:
+        if residual is None or codec is None or plan.compressor == "none":  # no nodes to compress between
             return None
         compressors.check_feedback(codec, residual)
         if residual.momentum:

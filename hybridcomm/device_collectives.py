@@ -1,8 +1,8 @@
 """The collectives on GPUs that are one call of NCCL's, and messages between two ranks.
 
 Tensors lie on this rank's device, are contiguous and of a dtype that NCCL has; they are read and written in place, and
-what is not a result stays as it is. Messages are NCCL's: no tags, and both ends call them in one order; a batch is one
-NCCL group, so that ranks may send to each other at once.
+what is not a result stays as it is. Messages are NCCL's: without tags, and a kernel on both sides, each of which waits
+for the other. So all ranks call theirs in one order; a batch is one NCCL group, in which ranks may send to each other.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridcomm import reduction
 from hybridcomm.device_coalesce import GroupedCall
-from hybridcomm.device_plan import START, Buffer, DevicePlan, Operation, Touch
+from hybridcomm.device_plan import START, Buffer, DevicePlan, Operation, Touch, nccl_type
 from hybridcomm.errors import DataTypeError, GroupError, UnsupportedError
 from hybridcomm.stream_provider import view_of
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DeviceCollectives"]
 
+_EXCHANGES = 4096  # programs, which hold no memory: activations come back to addresses where others were
+
 
 class DeviceCollectives:
     """One rank's part in them; `hybridcomm.device_context.DeviceContext` has the rest."""
@@ -40,6 +42,8 @@ class DeviceCollectives:
     _batch: DeviceCoalescing | None
     _comms: dict[tuple[int, ...], int]
     _programs: OrderedDict[tuple[Any, ...], tuple[_C.DeviceProgram, DevicePlan, Sequence[Any]]]
+    _exchanges: OrderedDict[tuple[Any, ...], tuple[_C.DeviceProgram, DevicePlan, Sequence[Any]]]
+    _streams: tuple[int, int, int]
 
     if TYPE_CHECKING:
         _engine: _C.GpuEngine
@@ -56,6 +60,8 @@ class DeviceCollectives:
             stream: Any,
             name: str,
             wire_nbytes: int = 0,
+            *,
+            alike: bool = True,
         ) -> DeviceWork | None: ...
 
         def takes(self, t: Any) -> bool: ...
@@ -144,22 +150,52 @@ class DeviceCollectives:
 
     # -- messages ------------------------------------------------------------------------------------------
 
-    def isend(self, t: Any, dst: int, *, stream: Any = None) -> Any:
-        """Sends ``t`` to rank ``dst``; ``t`` must stay as it is until the work is done."""
-        return self.batch([(True, t, dst)], stream=stream)
+    def send(self, t: Any, dst: int, tag: int = 0, *, stream: Any = None) -> None:
+        """As `isend`; the current stream goes on when ``t`` may be changed (with a host's tensor the host does)."""
+        if not self.takes(t):
+            return self.host.send(t, dst, tag)
+        self.isend(t, dst, tag, stream=stream).wait(stream)
+        return None
 
-    def irecv(self, t: Any, src: int, *, stream: Any = None) -> Any:
-        """Receives into ``t``, of the size and dtype that were sent, from rank ``src``."""
-        return self.batch([(False, t, src)], stream=stream)
+    def recv(self, t: Any, src: int, tag: int = 0, *, stream: Any = None) -> int:
+        """As `irecv`; the current stream waits for it (with a host's tensor the host does). Returns ``src``."""
+        if not self.takes(t):
+            return self.host.recv(t, src, tag)
+        self.irecv(t, src, tag, stream=stream).wait(stream)
+        return src
+
+    def isend(self, t: Any, dst: int, tag: int = 0, *, stream: Any = None) -> Any:
+        """Sends ``t`` to rank ``dst``; ``t`` must stay as it is until the work is done.
+
+        Raises `UnsupportedError` for a ``tag`` between devices: NCCL tells messages apart by their order alone.
+        """
+        if not self.takes(t):
+            return self.host.isend(t, dst, tag)
+        return self._message(True, t, dst, tag, stream)
+
+    def irecv(self, t: Any, src: int, tag: int = 0, *, stream: Any = None) -> Any:
+        """Receives into ``t``, of the size and dtype that were sent, from rank ``src``; raises as `isend`."""
+        if not self.takes(t):
+            return self.host.irecv(t, src, tag)
+        return self._message(False, t, src, tag, stream)
+
+    def _message(self, sends: bool, t: Any, peer: int, tag: int, stream: Any) -> Any:
+        if tag:
+            raise UnsupportedError(f"tag={tag}: messages between GPUs have none, only an order; leave it out")
+        return self.batch([(sends, t, peer)], stream=stream)
 
     def batch(self, messages: Sequence[tuple[bool, Any, int]], *, stream: Any = None) -> Any:
-        """Starts messages, (does it send, tensor, peer), as one: ranks may send to each other in it."""
+        """Starts messages, (does it send, tensor, peer), as one: ranks may send to each other in it.
+
+        Only ranks that it names take part. Where two of them meet for the first time the host waits, as NCCL connects
+        them then.
+        """
         found = [(sends, view_of(t, self.provider), peer) for sends, t, peer in messages]
         for _, _, peer in messages:
             self._check_rank(peer)
             if peer == self.host.rank:
                 raise UnsupportedError(f"rank {peer} sends to itself: copy the tensor instead")
-        return self._messages(found, True, stream, [t for _, t, _ in messages], "messages")
+        return self._messages(found, True, stream, [t for _, t, _ in messages], "messages", alike=False)
 
     # -- one program each ----------------------------------------------------------------------------------
 
@@ -275,9 +311,12 @@ class DeviceCollectives:
         stream: Any,
         tensors: Sequence[Any],
         name: str,
+        *,
+        alike: bool = True,
     ) -> Any:
+        """``alike``: all ranks of the group call it."""
         key = (name, *((sends, t.data_ptr(), t.numel(), t.dtype, peer) for sends, t, peer in messages))
-        program = self._programs.get(key)
+        program = self._exchanges.get(key)
         if program is None:
             buffers = _buffers({f"{i}": t for i, (_, t, _) in enumerate(messages)})
             operations = [
@@ -299,10 +338,12 @@ class DeviceCollectives:
                 for i, (sends, t, peer) in enumerate(messages)
             ]
             # Ranks send different things: what they compare in debug mode is the name alone.
-            program = self._remember(
-                key, _plan(self._text(name, len(messages), ""), name, operations, buffers), ()
-            )
-        return self._start(program, tensors, async_op, stream, name)
+            lowered = _plan(self._text(name, len(messages), ""), name, operations, buffers)
+            program = lowered.program(self._engine, self._streams, nccl_type), lowered, ()
+            self._exchanges[key] = program
+            if len(self._exchanges) > _EXCHANGES:
+                self._exchanges.popitem(last=False)
+        return self._start(program, tensors, async_op, stream, name, alike=alike)
 
     def _text(self, kind: str, count: int, dtype: str) -> str:
         return f"rank {self.host.rank}: {kind} of {count:,} {dtype}".rstrip()

@@ -68,6 +68,7 @@ class DeviceContext(DeviceAllreduce):
         self._programs: OrderedDict[tuple[Any, ...], tuple[_C.DeviceProgram, DevicePlan, Sequence[Any]]] = (
             OrderedDict()
         )
+        self._exchanges = OrderedDict()
         self._running: deque[DeviceWork] = deque()
         self._captured: list[Any] = []  # memory of programs in graphs, which may be launched at any time
         self._calls = self._first = 0
@@ -144,7 +145,7 @@ class DeviceContext(DeviceAllreduce):
         """
         host = self.host.group(ranks)
         comms = device_comms.connect(self._engine, host) if host.is_member else {}
-        return DeviceContext(
+        return type(self)(
             host,
             self.provider,
             self._engine,
@@ -197,6 +198,8 @@ class DeviceContext(DeviceAllreduce):
         stream: Any,
         name: str,
         wire_nbytes: int = 0,
+        *,
+        alike: bool = True,
     ) -> DeviceWork | None:
         if self._batch is not None:
             self._batch.refuse(name)
@@ -204,8 +207,8 @@ class DeviceContext(DeviceAllreduce):
         producer = self.provider.stream() if stream is None else handle_of(stream)
         if lowered.draws is not None and self._engine.capturing(producer):
             raise UnsupportedError(f"{name}: draws anew in every call, which a graph cannot; use topk")
-        self._calls += 1
-        if self.debug:
+        self._calls += alike
+        if alike and self.debug:
             device_comms.compare(self.host, self._calls, name, lowered)
         if lowered.draws is not None:
             lowered, headers = of_call(lowered, self._first + self._calls, self.provider, producer)

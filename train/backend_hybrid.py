@@ -43,15 +43,18 @@ class HybridBackend(Backend):
         self._config = config
         self._joined = context is None
         self.context = _join(config) if context is None else context
+        self._on_gpu = isinstance(self.context, DeviceContext)
         provider = getattr(self.context, "provider", None)
         self._place = None if provider is None else provider.place
         self._device = torch.device("cpu") if provider is None else provider.device
         self.rank, self.world_size = self.context.rank, self.context.world_size
         self.mesh = Mesh.over(self.context.topology, pp=config.pp, tp=config.tp, outer=config.outer)
         self.replica, self.replicas = self.mesh.at(self.rank).dp, self.mesh.dp
-        self._replicas = self.mesh.group("dp", self.context)
+        host = getattr(self.context, "host", self.context)  # of a GPU: what is summed there is on the host
+        self._replicas = self.mesh.group("dp", host)
         # Layers wait for their collectives: those must not stand in one queue with buckets, for which nobody waits yet.
-        self._node = self.context.connect_node() if self.mesh.tp > 1 else None
+        # (On a GPU they do: all of NCCL is on one stream.)
+        self._node = self.context.connect_node() if self.mesh.tp > 1 and not self._on_gpu else None
         if config.zero:
             self.mesh.check_shared_state()
         self._shared: SharedState | None = None
@@ -70,7 +73,7 @@ class HybridBackend(Backend):
             sequence=self._config.sequence,
         )
         self.schedule = self._replica.schedule
-        check(self.schedule)
+        check(self.schedule, rendezvous=self._on_gpu)
         self._agree()  # on the buckets too
         parameters = self._replica.parameters()
         if self._config.zero:
@@ -95,8 +98,8 @@ class HybridBackend(Backend):
             head = 0.0  # shared out over all ranks, whatever else they have
         parts = best_parts(schedule, spec.config.layers, embedding=embedding, head=head)
         costs = stage_costs(parts, embedding=embedding, head=head)
-        lowered = lower(schedule, head=config.split_head, costs=costs)
-        check(lowered)
+        lowered = lower(schedule, head=config.split_head, costs=costs, rendezvous=self._on_gpu)
+        check(lowered, rendezvous=self._on_gpu)
         return lowered, parts
 
     def _agree(self) -> None:

@@ -184,10 +184,8 @@ class TrainConfig(BaseModel):
     def _backend_acts(self) -> None:
         if self.comm != "ddp" and self.wire.ddp_hook != "none":
             raise ValueError("--wire.ddp-hook acts on --comm ddp only")
-        if self.device == "cuda" and (self.pp > 1 or self.tp > 1 or self.zero):
-            raise ValueError(
-                "--tp, --pp and --zero on GPUs are not there yet: train replicas alone, or leave out --device cuda"
-            )
+        if self.device == "cuda" and self.split_head:
+            raise ValueError("--split-head on GPUs is not there yet: leave it out, or --device cuda")
         if self.device == "cuda" and (self.comm == "ddp" or self.emulate is not None):
             raise ValueError("--device cuda goes with --comm hybridcomm, and without --emulate")
 

@@ -99,7 +99,8 @@ class Replica:
         self._layers = TimedGroup(mesh.tensor_group(ctx, node), self.recorder) if mesh.tp > 1 else None
         self.tp = TensorParallel(group=cast("Grouping | None", self._layers), sequence=sequence)
         self._pipeline = mesh.group("pp", ctx) if mesh.pp > 1 else None
-        self._model = ctx.group(mesh.replica(ctx.rank)) if mesh.pp * mesh.tp > 1 else None
+        host = getattr(ctx, "host", ctx)  # that of a GPU: norms are summed there
+        self._model = host.group(mesh.replica(ctx.rank)) if mesh.pp * mesh.tp > 1 else None
         self.stages = {stage: self._make(spec, parts[stage]) for stage in schedule.stages_of(self.place.pp)}
         self.head = self._make_head(spec, ctx) if schedule.split_head else None
         self._tie = self._share_table(spec)
@@ -226,7 +227,7 @@ class Replica:
     def target_ranks(self, batch: Packed, histories: Sequence[np.ndarray]) -> Tensor:
         """Each target's rank (`Recommender.target_ranks`) through all stages, one after the other; on all ranks."""
         me, placement, x = self.place.pp, self.schedule.placement, None
-        ranks = torch.zeros(len(batch.targets), dtype=torch.int64)
+        ranks = torch.zeros_like(batch.targets)
         sends = []
         for stage, holder in enumerate(placement):
             if holder != me:

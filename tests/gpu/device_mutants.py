@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from hybridcomm import _C, device_allreduce, device_codec, device_comms, placing, verbs
+from hybridcomm import _C, device_allreduce, device_codec, device_collectives, device_comms, placing, verbs
 from hybridcomm.device_coalesce import DeviceCoalescing
 from hybridcomm.device_codec import DevicePayloads
 from hybridcomm.device_context import DeviceContext
@@ -22,6 +22,9 @@ from hybridcomm.device_work import DeviceWork
 from hybridcomm.reducer import Reducer
 from hybridcomm.residual import Residual
 from hybridcomm.residual_memory import HOST
+from tests.gpu.device_lanes import Lanes
+from train.pipeline import passes
+from train.pipeline.instructions import RECEIVE
 
 __all__ = ["MUTANTS", "Planted"]
 
@@ -253,6 +256,42 @@ def reordered(real: Any, self: DeviceContext, calls: Any, *given: Any) -> Any:
     return real(self, calls[::-1] if self.rank else calls, *given)
 
 
+def messages(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Patch:
+    """Every message's operation is changed."""
+    return mock.patch.object(
+        device_collectives, "Operation", lambda **fields: Operation(**{**fields, **change(fields)})
+    )
+
+
+def drops_a_receive(real: Any, self: DeviceContext, given: Any, **named: Any) -> Any:
+    """The third batch of rank 1 that receives."""
+    self._batches = getattr(self, "_batches", 0) + any(not sends for sends, *_ in given)  # type: ignore[attr-defined]
+    if self.rank == 1 and self._batches == 3:  # type: ignore[attr-defined]
+        given = [each for each in given if each[0]] or [(True, given[0][1], given[0][2])]
+    return real(self, given, **named)
+
+
+def swaps_sends(real: Any, self: Lanes) -> None:
+    """The first stage's second value goes from where its third will be."""
+    if self.rank.rank == 0:
+        swap = {1: 2, 2: 1}
+        self.batch[:] = [
+            (
+                entry,
+                self.room(entry.op, swap.get(entry.microbatch, entry.microbatch))
+                if entry.op == "SEND_F"
+                else room,
+            )
+            for entry, room in self.batch
+        ]
+    real(self)
+
+
+def one_room(real: Any, self: Lanes, op: str, microbatch: int) -> Any:
+    """All that is received comes to the same buffer, whether or not what was there has been used."""
+    return self.rooms["RECV_F"][0] if op in RECEIVE else real(self, op, microbatch)
+
+
 class Planted(NamedTuple):
     """A scenario that should notice it, what plants it, and under how many seeds."""
 
@@ -290,6 +329,20 @@ MUTANTS: dict[str, Planted] = {
     "a wrong root of shards": Planted("uneven shards", lambda: operations(next_root)),
     "a wrong source": Planted("messages", methods(DeviceContext, "broadcast", other_source)),
     "messages in no group": Planted("two-stage", lambda: operations(ungrouped)),
+    "messages do not wait for what is computed": Planted(
+        "pipeline", lambda: messages(lambda _: {"after": ()})
+    ),
+    "messages of a batch are not grouped": Planted("pipeline", lambda: messages(lambda _: {"group": -1})),
+    "nobody waits for a message": Planted("split backward", methods(DeviceWork, "wait", lambda *_: True)),
+    "a dropped receive": Planted("pipeline", methods(DeviceContext, "batch", drops_a_receive)),
+    "swapped sends": Planted("pipeline", methods(Lanes, "start", swaps_sends)),
+    "a buffer is received into again too early": Planted("split backward", methods(Lanes, "room", one_room)),
+    "lists as for hosts": Planted(
+        "pipeline",
+        lambda: mock.patch.object(
+            passes, "add_rendezvous", lambda schedule, _: passes.add_communication(schedule)
+        ),
+    ),
     "a wrong divisor": Planted("unequal", lambda: operations(other_divisor)),
     "nothing is cleared": Planted("two-stage", lambda: lowering(no_fill)),
     "a tail at another place on one rank": Planted("buckets", lambda: lowering(no_tail)),

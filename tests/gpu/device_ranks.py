@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from hybridcomm.device_context import DeviceContext
 from hybridcomm.selftest.rank import Rank, gradient
 from hybridcomm.topology import Topology
 from tests.engine_ranks import TIMEOUT_S, engine_contexts
@@ -35,6 +36,7 @@ def run_devices(
     patience_ms: int | None = None,
     return_exceptions: bool = False,
     connect: bool = True,
+    kind: type[DeviceContext] = DeviceContext,
     **options: Any,
 ) -> tuple[list[T], list[str]]:
     """``body`` on every rank; (results by rank, what the simulation reported). ``options``: of `DeviceContext.connect`.
@@ -56,7 +58,7 @@ def run_devices(
             provider = SimulatedTorch(simulation, host.rank)
             providers.append(provider)
             if connect:
-                host.connect_device(provider=provider, **{"watch": 0, **options})
+                host.device = kind.connect(host, provider, **{"watch": 0, **options})
             try:
                 return body(Rank(host=host, device=host.device, torch=provider))
             finally:

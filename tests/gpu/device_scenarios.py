@@ -33,6 +33,7 @@ from hybridcomm.selftest.under_way import (
 )
 from hybridcomm.selftest.verbs import means, messages
 from hybridcomm.topology import Topology
+from tests.gpu.device_lanes import lanes
 from tests.gpu.device_ranks import Rank, gradient, run_devices
 from tests.gpu.device_verbs import coalesced, verbs
 from tests.gpu.simulated import Fault, sim_library
@@ -209,6 +210,8 @@ SCENARIOS: dict[str, Scenario] = {
     "messages": Scenario(nodes=(2, 1), body=messages),
     "verbs": Scenario(nodes=(2, 2), body=verbs),
     "coalesced": Scenario(nodes=(2, 1), body=coalesced),
+    "pipeline": Scenario(nodes=(1, 1, 1), body=lanes("1f1b")),
+    "split backward": Scenario(nodes=(2, 1), body=lanes("zb-h1")),
     "two-stage": Scenario(nodes=(1, 1, 1), body=two_stage),
     "overlap": Scenario(nodes=(1, 1), body=overlap),
     "streams": Scenario(nodes=(1, 1), body=streams),

@@ -9,8 +9,9 @@ import torch
 import hybridcomm
 from hybridcomm.point_to_point import P2POp
 from hybridcomm.residual import Residual
+from hybridcomm.selftest.rank import all_differ, differ, numbers, total
+from hybridcomm.selftest.under_way import CODEC, SMALL
 from tests.gpu.device_ranks import Rank, gradient
-from tests.gpu.device_reductions import CODEC, SMALL, all_differ, differ, numbers, total
 
 __all__ = ["coalesced", "verbs"]
 

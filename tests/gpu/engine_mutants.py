@@ -138,7 +138,7 @@ MUTANTS: dict[str, Mutant] = {
     # -- NCCL --------------------------------------------------------------------------------------------------
     "groups are not grouped": Mutant(
         "gpu_issue.cpp",
-        ("two-stage", "messages"),
+        ("two-stage", "messages", "pipeline"),
         {"program.ops[first].group != kNoGroup);": "false);"},
     ),
     "a group is left open": Mutant(

@@ -2,6 +2,7 @@
 //
 //   nccl_cases LIBRARY BUG SEED EAGER
 //
+// "side by side" is no bug, but a way to run it: between the nodes on another stream than in them.
 // Two nodes of two: reduce-scatter in the node, all-reduce between the nodes, all-gather in the node, each bucket when its
 // gradient is there, consumed when all are under way; then a ring of messages, a broadcast and a weighted sum.
 #include <dlfcn.h>
@@ -25,6 +26,7 @@ constexpr size_t kNumel = 64, kShard = kNumel / kLocal;
 Cuda cuda;
 Nccl nccl;
 std::string bug;
+bool side_by_side = false;
 std::array<std::string, kRanks> outcome;
 
 void ok(CUresult result) { cuda.check(result, "a call of CUDA"); }
@@ -90,15 +92,23 @@ void gather_bucket(Rank& own, size_t b, CUstream stream) {
   ok(cuda.cuEventRecord(own.done[b], stream));
 }
 
-void reduce_bucket(Rank& own, size_t b, bool last) {
-  // Two streams by turns need a shard each.
-  const CUstream stream = bug == "one shard for all" && b % 2 == 1 ? own.second : own.communicate;
+// Two streams by turns need a shard each.
+CUstream stream_of(const Rank& own, size_t b) {
+  return bug == "one shard for all" && b % 2 == 1 ? own.second : own.communicate;
+}
+
+void scatter_bucket(Rank& own, size_t b) {
+  const CUstream stream = stream_of(own, b);
   if (bug != "no wait") ok(cuda.cuStreamWaitEvent(stream, own.ready[b], 0));
   const size_t count = bug == "another count" && own.rank == 2 ? kShard - 1 : kShard;
   fine(nccl.ncclReduceScatter(at(own.gradient[b]), at(own.shard[b]), count, ncclFloat32, ncclSum, own.node,
                               stream));
-  // Between the nodes on a stream of its own, ordered by events: beside the next bucket's reduce-scatter.
-  const CUstream between = bug == "two communicators at once" ? own.second : stream;
+}
+
+// Between the nodes on a stream of its own, ordered by events: beside the next bucket's reduce-scatter.
+void sum_bucket(Rank& own, size_t b, bool last) {
+  const CUstream stream = stream_of(own, b);
+  const CUstream between = side_by_side ? own.second : stream;
   if (between != stream) {
     ok(cuda.cuEventRecord(own.done[b], stream));
     ok(cuda.cuStreamWaitEvent(between, own.done[b], 0));
@@ -112,15 +122,19 @@ void reduce_bucket(Rank& own, size_t b, bool last) {
 }
 
 void one_round(Rank& own, int round) {
+  const bool late = bug == "side by side, in NCCL's order, in two orders" && own.rank % 3 == 0;
   for (size_t j = 0; j < kBuckets; ++j) {
     const size_t b = bug == "buckets swapped" && own.rank == 1 ? kBuckets - 1 - j : j;
     for (size_t i = 0; i < kNumel; ++i) own.values[b][i] = value_of(round, b, own.rank, i);
     ok(cuda.cuMemcpyHtoDAsync_v2(own.gradient[b], own.values[b].data(), sizeof(float) * kNumel, own.compute));
     ok(cuda.cuEventRecord(own.ready[b], own.compute));
-    reduce_bucket(own, b, round == kRounds - 1 && j == kBuckets - 1);
+    scatter_bucket(own, b);
+    if (late && j == 0) continue;
+    if (late && j == 1) sum_bucket(own, 0, false);
+    sum_bucket(own, b, round == kRounds - 1 && j == kBuckets - 1);
   }
   for (size_t b = 0; b < kBuckets; ++b) {
-    if (bug == "two communicators at once") {
+    if (side_by_side) {
       ok(cuda.cuStreamWaitEvent(own.communicate, own.done[b], 0));
       gather_bucket(own, b, own.communicate);
     }
@@ -200,6 +214,7 @@ void run(int rank, const ncclUniqueId& id) {
 int main(int argc, char** argv) {
   if (argc != 5) return 2;
   bug = argv[2];
+  side_by_side = bug.find("side by side") != std::string::npos;
   void* handle = ::dlopen(argv[1], RTLD_NOW);
   if (handle == nullptr) return std::printf("error %s\n", ::dlerror()), 2;
   ::setenv("HYBRIDCOMM_CUDA", argv[1], 1);
@@ -211,6 +226,10 @@ int main(int argc, char** argv) {
   const auto reset = reinterpret_cast<void (*)(unsigned, int, int)>(::dlsym(handle, "sim_reset"));
   const auto finish = reinterpret_cast<int (*)()>(::dlsym(handle, "sim_finish"));
   const auto report = reinterpret_cast<const char* (*)(int)>(::dlsym(handle, "sim_report"));
+  if (bug.find("in NCCL's order") != std::string::npos) {
+    reinterpret_cast<void (*)(int)>(::dlsym(handle, "sim_nccl_version"))(nccl_version(2, 26, 2));
+    ::setenv("NCCL_LAUNCH_ORDER_IMPLICIT", "1", 1);
+  }
   const int first = std::atoi(argv[3]);
   for (int seed = first; seed < first + 20; ++seed) {
     ncclUniqueId id;

@@ -223,12 +223,13 @@ class SimulatedTorch:
         """Parameters, and their gradients as autograd makes them, count as the device's."""
         for parameter in module.parameters():
             self._placed.append(self.adopt(parameter.data))
-            self._hooks.append(parameter.register_post_accumulate_grad_hook(self._made))
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(self.made))
 
-    def _made(self, parameter: torch.Tensor) -> None:
-        """What was the gradient in the last step is given back, as a caching allocator would take it."""
+    def made(self, parameter: torch.Tensor) -> None:
+        """A gradient, if it is not put off. The last step's is given back, as a caching allocator would take it."""
         before, grad = self._grads.get(parameter), parameter.grad
-        assert grad is not None
+        if grad is None:
+            return
         if before is None or before.data_ptr() != grad.data_ptr():
             if before is not None:
                 self.drop(before)

@@ -17,9 +17,9 @@ from hybridcomm.device_auto import DevicePolicy
 from hybridcomm.device_probe import DeviceFigures, fit_line
 from hybridcomm.errors import UnsupportedError
 from hybridcomm.residual import Residual
+from hybridcomm.selftest.rank import numbers, total
 from hybridcomm.topology import Link, Topology
 from tests.gpu.device_ranks import Rank, gradient, run_devices
-from tests.gpu.device_reductions import numbers, total
 from tests.gpu.test_device_allreduce import CODECS
 from tests.gpu.test_device_reducer import on_device
 

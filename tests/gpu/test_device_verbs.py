@@ -15,9 +15,9 @@ import hybridcomm
 from hybridcomm import device_context, placing
 from hybridcomm.errors import DataTypeError, HybridCommError, PlanMismatchError, UnsupportedError
 from hybridcomm.point_to_point import P2POp
+from hybridcomm.selftest.rank import numbers
 from hybridcomm.topology import Topology
 from tests.gpu.device_ranks import Rank, gradient, run_devices
-from tests.gpu.device_reductions import numbers
 from tests.gpu.simulated import Simulation
 from tests.gpu.simulated_torch import SimulatedTorch
 from tests.gpu.simulation import library

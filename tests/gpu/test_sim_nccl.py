@@ -25,6 +25,8 @@ BUGS = {
     "communicator left": "leak: 4 communicators",
     "destroyed communicator": "stranger: a communicator that is none, or was destroyed",
     "used in progress": "misuse: a call on a communicator that is still in progress",
+    "side by side": "unordered: nccl",
+    "side by side, in NCCL's order, in two orders": "deadlock: ",
 }
 
 
@@ -43,14 +45,20 @@ def test_a_bug_is_reported_whatever_the_order_was(bug: str) -> None:
             assert any(report.startswith(BUGS[bug]) for report in reports), (eager, reports)
 
 
-def test_two_communicators_in_two_orders_are_a_deadlock_sometimes() -> None:
-    """As on machines: what is ordered on each device may still be ordered differently on two. Else values are right."""
-    found = [
-        each for eager in EAGER for each in outcomes("nccl_cases", "two communicators at once", 1, eager)
-    ]
-    stuck = [reports for right, reports in found if any(line.startswith("deadlock") for line in reports)]
+def test_two_communicators_that_nothing_orders_are_a_deadlock_sometimes() -> None:
+    """As on machines: each device has an order, but two may have two. Else values are right."""
+    found = [each for eager in EAGER for each in outcomes("nccl_cases", "side by side", 1, eager)]
+    stuck = [right for right, reports in found if any(line.startswith("deadlock") for line in reports)]
     assert 0 < len(stuck) < len(found)
-    assert all(right and not reports for right, reports in found if reports not in stuck)
+    assert sum(right for right, _ in found) == len(found) - len(stuck)
+
+
+def test_in_the_order_of_the_calls_two_communicators_are_right() -> None:
+    """Which NCCL keeps from 2.26 on, if asked to."""
+    for eager in EAGER:
+        for right, reports in outcomes("nccl_cases", "side by side, in NCCL's order", 1, eager):
+            assert right
+            assert reports == []
 
 
 def test_buckets_of_one_size_that_are_swapped_give_wrong_values() -> None:

@@ -1,7 +1,8 @@
 """The buckets of a rank's stages, launched where REDUCE stands in its list.
 
 One that directly follows the stage's last W, B or HEAD_T goes as soon as its gradients are complete, while that still
-computes others; one that was put further down waits until there. The order is that of the list.
+computes others; one that was put further down waits until there. The order is that of the list. Sends in between hold
+no bucket back, unless they would queue behind it, as on a GPU's one stream: ``queued``.
 """
 
 from __future__ import annotations
@@ -50,7 +51,10 @@ class Buckets:
         rank: int,
         reducers: Mapping[int, Reducer],
         shared: Reducer | None = None,
+        *,
+        queued: bool = False,
     ) -> None:
+        self._beside = ("REDUCE",) if queued else (*SEND, "REDUCE")
         self.list, self.final = schedule.lists[rank], final_places(schedule.lists[rank])
         self.reducers, self.shared = dict(reducers), shared
         self._shared_stage = _shared_stage(schedule, rank)
@@ -74,7 +78,7 @@ class Buckets:
     def release_behind(self, stage: int) -> None:
         """Lets those go that are to be launched right behind the stage's last computation."""
         place = self.final[stage] + 1
-        while place < len(self.list) and self.list[place].op in (*SEND, "REDUCE"):
+        while place < len(self.list) and self.list[place].op in self._beside:
             entry = self.list[place]
             found = self._of(entry) if entry.op == "REDUCE" and entry.stage == stage else None
             if found is not None:

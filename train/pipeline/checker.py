@@ -3,7 +3,8 @@
 1. Completeness: each rank has exactly the instructions that the schedule's facts call for, each once.
 2. Channels: a channel (source, target, kind) is received in the order in which it is sent; all ranks have one order
    of the head's collectives; each stage's gradients are accumulated in the order of microbatches.
-3. Execution: nothing is used before it is there, and no ranks wait for each other (`train.pipeline.execute`).
+3. Execution: nothing is used before it is there, and no ranks wait for each other (`train.pipeline.execute`); if asked,
+   also where each side of a message waits for the other, as on GPUs.
 
 All entries are looked at at once, in arrays (`train.pipeline.table`); texts and grids are made of what is wrong only.
 """
@@ -37,11 +38,13 @@ class Report:
     peak_hidden: tuple[int, ...]
 
 
-def check(schedule: PipelineSchedule, *, slots: int | None = None) -> Report:
+def check(schedule: PipelineSchedule, *, slots: int | None = None, rendezvous: bool = False) -> Report:
     """Raises `ScheduleError`, whose message has the grid with the step marked, unless the schedule is correct.
 
     ``slots``: messages that a channel holds before its receiver asks for them, then sends wait; None: sends
-    never wait. Linear in the number of instructions, but for sorting messages that several stages send on one channel.
+    never wait. ``rendezvous``: neither side of a message goes on before the other has come to it, nor a rank at one of
+    the head's collectives. Linear in the number of instructions, but for sorting messages that several stages send on
+    one channel.
     """
     if not _is_complete(schedule):
         raise _incomplete(schedule)
@@ -49,7 +52,7 @@ def check(schedule: PipelineSchedule, *, slots: int | None = None) -> Report:
     _channels(schedule)
     if schedule.split_head:
         _one_order_of_collectives(schedule)
-    execution_order(schedule, slots=slots)
+    execution_order(schedule, slots=slots, rendezvous=rendezvous)
     lines = schedule.table.lines
     return Report(
         peak_activations=_peaks(schedule, lines.activations),

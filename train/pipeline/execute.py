@@ -1,7 +1,8 @@
 """Playing the lists without doing the work: in which order can all ranks' instructions happen?
 
 1. Every rank goes through its list. Nothing but computation waits: it waits for values of other ranks.
-2. With ``slots`` a send waits too, until the receiver has asked for the message so many places before it.
+2. With ``slots`` a send waits too, until the receiver has asked for the message so many places before it. With
+   ``rendezvous`` all sides of what ranks do together wait until the others have come to it.
 3. The order found is a valid sequential execution; if there is none, some ranks wait for each other.
 
 What waits for what is known by lines (`train.pipeline.lines`). On its own rank it must stand further up, which needs no
@@ -10,8 +11,9 @@ playing; ranks are played from one wait for another rank to the next.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, permutations
 from operator import itemgetter
 
 import numpy as np
@@ -19,7 +21,7 @@ import numpy as np
 from train.errors import ScheduleError
 from train.pipeline.grid import list_grid
 from train.pipeline.instructions import PipelineSchedule
-from train.pipeline.lines import Numbers
+from train.pipeline.lines import OP, Numbers
 from train.pipeline.table import Table
 
 __all__ = ["Stretch", "broken", "execution_order"]
@@ -33,16 +35,19 @@ def broken(schedule: PipelineSchedule, what: str, marks: dict[int, int]) -> Sche
     return ScheduleError(f"schedule {schedule.name}: {what}\n{list_grid(schedule, marks)}")
 
 
-def execution_order(schedule: PipelineSchedule, *, slots: int | None = None) -> list[Stretch]:
+def execution_order(
+    schedule: PipelineSchedule, *, slots: int | None = None, rendezvous: bool = False
+) -> list[Stretch]:
     """All instructions in an order in which they can happen; the same for equal schedules.
 
-    ``slots``: messages that a channel holds before its receiver asks for them; None: any number. Raises
-    `ScheduleError` for what is used before it is there, and for a deadlock, with the steps marked.
+    ``slots``: messages that a channel holds before its receiver asks for them; None: any number. ``rendezvous``: none,
+    and neither side goes on before the other has come to the message. Raises `ScheduleError` for what is used before it
+    is there, and for a deadlock, with the steps marked.
     """
     if slots is not None and slots < 1:
         raise ScheduleError(f"slots={slots}: a channel must hold one message at least")
     _stands_behind_its_needs(schedule.table)
-    return _Run(schedule.table, _waits(schedule.table, slots)).play()
+    return _Run(schedule.table, _waits(schedule.table, slots, rendezvous)).play()
 
 
 def _stands_behind_its_needs(table: Table) -> None:
@@ -79,7 +84,7 @@ class _Waits:
     name: Numbers
 
 
-def _waits(table: Table, slots: int | None) -> _Waits:
+def _waits(table: Table, slots: int | None, rendezvous: bool) -> _Waits:
     lines, count = table.lines, table.schedule.microbatches
     names = np.arange(len(lines.rank) * count).reshape(-1, count)
     after, before = lines.across
@@ -89,10 +94,24 @@ def _waits(table: Table, slots: int | None) -> _Waits:
         full = np.flatnonzero(channel[slots:] == channel[:-slots])
         name = names[lines.channels[2]].ravel()[number[full]]
         groups.append((send[full + slots], receive[full], lines.rank[name // count], name))
+    if rendezvous:
+        groups += list(_meetings(table))
     columns = zip(*(np.broadcast_arrays(*group) for group in groups), strict=True)
     at, need, peer, name = (np.concatenate([part.ravel() for part in column]) for column in columns)
     order = at.argsort(kind="stable")
     return _Waits(at=at[order], need=need[order], peer=peer[order], name=name[order])
+
+
+def _meetings(table: Table) -> Iterator[tuple[Numbers, Numbers, Numbers, Numbers]]:
+    """Waits until the other side is about to do its part: until what stands before that is done."""
+    lines, count = table.lines, table.schedule.microbatches
+    _, send, receive = lines.channels
+    pairs = [*zip(send, receive, strict=True), *zip(receive, send, strict=True)]
+    for op in (OP["HEAD_X"], OP["HEAD_C"]) if lines.split_head else ():
+        pairs += permutations((op * lines.units + shard for shard in lines.shards), 2)
+    for mine, other in pairs:
+        rank = np.full(count, lines.rank[other])
+        yield table.by_line[mine], table.by_line[other] - 1, rank, other * count + np.arange(count)
 
 
 class _Run:

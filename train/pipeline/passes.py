@@ -12,6 +12,7 @@ from train.pipeline.costs import Costs
 from train.pipeline.head import split_head
 from train.pipeline.instructions import COMPUTE, SEND, Instruction, PipelineSchedule
 from train.pipeline.lines import LINE_OPS, OP, Numbers, lines_of
+from train.pipeline.rendezvous import add_rendezvous
 from train.pipeline.table import Table, numbering
 
 __all__ = ["add_communication", "add_reduce", "lower"]
@@ -23,14 +24,16 @@ def lower(
     head: bool = False,
     buckets: int | Sequence[int] = 0,
     costs: Costs | None = None,
+    rendezvous: bool = False,
 ) -> PipelineSchedule:
     """All passes, in their order: `split_head` if asked for, `add_communication`, `add_reduce` if there are buckets.
 
-    ``costs`` (without a head) tell `split_head` what runs when. The result is what a runtime executes.
+    ``costs`` (without a head) tell `split_head` what runs when. ``rendezvous``: messages get one order on all ranks
+    (`add_rendezvous`), as GPUs need it. The result is what a runtime executes.
     """
     if head:
         schedule = split_head(schedule, costs)
-    schedule = add_communication(schedule)
+    schedule = add_rendezvous(schedule, costs) if rendezvous else add_communication(schedule)
     return schedule if buckets == 0 else add_reduce(schedule, buckets)
 
 

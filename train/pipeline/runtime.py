@@ -3,6 +3,7 @@
     F, I, W, B   `_forward`, `_input_gradient`, `_weight_gradients`, `_backward`
     SEND_*       is started and forgotten until the step's end; a channel (source, target, kind) keeps its order
     RECV_*       is asked for; the wait is where the value is used
+                 Between GPUs both are started in batches (`train.pipeline.rendezvous`), and nothing waits but streams.
     REDUCE       `_reduce`
     HEAD_*       `_head`, which a subclass gives by op (`train.pipeline.exchange` moves the values)
 
@@ -21,11 +22,13 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
+from hybridcomm.device_context import DeviceContext
 from hybridcomm.groups import Grouping
 from hybridcomm.work import Work
 from train.errors import ScheduleError
 from train.outcome import StepTimes
-from train.pipeline.instructions import COMPUTE, FORWARD, Instruction, PipelineSchedule
+from train.pipeline.instructions import COMPUTE, FORWARD, SEND, Instruction, PipelineSchedule
+from train.pipeline.rendezvous import batch_ends
 from train.pipeline.trace import Recorder, TimedGroup
 
 __all__ = ["ListRuntime", "Place", "Step"]
@@ -48,6 +51,8 @@ class Step(Generic[Batch]):
     gradients: dict[Place, Tensor] = field(default_factory=dict)
     receives: dict[tuple[str, int, int], tuple[Work, Tensor]] = field(default_factory=dict)
     sends: list[tuple[Instruction, Work]] = field(default_factory=list)
+    batch: list[tuple[Instruction, Tensor]] = field(default_factory=list)
+    """Messages between GPUs that are not started yet."""
     recorder: Recorder | None = None
     ready: float = 0.0
     """When the latest wait was over."""
@@ -92,6 +97,7 @@ class ListRuntime(ABC, Generic[Batch]):
         self.schedule, self.rank = schedule, rank
         self._group = group
         self.list = schedule.lists[rank]
+        self._batch_ends = batch_ends(self.list) if isinstance(group, DeviceContext) else None
         self._ops = {
             "F": self._forward,
             "I": self._input_gradient,
@@ -186,12 +192,32 @@ class ListRuntime(ABC, Generic[Batch]):
             tensor = step.outputs[stage, microbatch].detach()
         else:
             tensor = step.gradients.pop((stage - 1, microbatch))
-        step.sends.append((entry, self._peers().isend(tensor.contiguous(), peer, _TAGS[op[-1]])))
+        tensor = tensor.contiguous()
+        if self._batch_ends is not None:
+            return self._gather(step, entry, tensor)
+        step.sends.append((entry, self._peers().isend(tensor, peer, _TAGS[op[-1]])))
+        return None
 
     def _receive(self, step: Step[Batch], entry: Instruction) -> None:
         op, stage, microbatch, peer, _ = entry
         room = self.room(step.batches[microbatch], stage - 1 if op == "RECV_F" else stage)
+        if self._batch_ends is not None:
+            return self._gather(step, entry, room)
         step.receives[op[-1], stage, microbatch] = self._peers().irecv(room, peer, _TAGS[op[-1]]), room
+        return None
+
+    def _gather(self, step: Step[Batch], entry: Instruction, tensor: Tensor) -> None:
+        """Starts a batch with its last message."""
+        step.batch.append((entry, tensor))
+        if self._batch_ends is None or entry not in self._batch_ends:
+            return
+        work = self._peers().batch([(each.op in SEND, t, each.peer) for each, t in step.batch])
+        for each, room in step.batch:
+            if each.op in SEND:
+                step.sends.append((each, work))
+            else:
+                step.receives[each.op[-1], each.stage, each.microbatch] = work, room
+        step.batch.clear()
 
     def _peers(self) -> Grouping:
         if self._group is None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hybridcomm.device_context import DeviceContext
 from hybridcomm.groups import Grouping
 from hybridcomm.reducer import Reducer
 from hybridcomm.work import Work
@@ -83,7 +84,8 @@ class PipelineRuntime(ListRuntime[Packed]):
                 "exchange where there is one, and only there"
             )
         self.stages, self.head, self.exchange = dict(stages), head, exchange
-        self.buckets = Buckets(schedule, rank, reducers or {}, shared)
+        queued = isinstance(group, DeviceContext)
+        self.buckets = Buckets(schedule, rank, reducers or {}, shared, queued=queued)
 
     def step(self, batches: Sequence[Packed], scale: float = 1.0, times: StepTimes | None = None) -> float:
         """Forward and backward of all microbatches: gradients of ``scale`` times the sum of losses are added to .grad.

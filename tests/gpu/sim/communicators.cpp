@@ -5,12 +5,15 @@
 #include "broker.h"
 #include "graphs.h"
 #include "movement.h"
+#include "nccl.h"
 
 namespace sim {
 using namespace hybridcomm::gpu;
 
 Communicators::Communicators() {
-  world().also_reset.push_back([this] { cliques_.clear(), comms_.clear(), running_.clear(), made_.clear(); });
+  world().also_reset.push_back([this] {
+    cliques_.clear(), comms_.clear(), running_.clear(), made_.clear(), begun_.clear(), called_.clear();
+  });
   world().also_finish.push_back([this] {
     size_t left = 0;
     for (const Comm& comm : comms_) left += comm.live && !world().broken(comm.device);
@@ -123,12 +126,23 @@ void Communicators::come(Meeting& meeting, const Part& part, const Stream& strea
   if (meeting.come.size() == meeting.wanted) meet(meeting);
 }
 
+// By what the stream knows, so whether or not they have met in this order of things.
+void Communicators::check_order(const Running& running, const Stream& on) {
+  for (const auto& [comm, latest] : begun_[on.device]) {
+    if (comm == &running.comm() || comm->aborted || latest.record->known(on.clock)) continue;
+    const std::string what = text_of(running.parts.front());
+    world().reports.add(Finding::unordered, what + " beside " + latest.what + " of another communicator");
+  }
+}
+
 bool Communicators::begin(Running& running, const Stream& on) {
-  long& busy = running_[on.device];
-  if (busy != 0 && busy != running.id) return false;
   if (running.begun) return true;
+  if (!implicit_order()) check_order(running, on);
+  long& busy = running_[on.device];
+  if (busy != 0) return false;
   busy = running.id;
   running.begun = true;
+  begun_[on.device][&running.comm()] = {text_of(running.parts.front()), running.record};
   Comm& comm = running.comm();
   ++comm.inside;
   const Fault fault = faults().at(comm.device, comm.ordinal, comm.operations++);
@@ -188,6 +202,10 @@ Operation Communicators::operation(std::vector<Part> parts) {
   made.record = std::make_shared<Record>();
   if (comm.last != nullptr) made.after.push_back(comm.last);
   comm.last = made.record;
+  running->record = made.record;
+  std::shared_ptr<Record>& before = called_[comm.device];
+  if (implicit_order() && before != nullptr) made.after.push_back(before);
+  before = made.record;
   made.admit = [this, running](const Stream& on) {
     if (running->comm().aborted) return true;
     if (!begin(*running, on) || running->stuck) return false;

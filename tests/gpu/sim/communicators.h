@@ -5,7 +5,9 @@
 // communicator run in the order of their calls, whatever their streams; no clock learns of that order, as data that
 // relies on it relies on an accident. One operation runs on
 // a device at a time, as kernels that wait for each other may fill it: two communicators that ranks use in different
-// orders come to a deadlock under some seed, as they do on machines.
+// orders come to a deadlock under some seed, as they do on machines. So it is reported where nothing, neither a stream nor
+// an event, orders operations of two communicators on a device. From 2.26 on NCCL may do that itself, in the order of the
+// calls (NCCL_LAUNCH_ORDER_IMPLICIT=1); ranks have to call them in one order then.
 //
 // What goes wrong (faults.h) leaves the rank's operation stuck: it never comes, so its peers are stuck too, until each
 // aborts. Some peers are told by ncclRemoteError, as a closed connection does, some are not.
@@ -136,11 +138,13 @@ class Communicators {
     long id;
     std::vector<Part> parts;
     std::vector<std::shared_ptr<Meeting>> meetings;
+    std::shared_ptr<Record> record;
     bool begun = false, stuck = false;
     Comm& comm() const { return *parts.front().comm; }
   };
   Operation operation(std::vector<Part> parts);
   bool begin(Running& running, const Stream& on);
+  void check_order(const Running& running, const Stream& on);
   void end(Running& running, Stream& on);
   std::shared_ptr<Meeting> meeting_of(const Part& part);
   void come(Meeting& meeting, const Part& part, const Stream& stream);
@@ -156,6 +160,12 @@ class Communicators {
   std::list<Comm> comms_;
   std::map<int, long> running_;  // device -> the operation that has it
   std::map<int, long> made_;     // device -> communicators
+  struct Latest {
+    std::string what;
+    std::shared_ptr<Record> record;
+  };
+  std::map<int, std::map<const Comm*, Latest>> begun_;  // device -> the last that each communicator has begun
+  std::map<int, std::shared_ptr<Record>> called_;       // device -> the last that was called
   long operations_ = 0;
 };
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
 #include "arithmetic.h"
@@ -169,6 +170,11 @@ bool has(int since, const char* name) {
   if (version >= since) return true;
   misuse(std::string(name) + ": the version that ncclGetVersion says has none");
   return false;
+}
+
+bool implicit_order() {
+  const char* wanted = std::getenv("NCCL_LAUNCH_ORDER_IMPLICIT");
+  return version >= nccl_version(2, 26, 2) && wanted != nullptr && std::strcmp(wanted, "1") == 0;
 }
 
 }  // namespace sim

@@ -23,5 +23,7 @@ hybridcomm::gpu::ncclResult_t call(hybridcomm::gpu::CUstream stream, hybridcomm:
                                    Part part);
 // Whether the version that is simulated has what came with `since`.
 bool has(int since, const char* name);
+// Whether operations of all communicators of a device run in the order of their calls.
+bool implicit_order();
 
 }  // namespace sim

@@ -15,6 +15,8 @@ const char* name_of(Finding finding) {
       return "stranger";
     case Finding::never_recorded:
       return "never recorded";
+    case Finding::unordered:
+      return "unordered";
     case Finding::deadlock:
       return "deadlock";
     case Finding::leak:

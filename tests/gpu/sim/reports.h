@@ -14,6 +14,7 @@ enum class Finding {
   freed,           // after cuMemFree, or freed while still in use
   stranger,        // no device memory, or a handle that is none
   never_recorded,  // a wait for an event that no one has recorded: it waits for nothing
+  unordered,       // operations of two communicators on one device that nothing orders
   deadlock,        // every host thread waits and no stream can go on
   leak,            // left over at the end
   mismatch,        // ranks of a communicator that called different things

@@ -15,7 +15,7 @@ from hybridcomm.kernels.cuda.launch import make_workspace
 from hybridcomm.kernels.device_codec import device_codec
 from hybridcomm.kernels.device_tensors import make_header
 from hybridcomm.kernels.payload import Codec
-from hybridcomm.kernels.triton import bucket
+from hybridcomm.kernels.triton import bucket, launch_bucket
 
 __all__ = ["CODECS", "PAYLOADS", "STEPS", "Calls"]
 
@@ -124,9 +124,7 @@ class Calls:
         if who == "torch":
             target, source = (parts, tensors) if step == "pack" else (tensors, parts)
             return lambda: torch._foreach_copy_(target, source)
-        where = bucket.layout(tensors, offsets)
-        move = bucket.pack if step == "pack" else bucket.unpack
-        kernel = Launcher(
-            function=bucket.bucket_kernel, kernels=bucket.KERNELS, run=self.run, otherwise=False
-        )
+        where = launch_bucket.layout(tensors, offsets)
+        move = launch_bucket.pack if step == "pack" else launch_bucket.unpack
+        kernel = Launcher(function=bucket.FUNCTION, kernels=bucket.KERNELS, run=self.run, otherwise=False)
         return lambda: move(where, whole, kernel=kernel)

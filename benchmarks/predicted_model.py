@@ -82,17 +82,15 @@ def _decode(manifest: Manifest, codec: Compressor, payloads: int) -> float:
     floats, gpu = roof.streamed(kernel, build), GPUS[ARCH]
     each = codec.nbytes(_LONG) / _LONG
     counted = round((kernel.budget.nbytes / roof.OVERHEAD - floats) / each)  # payloads that its budget is for
-    more = roof.OVERHEAD * each, kernel.budget.instructions / counted
+    nbytes, instructions = roof.OVERHEAD * each, roof.work(kernel, build)["issue"] / counted
     if name == "topk":  # changes what its records name, here and there
-        budget = _found(manifest, "topk_decode_add")[0].budget
-        more = budget.nbytes, budget.instructions
-    budget = replace(
-        kernel.budget,
-        nbytes=kernel.budget.nbytes + (payloads - counted) * more[0],
-        instructions=kernel.budget.instructions + (payloads - counted) * more[1],
-    )
+        adding = _found(manifest, "topk_decode_add")
+        nbytes, instructions = adding[0].budget.nbytes, roof.work(*adding)["issue"]
+    more = payloads - counted
     zeros = _FP32 / (gpu.bandwidth * roof.DRAM) if floats > _FP32 else 0.0  # it adds to what it reads
-    return zeros + 1 / roof.predict(replace(kernel, budget=budget), build).rate
+    return (
+        zeros + 1 / roof.predict(kernel, build, nbytes=more * nbytes, instructions=more * instructions).rate
+    )
 
 
 def kernel_cost(manifest: Manifest, codec: Compressor, cluster: Cluster, chunk: int) -> KernelCost:

@@ -22,6 +22,7 @@ from hybridcomm.kernels.device import DeviceKernel
 __all__ = ["page"]
 
 PAGE = Path(__file__).parents[1] / "docs" / "roofline.md"
+SHARE = 0.85  # of the roof: what instructions are counted against
 GOALS = {"gtop1": 0.85, "sign1": 0.85, "int8": 0.85, "topk": 0.75}
 
 _HEAD = """# Roofline: what to expect on a GPU
@@ -37,9 +38,9 @@ _METHOD = f"""
   bandwidth (an assumption; copies reach about that), less where the resident blocks have fewer bytes of loads under way
   than bandwidth x {LATENCY * 1e9:.0f} ns of loaded latency (Little's law).
 - **Instructions**: SASS of the cubin, static, per element, for code without loops; where there are loops, or cases of
-  which a program runs one, the kernel's
-  budget of executed instructions (warm), in the mix of the static code. Tests execute the PTX of all kernels and hold
-  those with loops to that budget. Code for the edge of a shard is counted as if it always ran.
+  which a program runs one, the PTX that threads execute, as the tests' executor counts it (values drawn from a normal
+  distribution; `kernels/cubins/executed.json`), in the mix of the static code. PTX is more than the machine code made
+  of it. Code for the edge of a shard is counted as if it always ran.
 - **Pipes**: results per clock and SM as in the CUDA C++ Programming Guide, "Arithmetic Instructions"; for 10.0 as for
   9.0. {ISSUE:.0%} of the issue slots and of each pipe are used at best. *alu*: 32-bit integers, logic, comparisons,
   minima; *fp32*: additions and multiplications; *imad*: integer multiplications, and moves that the compiler makes of
@@ -58,6 +59,20 @@ arXiv 1804.06826, for Volta; taken for the later ones too). `right` adds all row
 `orthonormal` adds a sixteenth of them in each of its dot products, on 16 threads. What is streamed comes on top (see
 the tables above), and so do launches. Microseconds, and in brackets Gelements/s; on several streams, each region has
 its own:
+"""
+_AFFORD = f"""## What an element may cost
+
+Instructions per element, and in brackets those of *alu*, for which there is time at {SHARE:.0%} of the roof. With
+fewer, memory sets the rate. The rows are encoders that read a gradient and a residual and write one:
+"""
+
+_HALVES = """
+A B200 has 2.4 times the memory of an H100, and 1.2 times its instructions: with bf16 on both sides an encoder may cost
+half of what it may there. gtop1 stays below that; top-k does not, nor do kernels that add two payloads and encode the
+sum, which read less and compute more. None of it moves data: loads and stores have 128 bits, eight elements each. It is
+work in 32 bits, however narrow an element is in memory, as sums and residuals are fp32 by the format: to widen gradient
+and residual, to add them, to narrow the new residual (two bounds, and a conversion for two elements), and above all to
+look for the largest. Top-k's threshold takes passes over registers, whatever the type: there less could be done.
 """
 _OTHERS = "These touch no array as a whole, normally nothing at all, or have as many programs for any region:"
 
@@ -137,6 +152,21 @@ def _in_order() -> str:
     return table(header, rows)
 
 
+def _afford() -> str:
+    rows = [
+        [what, f"{nbytes:g}", *(f"{all_:.0f} ({alu:.0f})" for all_, alu in _times(nbytes))]
+        for what, nbytes in (("fp32", 12), ("bf16, residual fp32", 10), ("bf16", 6))
+    ]
+    return table(["*prediction*", "bytes", *(gpu.name for gpu in GPUS.values())], rows)
+
+
+def _times(nbytes: float) -> list[tuple[float, float]]:
+    return [
+        (roof.affordable(gpu, nbytes, "issue", SHARE), roof.affordable(gpu, nbytes, "alu", SHARE))
+        for gpu in GPUS.values()
+    ]
+
+
 def _not_streaming(manifest: Manifest) -> str:
     names = [e.kernel.name for e in manifest.entries if not roof.streamed(e.kernel, e.builds[0])]
     if not names:
@@ -151,7 +181,7 @@ def page(manifest: Manifest) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(manifest.toolchain.items()))
     parts = [_HEAD, _cards(gpus), _METHOD]
     parts += [f"## {gpu.name}\n\n{_rates(manifest, gpu)}\n" for gpu in gpus]
-    parts += [_ORDER, _in_order()]
+    parts += [_AFFORD, _afford(), _HALVES, _ORDER, _in_order()]
     return "\n".join(parts) + _not_streaming(manifest) + f"\nBuilt with {versions}.\n"
 
 

@@ -1,7 +1,7 @@
 """A device kernel as it is shipped, as data: a function with types, constants and launch shape fixed.
 
 Who makes them: the modules of ``triton/`` and ``cuda/``, one tuple ``KERNELS`` each. Who reads them: the builder of
-cubins, the gate, the executor of PTX, the roofline page, the launcher. Nothing here imports triton or torch.
+cubins, the gate, the executor of PTX, the roofline page, the launcher. Nothing of that imports triton or torch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One face for all shipped device kernels: a spec's encode, reencode and decode_add, whoever has written them.
 
-topk, gtopk and powersgd are CUDA C++ (`cuda.launch`, `cuda.launch_powersgd`), the others Triton's (`triton.codes`,
-`triton.gtop1`) as they were built ahead of time; calls for which nothing was built (other settings, a decay) go to
-Triton's own compiler, which has nothing for gtopk and powersgd.
+topk, gtopk and powersgd are CUDA C++ (`cuda.launch`, `cuda.launch_powersgd`), the others Triton's (`triton.launch`,
+`triton.launch_records`) as they were built ahead of time, which needs no Triton; calls for which nothing was built
+(other settings, a decay) go to Triton's own compiler, which has nothing for gtopk and powersgd.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from hybridcomm.kernels.payload import Codec
 
 if TYPE_CHECKING:
     from hybridcomm.kernels.cubins.launcher import Run
+    from hybridcomm.kernels.triton.family import Family
 
 __all__ = ["DeviceCodec", "device_codec", "jit_codec"]
 
@@ -54,20 +55,11 @@ def device_codec(spec: Any, run: Run, *, jit: bool = True) -> DeviceCodec:
             decode_add=partial(launch_powersgd.decode_add, run, spec),
             reencode=partial(launch_powersgd.reencode, run, spec),
         )
-    from hybridcomm.kernels import triton
     from hybridcomm.kernels.cubins.launcher import family_of
-    from hybridcomm.kernels.triton import launch as codes_host
-    from hybridcomm.kernels.triton import records as records_host
+    from hybridcomm.kernels.triton import declared
 
-    module = triton.encoder(spec)
-    family = family_of(module.FAMILY, module.KERNELS, run, otherwise=jit)
-    host = records_host if spec.codec in (Codec.TOPK, Codec.GTOP1, Codec.RANDK) else codes_host
-    return DeviceCodec(
-        spec=spec,
-        encode=partial(host.encode, family, spec),
-        decode_add=partial(host.decode_add, family, spec),
-        reencode=partial(host.reencode, family, spec),
-    )
+    module = declared(spec)
+    return _of_family(spec, family_of(module.FAMILY, module.KERNELS, run, otherwise=jit))
 
 
 def jit_codec(spec: Any) -> DeviceCodec:
@@ -76,12 +68,18 @@ def jit_codec(spec: Any) -> DeviceCodec:
     Raises:
         NotImplementedError: the codec has none in Triton.
     """
-    from hybridcomm.kernels import triton
+    from hybridcomm.kernels.triton import declared
 
-    module = triton.encoder(spec)
+    return _of_family(spec, declared(spec).FAMILY)
+
+
+def _of_family(spec: Any, family: Family) -> DeviceCodec:
+    from hybridcomm.kernels.triton import launch, launch_records
+
+    host: Any = launch_records if spec.codec in (Codec.TOPK, Codec.GTOP1, Codec.RANDK) else launch
     return DeviceCodec(
         spec=spec,
-        encode=partial(module.encode, spec),
-        decode_add=partial(module.decode_add, spec),
-        reencode=partial(module.reencode, spec),
+        encode=partial(host.encode, family, spec),
+        decode_add=partial(host.decode_add, family, spec),
+        reencode=partial(host.reencode, family, spec),
     )

@@ -17,6 +17,7 @@ __all__ = [
     "Header",
     "check_payload",
     "check_payloads",
+    "check_residuals",
     "check_vectors",
     "make_header",
     "need",
@@ -59,6 +60,28 @@ def check_vectors(
             need(tensor.numel() == numel, f"{name}: as many elements as the others wanted")
             need(tensor.device == device, f"{name}: on {tensor.device}, others elsewhere")
             need(tensor.data_ptr() % 16 == 0, f"{name}: 16-byte alignment wanted")
+
+
+def check_residuals(
+    numel: int,
+    device: torch.device,
+    e_in: torch.Tensor | None,
+    e_out: torch.Tensor | None,
+    *,
+    apart: bool = False,
+) -> None:
+    """The residual that is read and the one that is written, of one type; ``apart``: in two buffers.
+
+    Raises:
+        ValueError: which one is not so, and what is wrong with it.
+    """
+    check_vectors(numel, device, RESIDUALS, e_in=e_in, e_out=e_out)
+    if e_in is not None and e_out is not None:
+        need(e_in.dtype == e_out.dtype, "e_in and e_out: one type wanted")
+        need(
+            not apart or numel == 0 or e_in.data_ptr() != e_out.data_ptr(),
+            "e_out: another buffer than e_in wanted",
+        )
 
 
 def check_payload(payload: torch.Tensor, nbytes: int, device: torch.device) -> None:

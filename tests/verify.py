@@ -106,7 +106,7 @@ def libraries(details: Path) -> tuple[bool, str]:
     return run([sys.executable, "-m", "tests.gpu.real_libraries", "--markdown", str(details)])
 
 
-DEVICE = ("kernels/triton", "kernels/cuda", "kernels/cubins", "kernels/device*.py")
+DEVICE = ("kernels/triton", "kernels/cuda", "kernels/cubins", "kernels/device*.py", "kernels/instructions.py")
 DECODING = (
     ":(glob)kernels/**/*.cpp",
     ":(glob)kernels/**/*.h",

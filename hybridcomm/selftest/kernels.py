@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from hybridcomm.kernels.device_codec import DeviceCodec
 
-__all__ = ["SPECS", "Vector", "check", "differences", "report", "run", "vectors"]
+__all__ = ["DIGEST", "SPECS", "Vector", "check", "differences", "oracle", "report", "run", "vectors"]
 
 SPECS = (
     "topk:0.01",
@@ -71,12 +71,12 @@ def vectors(spec: Any) -> Iterator[Vector]:
         yield Vector(kind=kind, numel=SIZES[i % 3], grad=grad, rest=rest)
 
 
-def _oracle(spec: Any, grad: torch.Tensor, e_in: torch.Tensor) -> tuple[bytes, bytes]:
-    """Payload and residual by ``reference``, of widened inputs; the residual as its type has it."""
+def oracle(spec: Any, grad: torch.Tensor, e_in: torch.Tensor, *, seed: int = 0) -> tuple[bytes, bytes]:
+    """Payload and residual by ``reference``, of widened inputs; the residual as its type has it, widened."""
     import torch
 
     payload, e_out = np.zeros(spec.nbytes(grad.numel()), np.uint8), np.zeros(grad.numel(), np.float32)
-    reference.encode(spec, grad.float().numpy(), e_in.float().numpy(), e_out, payload, DIGEST)
+    reference.encode(spec, grad.float().numpy(), e_in.float().numpy(), e_out, payload, DIGEST, seed=seed)
     rest = torch.from_numpy(e_out)
     if e_in.dtype == torch.bfloat16:  # half to even, but nothing finite becomes infinite
         largest = torch.finfo(torch.bfloat16).max
@@ -96,7 +96,7 @@ def differences(codec: DeviceCodec, vector: Vector, device: torch.device) -> lis
     payload = torch.empty(spec.nbytes(vector.numel), dtype=torch.uint8, device=device)
     e_out = torch.empty(vector.numel, dtype=e_in.dtype, device=device)
     codec.encode(grad.to(device), e_in.to(device), e_out, payload, DIGEST)
-    want = _oracle(spec, grad, e_in)
+    want = oracle(spec, grad, e_in)
     found = _compared("encode", want, payload, e_out)
 
     one, total = np.frombuffer(want[0], np.uint8), np.zeros(vector.numel, np.float32)
@@ -108,7 +108,7 @@ def differences(codec: DeviceCodec, vector: Vector, device: torch.device) -> lis
         found.append("decode_add: another sum")
     if codec.reencode is not None:
         codec.reencode(given, vector.numel, e_in.to(device), e_out, payload, DIGEST, weight=0.5)
-        found += _compared("reencode", _oracle(spec, torch.from_numpy(total), e_in), payload, e_out)
+        found += _compared("reencode", oracle(spec, torch.from_numpy(total), e_in), payload, e_out)
     return found
 
 

@@ -6,6 +6,7 @@ package loads neither triton nor torch.
 """
 
 from hybridcomm.kernels.cubins.errors import (
+    AlignmentError,
     ArchitectureError,
     ArtefactError,
     BuildError,
@@ -15,6 +16,7 @@ from hybridcomm.kernels.cubins.errors import (
 from hybridcomm.kernels.cubins.load import Image, find, find_ptx, names
 
 __all__ = [
+    "AlignmentError",
     "ArchitectureError",
     "ArtefactError",
     "BuildError",

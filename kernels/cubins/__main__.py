@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 
-from hybridcomm.kernels.cubins import gate, lock, roof
+from hybridcomm.kernels.cubins import gate, lock, registry, roof
 from hybridcomm.kernels.cubins.errors import ArtefactError, BuildError
 from hybridcomm.kernels.cubins.manifest import ARTEFACTS, Manifest
 from hybridcomm.kernels.cubins.ptx import OLDEST_CUDA
@@ -26,7 +26,7 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _check(_: argparse.Namespace) -> int:
-    problems = lock.check()
+    problems = [*lock.check(), *lock.check_kernels(registry.gather())]
     print(
         "\n".join(problems)
         or f"{len(Manifest.read().entries)} kernels: the artefacts are those of the sources"

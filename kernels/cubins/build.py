@@ -12,7 +12,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +160,10 @@ def build(
     todo: list[_Todo] = []
     for module, of_module in kernels.items():
         for kernel in of_module:
-            files, old = sources.hashes(module, kernel.source), before.get(kernel.name)
+            files, old = sources.hashes(kernel.source), before.get(kernel.name)
             wanted = source_hash(kernel, made, files)
             if not force and old is not None and old.source_hash == wanted and not intact(old, folder):
-                kept[kernel.name] = old
+                kept[kernel.name] = replace(old, kernel=kernel, module=module)  # budgets may have changed
             else:
                 todo.append((module, kernel, made, files))
     say(f"{len(todo)} kernels to build, {len(kept)} are up to date")

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-__all__ = ["ArchitectureError", "ArtefactError", "BuildError", "DriverError", "KernelError"]
+__all__ = [
+    "AlignmentError",
+    "ArchitectureError",
+    "ArtefactError",
+    "BuildError",
+    "DriverError",
+    "KernelError",
+]
 
 
 class KernelError(LookupError):
     """No shipped kernel has this name."""
+
+
+class AlignmentError(ValueError):
+    """An address or a length is no multiple of 16, which a shipped kernel was compiled for."""
 
 
 class ArchitectureError(LookupError):

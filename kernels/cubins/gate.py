@@ -7,7 +7,7 @@ Needs nvdisasm (in Triton's wheel), no GPU. Rules
     wide           arrays of floats that the byte budget allows to be streamed are, in accesses of 128 bits or more
     narrow         smaller accesses to them that always run move no more than the budget leaves beside the streams
     occupancy      resident blocks have so many loads under way that latency is not what sets the rate (`roof.predict`)
-    instructions   straight-line code has no more than the budget, per element; what loops execute is not seen here
+    instructions   code without loops has no more than the budget, per element; of the rest tests count what is executed
     contraction, approximate, flush, rounding, float atomic
                    no instruction whose result is not the oracle's, or depends on order or compiler
 """

@@ -1,4 +1,7 @@
-"""Shipped kernels behind the host code of the Triton ones: ``kernel[grid](...)`` runs what was built ahead of time."""
+"""Shipped kernels behind the host code of the Triton ones: ``kernel[grid](...)`` runs what was built ahead of time.
+
+Nothing here needs Triton.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from hybridcomm.kernels.device import DeviceKernel
 
 if TYPE_CHECKING:
     from hybridcomm.kernels.cubins.driver import Driver
-    from hybridcomm.kernels.triton.launch import Family
+    from hybridcomm.kernels.triton.family import Family
+    from hybridcomm.kernels.triton.function import Function
 
 __all__ = ["Launcher", "Run", "family_of", "on_cuda"]
 
@@ -25,67 +29,72 @@ _TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "uint8": 
 
 @dataclass(frozen=True, kw_only=True)
 class Launcher:
-    """Stands in for a ``triton.jit`` function: of its shipped instances the one that types and constants choose is run.
+    """Stands in for a `triton.function.Function`: of its shipped instances the one that types and constants choose is
+    run.
 
     ``otherwise``: where none is shipped for a call, leave it to the function itself and Triton's compiler.
     """
 
-    function: Any
+    function: Function
     kernels: Sequence[DeviceKernel]
     run: Run
     otherwise: bool = True
 
-    @property
-    def arg_names(self) -> Sequence[str]:
-        names: Sequence[str] = self.function.arg_names
-        return names
-
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
         return functools.partial(self._launch, grid)
 
-    def _launch(self, grid: tuple[int], *positional: Any, **named: Any) -> None:
-        given = dict(zip(self.arg_names, positional, strict=False)) | named
+    def _launch(self, grid: tuple[int], **given: Any) -> None:
         kernel = self.chosen(given)
         if kernel is not None:
-            self.run(kernel, grid[0], {argument.name: given[argument.name] for argument in kernel.arguments})
+            self.run(kernel, grid[0], {name: given[name] for name in self.function.arguments})
         elif self.otherwise:
-            self.function[grid](*positional, **named)
+            self.function[grid](**given)
         else:
-            raise KernelError(f"{self.function.__name__}: nothing is shipped for this call")
+            raise KernelError(f"{self.function.name}: nothing is shipped for this call")
 
     def chosen(self, given: Mapping[str, Any]) -> DeviceKernel | None:
         """What is shipped for a call's arguments, constants and ``num_warps``; None if nothing is."""
-        for names, instances in self._instances.items():
-            key = given.get("num_warps", 1), *(int(given[name]) for name in names)
-            for kernel in instances.get(key, ()):
-                if all(_fits(each.type, each.aligned, given[each.name]) for each in kernel.arguments):
-                    return kernel
-        return None
+        constants, instances = self._instances
+        arrays = (given[name] for name in self.function.arguments if hasattr(given[name], "dtype"))
+        key = (
+            given.get("num_warps", 1),
+            *(int(given[name]) for name in constants),
+            *(_kind(array.dtype) for array in arrays),
+        )
+        kernel = instances.get(key)
+        return kernel if kernel is not None and _aligned(kernel, given) else None
 
     @functools.cached_property
-    def _instances(self) -> Mapping[tuple[str, ...], Mapping[tuple[int, ...], Sequence[DeviceKernel]]]:
-        """What is shipped of the function, by names of its constants, then by ``num_warps`` and their values."""
-        found: dict[tuple[str, ...], dict[tuple[int, ...], list[DeviceKernel]]] = {}
-        for kernel in self.kernels:
-            if kernel.function == self.function.__name__:
-                names, values = zip(*kernel.constants, strict=True) if kernel.constants else ((), ())
-                found.setdefault(names, {}).setdefault((kernel.num_warps, *values), []).append(kernel)
-        return found
+    def _instances(self) -> tuple[tuple[str, ...], Mapping[tuple[Any, ...], DeviceKernel]]:
+        """The names of the function's constants; what is shipped of it, by ``num_warps``, their values, and types."""
+        mine = [kernel for kernel in self.kernels if kernel.function == self.function.name]
+        names = tuple(name for name, _ in mine[0].constants) if mine else ()
+        return names, {
+            (
+                kernel.num_warps,
+                *(dict(kernel.constants)[name] for name in names),
+                *(each.type for each in kernel.arguments if each.type.startswith("*")),
+            ): kernel
+            for kernel in mine
+        }
 
 
-def _fits(kind: str, aligned: bool, value: Any) -> bool:
-    """Whether an argument is what a kernel was compiled for."""
-    if kind.startswith("*"):
-        typed = _TYPES.get(str(value.dtype).removeprefix("torch.")) == kind
-        return typed and (not aligned or value.data_ptr() % 16 == 0)
-    return not aligned or value % 16 == 0
+@functools.cache
+def _kind(dtype: Any) -> str:
+    """A torch type as kernels have it."""
+    return _TYPES.get(str(dtype).removeprefix("torch."), "")
+
+
+def _aligned(kernel: DeviceKernel, given: Mapping[str, Any]) -> bool:
+    """Whether all arguments are multiples of 16 that the kernel was promised to be."""
+    return all(_address(given[each.name]) % 16 == 0 for each in kernel.arguments if each.aligned)
 
 
 def family_of(family: Family, kernels: Sequence[DeviceKernel], run: Run, *, otherwise: bool = True) -> Family:
     """The family with launchers in place of its functions."""
     from hybridcomm.kernels.triton.withdraw import KERNELS
 
-    def made(function: Any) -> Launcher:
+    def made(function: Function) -> Launcher:
         return Launcher(function=function, kernels=(*kernels, *KERNELS), run=run, otherwise=otherwise)
 
     return replace(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridcomm.kernels.cubins.errors import ArchitectureError, ArtefactError, KernelError
+from hybridcomm.kernels.cubins.errors import AlignmentError, ArchitectureError, ArtefactError, KernelError
 from hybridcomm.kernels.cubins.manifest import ARTEFACTS, Blob, Build, Entry, Manifest, Parameter, unpack
 
 __all__ = ["Image", "find", "find_ptx", "names"]
@@ -23,7 +23,7 @@ class Image:
     """A loadable image and its launch: grid ``(grid(numel), 1, 1)``, block ``(threads, 1, 1)``.
 
     ``arch``: of the cubin, or that the PTX is for and above; ``dynamic_shared``: bytes to pass at the launch;
-    ``static_shared``: bytes that the image itself asks for.
+    ``static_shared``: bytes that the image itself asks for; ``aligned``: parameters that have to be multiples of 16.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Image:
     dynamic_shared: int
     registers: int
     parameters: tuple[Parameter, ...]
+    aligned: tuple[str, ...]
 
     def grid(self, numel: int) -> int:
         """Blocks for ``numel`` elements."""
@@ -44,31 +45,42 @@ class Image:
 
     @functools.cached_property
     def _layout(self) -> np.dtype[Any]:
-        last = self.parameters[-1]
-        return np.dtype(
-            {
-                "names": [p.name for p in self.parameters],
-                "formats": [_format(p) for p in self.parameters],
-                "offsets": [p.offset for p in self.parameters],
-                "itemsize": last.offset + last.nbytes,
-            }
-        )
+        return _layout_of(self.parameters)
 
     def pack(self, **arguments: Any) -> bytes:
         """The parameter buffer (``CU_LAUNCH_PARAM_BUFFER_POINTER``): pointers as integers; hidden ones are null.
 
         Raises:
             TypeError: an argument is missing or not the kernel's.
+            AlignmentError: an argument is no multiple of 16, as the kernel was compiled for.
         """
         wanted = [parameter.name for parameter in self.parameters if not parameter.hidden]
         if sorted(wanted) != sorted(arguments):
             raise TypeError(
                 f"{self.name}: takes {', '.join(wanted)}; got {', '.join(arguments) or 'nothing'}"
             )
+        for name in self.aligned:
+            if arguments[name] % 16:
+                raise AlignmentError(
+                    f"{self.name}: {name}={arguments[name]:#x} is no multiple of 16, which the kernel was compiled for"
+                )
         buffer = np.zeros((), self._layout)
         for name, value in arguments.items():
             buffer[name] = value
         return buffer.tobytes()
+
+
+@functools.cache  # few lists of parameters differ, and images may be made anew for each launch
+def _layout_of(parameters: tuple[Parameter, ...]) -> np.dtype[Any]:
+    last = parameters[-1]
+    return np.dtype(
+        {
+            "names": [p.name for p in parameters],
+            "formats": [_format(p) for p in parameters],
+            "offsets": [p.offset for p in parameters],
+            "itemsize": last.offset + last.nbytes,
+        }
+    )
 
 
 def _format(parameter: Parameter) -> str:
@@ -159,4 +171,5 @@ def _image(entry: Entry, build: Build, folder: Path, *, is_ptx: bool) -> Image:
         dynamic_shared=build.dynamic_shared,
         registers=build.registers,
         parameters=entry.parameters,
+        aligned=tuple(argument.name for argument in entry.kernel.arguments if argument.aligned),
     )

@@ -17,9 +17,14 @@ __all__ = ["check", "check_kernels", "intact", "source_hash"]
 REMEDY = "run `make cubins`"
 
 
+_SAID = ("budget", "codec", "tail")
+"""Of a kernel's declaration, what its artefact and the figures of it do not depend on."""
+
+
 def source_hash(kernel: DeviceKernel, toolchain: Mapping[str, str], files: Mapping[str, str]) -> str:
-    """sha256 of everything that a kernel is built from."""
-    return digest(dataclasses.asdict(kernel), dict(toolchain), dict(files))
+    """sha256 of everything that a kernel is built from, and of nothing else."""
+    built = {name: value for name, value in dataclasses.asdict(kernel).items() if name not in _SAID}
+    return digest(built, dict(toolchain), dict(files))
 
 
 def _blobs(build: Build) -> tuple[tuple[str, Blob], ...]:
@@ -48,7 +53,7 @@ def intact(entry: Entry, folder: Path = ARTEFACTS) -> list[str]:
 def _stale(entry: Entry, manifest: Manifest, root: Path) -> list[str]:
     name = entry.kernel.name
     try:
-        now = sources.hashes(entry.module, entry.kernel.source, root)
+        now = sources.hashes(entry.kernel.source, root)
     except (BuildError, OSError) as error:
         return [f"{name}: {error}; {REMEDY}"]
     changed = sorted(file for file in {*now, *entry.sources} if now.get(file) != entry.sources.get(file))
@@ -80,7 +85,7 @@ def check(root: Path = registry.ROOT, folder: Path = ARTEFACTS) -> list[str]:
 
 
 def check_kernels(kernels: Mapping[str, tuple[DeviceKernel, ...]], folder: Path = ARTEFACTS) -> list[str]:
-    """Likewise for the declarations, as ``registry.gather`` has them: settings that come from outside the sources."""
+    """Likewise for the declarations, as ``registry.gather`` has them: settings and budgets are none of the sources."""
     declared = {kernel.name: kernel for of_module in kernels.values() for kernel in of_module}
     built = {entry.kernel.name: entry.kernel for entry in Manifest.read(folder).entries}
     return [

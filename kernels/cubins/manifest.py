@@ -118,7 +118,7 @@ class Entry:
     """One kernel. ``symbol``: its entry point, the same in all images; ``threads``: per block, in x.
 
     ``builds``: by architecture, the oldest first; its PTX serves those that have no cubin. ``sources``: sha256 of each
-    file that it was built from, by path below ``kernels/``; ``source_hash``: of all that and the toolchain together.
+    file that it was built from, by path below ``kernels/``; ``source_hash``: see `lock.source_hash`.
     """
 
     kernel: DeviceKernel

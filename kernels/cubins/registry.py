@@ -1,6 +1,6 @@
 """Which device kernels there are: every module below ``kernels/triton`` and ``kernels/cuda`` that has ``KERNELS``.
 
-``declaring`` reads the sources only, so it works without Triton; ``gather`` imports the modules.
+``declaring`` reads the sources only; ``gather`` imports the modules, which needs neither Triton nor torch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def declaring(root: Path = ROOT) -> tuple[str, ...]:
 
 
 def gather() -> dict[str, tuple[DeviceKernel, ...]]:
-    """Module -> its kernels, of all modules that declare some. Needs what they import: triton, torch.
+    """Module -> its kernels, of all modules that declare some.
 
     Raises:
         BuildError: two kernels of one name, or ``KERNELS`` that is no tuple of ``DeviceKernel``.

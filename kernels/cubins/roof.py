@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hybridcomm.kernels.cubins.gpu import GPUS, Occupancy, occupancy
+from hybridcomm.kernels.cubins import executed
+from hybridcomm.kernels.cubins.gpu import GPUS, Gpu, Occupancy, occupancy
 from hybridcomm.kernels.cubins.manifest import Build
 from hybridcomm.kernels.device import DeviceKernel
 
@@ -18,9 +19,11 @@ __all__ = [
     "ISSUE",
     "OVERHEAD",
     "Prediction",
+    "affordable",
     "in_order",
     "predict",
     "resident",
+    "straight",
     "streamed",
     "under_way",
     "work",
@@ -75,28 +78,43 @@ class Prediction:
     limit: str
 
 
-def work(kernel: DeviceKernel, build: Build) -> dict[str, float]:
-    """Instructions of a thread per element, by pipe; ``issue`` is all of them."""
+def straight(kernel: DeviceKernel, build: Build) -> bool:
+    """Whether static code says what an element costs: no loops, no cases of which a program runs one, and programs for
+    so many elements each."""
+    return not build.figures.loops and kernel.budget.cold is None and kernel.elements < _FIXED
+
+
+def work(kernel: DeviceKernel, build: Build, more: float = 0.0) -> dict[str, float]:
+    """Instructions of a thread per element, by pipe; ``issue`` is all of them. ``more``: beside what is counted."""
     figures = build.figures
-    budget = kernel.budget
-    counted = not figures.loops and (budget.cold is None or figures.instructions <= budget.instructions)
-    total = figures.instructions if counted else budget.instructions
+    once = figures.instructions if straight(kernel, build) else executed.instructions(kernel.name, build.arch)
+    total = once + more
     scale = total / figures.instructions
     return {**{name: count * scale for name, count in figures.pipes.items()}, "issue": total}
 
 
-def predict(kernel: DeviceKernel, build: Build) -> Prediction:
-    """A streaming kernel on the GPU that stands for the architecture of ``build``."""
-    gpu = GPUS[build.arch]
+def affordable(gpu: Gpu, nbytes: float, pipe: str, share: float) -> float:
+    """Instructions of a thread per element that a pipe (or ``issue``) has time for, where elements of ``nbytes`` bytes
+    that must be moved come at a ``share`` of the roof."""
+    per_clock = gpu.issue if pipe == "issue" else gpu.rates[pipe]
+    return per_clock * gpu.sms * gpu.clock * ISSUE / (share * gpu.bandwidth / nbytes)
+
+
+def predict(
+    kernel: DeviceKernel, build: Build, *, nbytes: float = 0.0, instructions: float = 0.0
+) -> Prediction:
+    """A streaming kernel on the GPU that stands for the architecture of ``build``.
+
+    ``nbytes``, ``instructions``: per element, beside what the budget and `work` count, as of further payloads.
+    """
+    gpu, moved = GPUS[build.arch], kernel.budget.nbytes + nbytes
     loads = under_way(kernel, build)
     kept_busy = min(1.0, loads / gpu.in_flight) if loads else 1.0
-    seconds = {
-        "memory" if kept_busy == 1.0 else "latency": kernel.budget.nbytes / (gpu.bandwidth * DRAM * kept_busy)
-    }
-    for name, count in work(kernel, build).items():
+    seconds = {"memory" if kept_busy == 1.0 else "latency": moved / (gpu.bandwidth * DRAM * kept_busy)}
+    for name, count in work(kernel, build, instructions).items():
         per_clock = gpu.issue if name == "issue" else gpu.rates[name]
         seconds[name] = count / (per_clock * gpu.sms * gpu.clock * ISSUE)
     limit = max(seconds, key=lambda name: seconds[name])
     rate = 1 / seconds[limit]
-    roof = gpu.bandwidth / (kernel.budget.nbytes / OVERHEAD)
+    roof = gpu.bandwidth / (moved / OVERHEAD)
     return Prediction(rate=rate, share=rate / roof, limit=limit)

@@ -1,8 +1,9 @@
 """From which files a kernel is built, and their hashes; reads text only.
 
-Followed are imports (``.py``) and includes (``.cu``, ``.cuh``) inside ``kernels/triton`` and ``kernels/cuda``, where
-device code lies. Of the rest of the library device code takes only constants: the header's layout, whose file is
-always one of the sources, and what a codec's spec says, which stands in the ``DeviceKernel`` itself.
+Followed are imports (``.py``) and includes (``.cu``, ``.cuh``) from a kernel's own file on, inside
+``kernels/triton/jit`` and ``kernels/cuda``, where device code lies. Of the rest of the library device code takes only
+constants: the header's layout, whose file is always one of the sources, and what a codec's spec says, which stands in
+the ``DeviceKernel`` itself. What declares and launches a kernel is none of its sources.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def _imports(path: Path, root: Path) -> Iterator[Path]:
         else:
             continue
         for name in names:
-            if name.startswith((_PACKAGE + "triton.", _PACKAGE + "cuda.")):
+            if name.startswith(_PACKAGE + "triton.jit."):
                 found = root.joinpath(*name.removeprefix(_PACKAGE).split(".")).with_suffix(".py")
                 if found.is_file():
                     yield found
@@ -42,14 +43,14 @@ def _includes(path: Path) -> Iterator[Path]:
         yield (path.parent / name).resolve()
 
 
-def files(module: str, source: str, root: Path = ROOT) -> tuple[str, ...]:
-    """Paths below ``root`` of all that a kernel is built from: of the module that declares it and of its source.
+def files(source: str, root: Path = ROOT) -> tuple[str, ...]:
+    """Paths below ``root`` of all that the kernels of ``source`` are built from.
 
     Raises:
         BuildError: one of them is not there.
     """
     root = root.resolve()
-    waiting = [root / _FORMAT, root / source, root.joinpath(*module.split(".")).with_suffix(".py")]
+    waiting = [root / _FORMAT, root / source]
     found: set[Path] = set()
     while waiting:
         path = waiting.pop()
@@ -57,15 +58,13 @@ def files(module: str, source: str, root: Path = ROOT) -> tuple[str, ...]:
             continue
         if not path.is_file():
             raise BuildError(
-                f"{path.relative_to(root)}: a kernel of {module} is built from it, but it is not there"
+                f"{path.relative_to(root)}: kernels of {source} are built from it, but it is not there"
             )
         found.add(path)
         waiting.extend(_imports(path, root) if path.suffix == ".py" else _includes(path))
     return tuple(sorted(path.relative_to(root).as_posix() for path in found))
 
 
-def hashes(module: str, source: str, root: Path = ROOT) -> dict[str, str]:
+def hashes(source: str, root: Path = ROOT) -> dict[str, str]:
     """sha256 of each of ``files``."""
-    return {
-        name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in files(module, source, root)
-    }
+    return {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in files(source, root)}

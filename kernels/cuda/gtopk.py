@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from hybridcomm.kernels.cuda.arguments import BYTES, NUMEL, SLACK, pointers, scalars
-from hybridcomm.kernels.device import Argument, Budget, DeviceKernel
+from hybridcomm.kernels.device import Argument, DeviceKernel
+from hybridcomm.kernels.instructions import budget
 from hybridcomm.kernels.payload import SpecError, align
 from hybridcomm.kernels.specs.gtopk import GTopKSpec
 
@@ -52,7 +54,13 @@ class Launch:
 
 
 def _kernel(
-    name: str, arguments: tuple[Argument, ...], elements: int, budget: Budget, touched: tuple[str, ...] = ()
+    name: str,
+    arguments: tuple[Argument, ...],
+    elements: int,
+    *,
+    nbytes: float,
+    registers: int,
+    touched: tuple[str, ...] = (),
 ) -> DeviceKernel:
     block, k, value_bits = SPEC.topk.layout
     return DeviceKernel(
@@ -63,7 +71,7 @@ def _kernel(
         constants=(("BLOCK", block), ("K", k), ("VALUE_BITS", value_bits)),
         num_warps=_WARPS,
         elements=elements,
-        budget=budget,
+        budget=budget(f"gtopk_{name}", nbytes=nbytes, registers=registers),
         codec=str(SPEC),
         touched=touched,
     )
@@ -74,13 +82,12 @@ def _first(grad: str, rest: str) -> DeviceKernel:
         f"first_{grad}_{rest}",
         pointers(grad=grad, e_in=rest, acc="fp32", payload="u8", bins="i32") + NUMEL + scalars(decay="fp32"),
         _SPAN,
-        Budget(
-            nbytes=SLACK * (BYTES[grad] + BYTES[rest] + 4) + 4 * _BINS / _SPAN, instructions=20, registers=48
-        ),
+        nbytes=SLACK * (BYTES[grad] + BYTES[rest] + 4) + 4 * _BINS / _SPAN,
+        registers=48,
     )
 
 
-_ONE = Budget(nbytes=1, instructions=4, registers=48)  # of a single program, whatever the region's size
+_ONE: dict[str, Any] = {"nbytes": 1, "registers": 48}  # of a single program, whatever the region's size
 
 KERNELS: tuple[DeviceKernel, ...] = (
     *(_first(grad, rest) for rest in ("fp32", "bf16") for grad in BYTES),
@@ -88,21 +95,24 @@ KERNELS: tuple[DeviceKernel, ...] = (
         "histogram",
         pointers(acc="fp32", found="i64", bins="i32") + scalars(shift="i32") + NUMEL,
         _SPAN,
-        Budget(nbytes=SLACK * 4 + 4 * _BINS / _SPAN, instructions=12, registers=48),
+        nbytes=SLACK * 4 + 4 * _BINS / _SPAN,
+        registers=48,
     ),
-    _kernel("narrow", pointers(bins="i32", found="i64", to="i64") + scalars(kept="i64"), _ANY, _ONE),
+    _kernel("narrow", pointers(bins="i32", found="i64", to="i64") + scalars(kept="i64"), _ANY, **_ONE),
     _kernel(
         "count",
         pointers(acc="fp32", found="i64", counts="i64") + NUMEL,
         _TILE,
-        Budget(nbytes=SLACK * 4 + 8 * _EACH, instructions=12, registers=64),
+        nbytes=SLACK * 4 + 8 * _EACH,
+        registers=64,
     ),
-    _kernel("scan", pointers(counts="i64") + scalars(tiles="i32"), _ANY, _ONE),
+    _kernel("scan", pointers(counts="i64") + scalars(tiles="i32"), _ANY, **_ONE),
     _kernel(
         "collect",
         pointers(acc="fp32", found="i64", counts="i64", values="fp32", indices="i32") + NUMEL,
         _TILE,
-        Budget(nbytes=SLACK * (8 + 8 * _SHARE) + 24 * _EACH, instructions=45, registers=64),
+        nbytes=SLACK * (8 + 8 * _SHARE) + 24 * _EACH,
+        registers=64,
         touched=("values",),
     ),
     _kernel(
@@ -110,7 +120,8 @@ KERNELS: tuple[DeviceKernel, ...] = (
         pointers(values="fp32", indices="i32", rest="fp32", payload="u8")
         + scalars(kept="i64", records_at="i64", counts_at="i64"),
         _RECORDS,
-        Budget(nbytes=SLACK * (72 * _SHARE + 2 * _PAYLOAD), instructions=4, registers=48),
+        nbytes=SLACK * (72 * _SHARE + 2 * _PAYLOAD),
+        registers=48,
     ),
     _kernel(
         "withdraw",
@@ -119,33 +130,38 @@ KERNELS: tuple[DeviceKernel, ...] = (
         + NUMEL
         + scalars(checksum="i64"),
         _TILE,
-        Budget(nbytes=SLACK * (8 + _PAYLOAD), instructions=8, registers=32),
+        nbytes=SLACK * (8 + _PAYLOAD),
+        registers=32,
     ),
     _kernel(
         "settle",
         pointers(acc="fp32", e_in="bf16", e_out="bf16", payload="u8") + NUMEL,
         _TILE,
-        Budget(nbytes=SLACK * 6, instructions=8, registers=48),
+        nbytes=SLACK * 6,
+        registers=48,
         touched=("e_in",),
     ),
     _kernel(
         "ones",
         pointers(payload="u8", counts="i64") + scalars(counts_at="i64", words="i32"),
         _COUNTS,
-        Budget(nbytes=_PAYLOAD, instructions=1, registers=48),
+        nbytes=_PAYLOAD,
+        registers=48,
     ),
     _kernel(
         "add",
         pointers(payload="u8", counts="i64", out="fp32")
         + scalars(records_at="i64", counts_at="i64", words="i32", weight="fp32"),
         _COUNTS,
-        Budget(nbytes=SLACK * (64 * _SHARE + 2 * _PAYLOAD), instructions=4, registers=48),
+        nbytes=SLACK * (64 * _SHARE + 2 * _PAYLOAD),
+        registers=48,
     ),
     _kernel(
         "spoil",
         pointers(payloads="u8", out="fp32") + scalars(count="i32", stride="i64") + NUMEL,
         _TILE,
-        Budget(nbytes=SLACK * 4, instructions=8, registers=32),
+        nbytes=SLACK * 4,
+        registers=32,
     ),
 )
 

@@ -15,10 +15,10 @@ import torch
 from hybridcomm.kernels.cuda import gtopk, topk
 from hybridcomm.kernels.device_tensors import (
     GRADIENTS,
-    RESIDUALS,
     Header,
     check_payload,
     check_payloads,
+    check_residuals,
     check_vectors,
     make_header,
     need,
@@ -29,10 +29,20 @@ if TYPE_CHECKING:
     from hybridcomm.kernels.cubins.launcher import Run
     from hybridcomm.kernels.device import DeviceKernel
 
-__all__ = ["NAMES", "decode_add", "encode", "make_workspace", "reencode", "start"]
+__all__ = [
+    "NAMES",
+    "begin",
+    "check_region",
+    "decode_add",
+    "encode",
+    "make_workspace",
+    "reencode",
+    "start",
+]
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """Of types, in those of kernels."""
+_SPECS = (topk.SPEC, gtopk.SPEC)
 _TOPK: Mapping[str, DeviceKernel] = {kernel.name: kernel for kernel in topk.KERNELS}
 
 
@@ -65,15 +75,13 @@ def _value(argument: Any, buffers: Mapping[str, torch.Tensor | None]) -> Any:
     return buffer if buffer is None or not argument.offset else buffer[argument.offset :]
 
 
-def _check(spec: Any, numel: int) -> None:
-    need(
-        spec in (topk.SPEC, gtopk.SPEC),
-        f"{spec}: CUDA kernels are there for {topk.SPEC} and {gtopk.SPEC} alone",
-    )
+def check_region(spec: Any, specs: Sequence[Any], numel: int) -> None:
+    """Raises ValueError unless ``spec`` is one of ``specs``, and a region of ``numel`` elements is padded."""
+    need(spec in specs, f"{spec}: CUDA kernels are there for {', '.join(map(str, specs))} alone")
     need(numel % 16 == 0, f"a region of {numel} elements: pad to a multiple of 16")
 
 
-def _begin(
+def begin(
     spec: Any,
     numel: int,
     e_in: torch.Tensor | None,
@@ -81,14 +89,14 @@ def _begin(
     payload: torch.Tensor,
     header: Header,
 ) -> None:
-    device = payload.device
-    check_vectors(numel, device, RESIDUALS, e_in=e_in, e_out=e_out)
-    if e_in is not None:
-        need(e_in.dtype == e_out.dtype, "e_in and e_out: one type wanted")
-        need(numel == 0 or e_in.data_ptr() != e_out.data_ptr(), "e_out: another buffer than e_in wanted")
-    check_payload(payload, spec.nbytes(numel), device)
+    """Checks what an encoder writes to and the residual that it reads; writes the header.
+
+    Raises:
+        ValueError: a dtype, shape, device or alignment that the kernels cannot take, or one buffer for both residuals.
+    """
+    check_residuals(numel, payload.device, e_in, e_out, apart=True)
+    check_payload(payload, spec.nbytes(numel), payload.device)
     payload[:HEADER_NBYTES].copy_(header.template)
-    payload[HEADER_NBYTES:].zero_()
 
 
 def encode(  # noqa: PLR0917
@@ -113,10 +121,11 @@ def encode(  # noqa: PLR0917
         ValueError: a dtype, shape, device or alignment that the kernels cannot take.
     """
     numel = grad.numel()
-    _check(spec, numel)
+    check_region(spec, _SPECS, numel)
     check_vectors(numel, payload.device, GRADIENTS, grad=grad)
     header = make_header(spec, numel, digest, payload.device) if header is None else header
-    _begin(spec, numel, e_in, e_out, payload, header)
+    begin(spec, numel, e_in, e_out, payload, header)
+    payload[HEADER_NBYTES:].zero_()
     if numel == 0:
         return
     if spec == topk.SPEC:
@@ -167,10 +176,11 @@ def reencode(  # noqa: PLR0917
         ValueError: a dtype, shape, device or alignment that the kernels cannot take.
     """
     need(spec == topk.SPEC, f"{spec}: sums are encoded anew for {topk.SPEC} alone")
-    _check(spec, numel)
+    check_region(spec, _SPECS, numel)
     check_payloads(spec, payloads, numel, payload.device, digest, check)
     header = make_header(spec, numel, digest, payload.device) if header is None else header
-    _begin(spec, numel, e_in, e_out, payload, header)
+    begin(spec, numel, e_in, e_out, payload, header)
+    payload[HEADER_NBYTES:].zero_()
     if numel == 0:
         return
     sizes = payloads.shape[0], payloads.shape[1], numel, spec.records_offset(numel)
@@ -201,7 +211,7 @@ def decode_add(
         ValueError: a dtype, shape, device or alignment that the kernels cannot take.
     """
     numel = out.numel()
-    _check(spec, numel)
+    check_region(spec, _SPECS, numel)
     check_vectors(numel, out.device, (torch.float32,), out=out)
     check_payloads(spec, payloads, numel, out.device, digest, check)
     if clear and (spec != topk.SPEC or payloads.shape[0] == 0):

@@ -11,18 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hybridcomm.kernels.cuda import powersgd
-from hybridcomm.kernels.cuda.launch import NAMES, start
+from hybridcomm.kernels.cuda.launch import NAMES, begin, check_region, start
 from hybridcomm.kernels.device_tensors import (
     GRADIENTS,
-    RESIDUALS,
     Header,
-    check_payload,
     check_payloads,
     check_vectors,
     make_header,
-    need,
 )
-from hybridcomm.kernels.payload import HEADER_NBYTES
 
 if TYPE_CHECKING:
     from hybridcomm.kernels.cubins.launcher import Run
@@ -31,14 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["decode_add", "encode", "reencode"]
 
 _KERNELS: Mapping[str, DeviceKernel] = {kernel.name: kernel for kernel in powersgd.KERNELS}
-
-
-def _check(spec: Any, numel: int) -> None:
-    need(
-        spec in powersgd.SPECS,
-        f"{spec}: CUDA kernels are there for {', '.join(map(str, powersgd.SPECS))} alone",
-    )
-    need(numel % 16 == 0, f"a region of {numel} elements: pad to a multiple of 16")
 
 
 def _emit(  # noqa: PLR0917
@@ -53,17 +41,11 @@ def _emit(  # noqa: PLR0917
 ) -> None:
     """What encode and reencode share. ``first``: the kernel that forms acc, its arguments before and behind e_in, acc
     and payload."""
-    device = payload.device
-    check_vectors(numel, device, RESIDUALS, e_in=e_in, e_out=e_out)
-    if e_in is not None:
-        need(e_in.dtype == e_out.dtype, "e_in and e_out: one type wanted")
-        need(numel == 0 or e_in.data_ptr() != e_out.data_ptr(), "e_out: another buffer than e_in wanted")
-    check_payload(payload, spec.nbytes(numel), device)
-    payload[:HEADER_NBYTES].copy_(header.template)
+    begin(spec, numel, e_in, e_out, payload, header)
     if numel == 0:
         return
     fp32 = e_out.dtype == torch.float32
-    acc = e_out if fp32 else torch.empty(numel, dtype=torch.float32, device=device)
+    acc = e_out if fp32 else torch.empty(numel, dtype=torch.float32, device=payload.device)
     name, before, behind = first
     ranked, rest = f"powersgd{spec.rank}", NAMES[e_out.dtype]
     start(run, _KERNELS[name], numel, *before, e_in, acc, payload, *behind)
@@ -91,7 +73,7 @@ def encode(  # noqa: PLR0917
     ``seed``: what the iteration starts from, where no header is given that has one.
     """
     numel = grad.numel()
-    _check(spec, numel)
+    check_region(spec, powersgd.SPECS, numel)
     check_vectors(numel, payload.device, GRADIENTS, grad=grad)
     header = make_header(spec, numel, digest, payload.device, seed=seed) if header is None else header
     first = f"powersgd_encode_{NAMES[grad.dtype]}_{NAMES[e_out.dtype]}", (grad,), (numel, decay)
@@ -120,7 +102,7 @@ def reencode(  # noqa: PLR0917
         PayloadFormatError: a payload is not what spec, size and digest say; nothing is written then.
         ValueError: a dtype, shape, device or alignment that the kernels cannot take.
     """
-    _check(spec, numel)
+    check_region(spec, powersgd.SPECS, numel)
     check_payloads(spec, payloads, numel, payload.device, digest, check)
     header = make_header(spec, numel, digest, payload.device, seed=seed) if header is None else header
     sizes = payloads.shape[0], payloads.shape[1], numel, weight, decay
@@ -141,7 +123,7 @@ def decode_add(
 ) -> None:
     """``reference.decode_add``; shapes, types and errors as `launch.decode_add`."""
     numel = out.numel()
-    _check(spec, numel)
+    check_region(spec, powersgd.SPECS, numel)
     check_vectors(numel, out.device, (torch.float32,), out=out)
     check_payloads(spec, payloads, numel, out.device, digest, check)
     if numel == 0:

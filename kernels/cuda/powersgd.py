@@ -8,7 +8,8 @@ read.
 from __future__ import annotations
 
 from hybridcomm.kernels.cuda.arguments import BYTES, NUMEL, SLACK, pointers, scalars
-from hybridcomm.kernels.device import Argument, Budget, DeviceKernel
+from hybridcomm.kernels.device import Argument, DeviceKernel
+from hybridcomm.kernels.instructions import budget
 from hybridcomm.kernels.specs.powersgd import PowerSGDSpec
 
 __all__ = ["ACROSS", "KERNELS", "SPECS"]
@@ -22,7 +23,6 @@ _TILE = 4096  # elements of a program that streams
 _ANY = 1 << 62  # elements of a program, of which there are as many for any region
 _ROWS = 128  # of the smallest region that budgets are for
 _REGISTERS = 80  # of 128 threads, so that six blocks have loads under way
-_PASSES = {1: 1.2, 2: 4.2, 4: 13.5}  # instructions of passes over P, by rank, per element of such a region
 
 _COUNT = scalars(count="i32", stride="i64") + NUMEL
 
@@ -34,18 +34,16 @@ def _payload(spec: PowerSGDSpec) -> float:
 
 def _encode(grad: str, rest: str) -> DeviceKernel:
     """For all ranks."""
-    instructions = (10.5, 12, 12.5)[(grad != "fp32") + (rest != "fp32")]
+    name = f"powersgd_encode_{grad}_{rest}"
     return DeviceKernel(
-        name=f"powersgd_encode_{grad}_{rest}",
+        name=name,
         source="cuda/powersgd.cu",
-        function=f"powersgd_encode_{grad}_{rest}",
+        function=name,
         arguments=pointers(grad=grad, e_in=rest, acc="fp32", payload="u8") + NUMEL + scalars(decay="fp32"),
         constants=(("COLUMNS", SPECS[0].block),),
         num_warps=4,
         elements=_TILE,
-        budget=Budget(
-            nbytes=SLACK * (BYTES[grad] + BYTES[rest] + 4), instructions=instructions, registers=_REGISTERS
-        ),
+        budget=budget(name, nbytes=SLACK * (BYTES[grad] + BYTES[rest] + 4), registers=_REGISTERS),
     )
 
 
@@ -53,8 +51,9 @@ def _kernel(
     spec: PowerSGDSpec,
     name: str,
     arguments: tuple[Argument, ...],
-    budget: Budget,
+    nbytes: float,
     *,
+    registers: int = _REGISTERS,
     num_warps: int = 4,
     elements: int = _TILE,
     touched: tuple[str, ...] = (),
@@ -67,7 +66,7 @@ def _kernel(
         constants=(("COLUMNS", spec.block), ("RANK", spec.rank)),
         num_warps=num_warps,
         elements=elements,
-        budget=budget,
+        budget=budget(f"powersgd{spec.rank}_{name}", nbytes=SLACK * nbytes, registers=registers),
         codec=str(spec),
         touched=touched,
     )
@@ -75,21 +74,22 @@ def _kernel(
 
 def _sums(spec: PowerSGDSpec) -> tuple[DeviceKernel, ...]:
     """The passes whose sums have an order."""
-    rank, each = spec.rank, _payload(spec)
+    each = _payload(spec)
     source = pointers(acc="fp32", payload="u8") + NUMEL
     return (
         _kernel(
             spec,
             "left",
             source,
-            Budget(nbytes=SLACK * (4 + each), instructions=3 + 3.3 * rank, registers=_REGISTERS),
+            4 + each,
             elements=4 * _TILE,
         ),
         _kernel(
             spec,
             "orthonormal",
             pointers(payload="u8") + NUMEL,
-            Budget(nbytes=SLACK * 2 * each, instructions=_PASSES[rank], registers=96),
+            2 * each,
+            registers=96,
             num_warps=8,
             elements=_ANY,
         ),
@@ -97,7 +97,8 @@ def _sums(spec: PowerSGDSpec) -> tuple[DeviceKernel, ...]:
             spec,
             "right",
             source,
-            Budget(nbytes=SLACK * (4 + each), instructions=10 + 4.4 * rank, registers=72),
+            4 + each,
+            registers=72,
             num_warps=8,
             elements=_ANY,
         ),
@@ -111,11 +112,7 @@ def _reencode(spec: PowerSGDSpec, rest: str) -> DeviceKernel:
         pointers(payloads="u8", e_in=rest, acc="fp32", payload="u8")
         + _COUNT
         + scalars(weight="fp32", decay="fp32"),
-        Budget(
-            nbytes=SLACK * (BYTES[rest] + 4 + _payload(spec)),
-            instructions=18.5 + 3 * spec.rank + (rest != "fp32"),
-            registers=_REGISTERS,
-        ),
+        BYTES[rest] + 4 + _payload(spec),
     )
 
 
@@ -124,11 +121,7 @@ def _rest(spec: PowerSGDSpec, rest: str) -> DeviceKernel:
         spec,
         f"rest_{rest}",
         pointers(acc="fp32", e_in=rest, e_out=rest, payload="u8") + NUMEL + scalars(checksum="i64"),
-        Budget(
-            nbytes=SLACK * (4 + BYTES[rest] + _payload(spec)),
-            instructions=8 + 2.75 * spec.rank + 1.5 * (rest != "fp32"),
-            registers=_REGISTERS,
-        ),
+        4 + BYTES[rest] + _payload(spec),
         touched=("e_in",),
     )
 
@@ -138,11 +131,7 @@ def _decode(spec: PowerSGDSpec, name: str, floats: int) -> DeviceKernel:
         spec,
         name,
         pointers(payloads="u8", out="fp32") + _COUNT + scalars(weight="fp32"),
-        Budget(
-            nbytes=SLACK * (floats + _payload(spec)),
-            instructions=8.8 + 2.8 * spec.rank,
-            registers=_REGISTERS,
-        ),
+        floats + _payload(spec),
     )
 
 

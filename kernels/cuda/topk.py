@@ -7,7 +7,8 @@ The threshold is found anew in every call, from the maxima of a warp's lanes, so
 from __future__ import annotations
 
 from hybridcomm.kernels.cuda.arguments import BYTES, NUMEL, SLACK, pointers, scalars
-from hybridcomm.kernels.device import Argument, Budget, DeviceKernel
+from hybridcomm.kernels.device import Argument, DeviceKernel
+from hybridcomm.kernels.instructions import budget
 from hybridcomm.kernels.specs.topk import TopKSpec
 
 __all__ = ["KERNELS", "SPEC"]
@@ -22,7 +23,7 @@ _RECORD = (
 )  # bytes per element to change what records name, 32 read, 32 written
 
 
-def _kernel(name: str, arguments: tuple[Argument, ...], budget: Budget) -> DeviceKernel:
+def _kernel(name: str, arguments: tuple[Argument, ...], *, nbytes: float, registers: int) -> DeviceKernel:
     block, k, value_bits = SPEC.layout
     return DeviceKernel(
         name=name,
@@ -32,19 +33,19 @@ def _kernel(name: str, arguments: tuple[Argument, ...], budget: Budget) -> Devic
         constants=(("BLOCK", block), ("K", k), ("VALUE_BITS", value_bits)),
         num_warps=_WARPS,
         elements=_WARPS * block,
-        budget=budget,
+        budget=budget(name, nbytes=SLACK * nbytes, registers=registers),
         codec=str(SPEC),
     )
 
 
 def _encode(grad: str, rest: str) -> DeviceKernel:
-    nbytes = SLACK * (BYTES[grad] + 2 * BYTES[rest] + _PAYLOAD)
     return _kernel(
         f"topk_encode_{grad}_{rest}",
         pointers(grad=grad, e_in=rest, e_out=rest, payload="u8")
         + NUMEL
         + scalars(records_at="i64", decay="fp32"),
-        Budget(nbytes=nbytes, instructions=30 if grad == rest == "fp32" else 38, cold=80, registers=80),
+        nbytes=BYTES[grad] + 2 * BYTES[rest] + _PAYLOAD,
+        registers=80,
     )
 
 
@@ -52,31 +53,33 @@ def _withdraw(rest: str) -> DeviceKernel:
     return _kernel(
         f"topk_withdraw_{rest}",
         pointers(e_in=rest, e_out=rest, payload="u8") + NUMEL + scalars(records_at="i64", checksum="i64"),
-        Budget(nbytes=SLACK * (2 * BYTES[rest] + _PAYLOAD), instructions=8, registers=32),
+        nbytes=2 * BYTES[rest] + _PAYLOAD,
+        registers=32,
     )
 
 
-def _decode(name: str, budget: Budget) -> DeviceKernel:
-    """Bytes and instructions are for one payload; another adds what its records need."""
+def _decode(name: str, nbytes: float, registers: int) -> DeviceKernel:
+    """Budgets are for one payload; another adds what its records need."""
     return _kernel(
         name,
         pointers(payloads="u8", out="fp32")
         + scalars(count="i32", stride="i64")
         + NUMEL
         + scalars(records_at="i64", weight="fp32"),
-        budget,
+        nbytes=nbytes,
+        registers=registers,
     )
 
 
 def _reencode(rest: str) -> DeviceKernel:
-    nbytes = SLACK * (2 * BYTES[rest] + 2 * _PAYLOAD)
     return _kernel(
         f"topk_reencode_{rest}",
         pointers(payloads="u8", e_in=rest, e_out=rest, payload="u8")
         + scalars(count="i32", stride="i64")
         + NUMEL
         + scalars(records_at="i64", weight="fp32", decay="fp32"),
-        Budget(nbytes=nbytes, instructions=40 if rest == "fp32" else 48, cold=80, registers=80),
+        nbytes=2 * BYTES[rest] + 2 * _PAYLOAD,
+        registers=80,
     )
 
 
@@ -84,8 +87,8 @@ KERNELS: tuple[DeviceKernel, ...] = (
     *(_encode(grad, rest) for rest in ("fp32", "bf16") for grad in BYTES),
     _withdraw("fp32"),
     _withdraw("bf16"),
-    _decode("topk_decode_add", Budget(nbytes=SLACK * (_RECORD + _PAYLOAD), instructions=4, registers=32)),
-    _decode("topk_decode", Budget(nbytes=SLACK * (4 + _PAYLOAD), instructions=6, registers=48)),
+    _decode("topk_decode_add", _RECORD + _PAYLOAD, 32),
+    _decode("topk_decode", 4 + _PAYLOAD, 48),
     _reencode("fp32"),
     _reencode("bf16"),
 )

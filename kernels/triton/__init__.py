@@ -1,6 +1,10 @@
-"""Device kernels in Triton; importing this package needs nothing, its modules need torch and triton.
+"""Device kernels in Triton.
 
-``encoder`` finds the module of a spec: ``encoder(spec).encode(spec, grad, ...)``.
+    jit/           the device code, which alone imports triton
+    codes.py ...   what is built beforehand of it, as data (``KERNELS``), and its functions by name (``FAMILY``)
+    launch*.py     their host side, which needs torch: checks, buffers, grids, arguments
+
+So what is shipped is launched, and built into a wheel, without Triton. `device_codec` is the way in.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from typing import Any
 
 from hybridcomm.kernels.payload import Codec
 
-__all__ = ["MODULES", "encoder"]
+__all__ = ["MODULES", "declared"]
 
 MODULES = MappingProxyType(
     {
@@ -26,11 +30,11 @@ MODULES = MappingProxyType(
         Codec.RANDK: "randk",
     }
 )
-"""The module that has a codec's kernels: ``encode`` and ``decode_add``, most also ``reencode``."""
+"""The module that has a codec's ``FAMILY`` and ``KERNELS``."""
 
 
-def encoder(spec: Any) -> ModuleType:
-    """The module with the kernels of ``spec``, loaded when first asked for.
+def declared(spec: Any) -> ModuleType:
+    """The module of ``spec``'s kernels, loaded when first asked for.
 
     Raises:
         NotImplementedError: the codec has no device kernels.

@@ -1,4 +1,4 @@
-"""Host side of the device kernels: checks, the header, which kernel runs on how many programs.
+"""Host side of Triton's kernels, of `codes` above all: checks, the header, which kernel runs on how many programs.
 
 Everything runs on the device's current stream and nothing waits for it. ``encode`` and ``reencode`` can be captured
 into a CUDA graph if they are given a ``Header`` made before, and two buffers for the residual.
@@ -6,30 +6,28 @@ into a CUDA graph if they are given a ``Header`` made before, and two buffers fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from hybridcomm.kernels.device_tensors import (
     GRADIENTS,
-    RESIDUALS,
     Header,
     check_payload,
     check_payloads,
+    check_residuals,
     check_vectors,
     make_header,
-    need,
 )
 from hybridcomm.kernels.payload import HEADER_NBYTES
 from hybridcomm.kernels.specs.quant import QuantSpec
-from hybridcomm.kernels.triton import bits, withdraw
+from hybridcomm.kernels.triton import withdraw
+from hybridcomm.kernels.triton.family import Family
+from hybridcomm.kernels.triton.function import LAUNCH
+from hybridcomm.kernels.triton.shipped import elements, warps
 
-__all__ = ["LAUNCH", "Family", "decode_add", "elements", "encode", "reencode", "restore", "warps"]
-
-LAUNCH: Mapping[str, Any] = {"enable_fp_fusion": False}
-"""A fused multiply-add would round once, the oracle rounds twice."""
+__all__ = ["decode_add", "encode", "reencode", "restore"]
 
 
 def restore(
@@ -44,36 +42,15 @@ def restore(
     nwords = (payload.numel() - HEADER_NBYTES) // 4
     grid = (max(-(-max(numel, nwords) // withdraw.ELEMENTS), 1),)
     family.withdraw[grid](
-        payload if e_in is None else e_in, payload if e_out is None else e_out, payload,
-        nwords, numel, header.withdrawn, HAS_IN=e_in is not None, HAS_OUT=e_out is not None,
+        e_in=payload if e_in is None else e_in, e_out=payload if e_out is None else e_out, payload=payload,
+        nwords=nwords, numel=numel, checksum=header.withdrawn, HAS_IN=e_in is not None, HAS_OUT=e_out is not None,
         num_warps=withdraw.WARPS, **LAUNCH,
     )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """Kernels of codecs that differ in constants only, and the pass behind their encoders. ``constants``: of a spec."""
-
-    encode: Any
-    reencode: Any
-    decode: Any
-    constants: Callable[[Any], dict[str, int]]
-    withdraw: Any = withdraw.withdraw_kernel
-
-
-def elements(spec: QuantSpec) -> int:
-    """Per program: a warp's tile, or a group where that is larger."""
-    return max(bits.TILE, spec.block)
-
-
-def warps(spec: QuantSpec, *, whole: bool, crowded: bool) -> int:
-    """Per program: one for each tile, or two where registers of one would not do, beside masks or where ``crowded``."""
-    return elements(spec) // bits.TILE * (1 if whole and not crowded else 2)
-
-
 def _run(
     kernel: Any, spec: QuantSpec, numel: int, arguments: Mapping[str, Any], constants: Mapping[str, Any],
-    crowded: bool = False,
+    *, summed: bool = False, narrow: bool = False,
 ) -> None:  # fmt: skip
     """Whole programs without a mask, for bulk accesses of 128 bits, and one with it for what is left."""
     size = elements(spec)
@@ -82,7 +59,8 @@ def _run(
         if count:
             kernel[(count,)](
                 **arguments, numel=numel, first=first, codes=spec.codes_offset(numel) // 16,
-                ELEMENTS=size, WHOLE=whole, num_warps=warps(spec, whole=whole, crowded=crowded), **constants, **LAUNCH,
+                ELEMENTS=size, WHOLE=whole, num_warps=warps(spec, whole=whole, summed=summed, narrow=narrow),
+                **constants, **LAUNCH,
             )  # fmt: skip
 
 
@@ -101,9 +79,8 @@ def _emit(  # noqa: PLR0917
 ) -> None:  # fmt: skip
     """What encode and reencode share."""
     device = payload.device
-    check_vectors(numel, device, RESIDUALS, e_in=e_in, e_out=e_out)
+    check_residuals(numel, device, e_in, e_out)
     residuals = [e.dtype for e in (e_in, e_out) if e is not None]
-    need(len(set(residuals)) < 2, "e_in and e_out: one type wanted")
     check_payload(payload, spec.nbytes(numel), device)
     header = make_header(spec, numel, digest, device) if header is None else header
     _begin(spec, numel, payload, header)
@@ -115,7 +92,8 @@ def _emit(  # noqa: PLR0917
         else e_in
     )
     unused = payload.view(torch.float32)
-    half = any(dtype.itemsize == 2 for dtype in (*types, *residuals))
+    narrow = any(dtype.itemsize == 2 for dtype in residuals)
+    half = narrow or any(dtype.itemsize == 2 for dtype in types)
     arguments = {
         **inputs, "e_in": unused if source is None else source, "e_out": unused if e_out is None else e_out,
         "payload": payload, "decay": decay,
@@ -124,8 +102,7 @@ def _emit(  # noqa: PLR0917
         **family.constants(spec), "VECTOR": 8 if half else 4,
         "HAS_IN": source is not None, "HAS_OUT": e_out is not None, "DECAYED": decay != 1.0,
     }  # fmt: skip
-    # A sum of payloads and a residual of 16 bits, whose lanes are exchanged, are more than a warp's registers hold.
-    _run(kernel, spec, numel, arguments, constants, crowded=kernel is family.reencode and half)
+    _run(kernel, spec, numel, arguments, constants, summed=kernel is family.reencode, narrow=narrow)
     restore(family, source, e_out, payload, header)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import roofline
-from hybridcomm.kernels.cubins import roof
+from hybridcomm.kernels.cubins import KernelError, executed, roof
 from hybridcomm.kernels.cubins.gpu import GPUS
 from hybridcomm.kernels.cubins.manifest import Build, Manifest, Stream
 from tests.kernels.cubins.fakes import FIGURES, KERNEL, make_artefacts, make_sources
@@ -53,12 +53,38 @@ def test_a_pipe_or_the_issue_slots_set_the_rate_of_a_heavy_one(built: Build) -> 
     assert roof.predict(kernel, replace(heavy, figures=mixed)).limit == "issue"
 
 
-def test_loops_count_as_budgeted(built: Build) -> None:
-    kernel = replace(KERNEL, elements=4096, budget=replace(KERNEL.budget, instructions=4000))
+def test_loops_count_as_executed(built: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a program runs one case of several."""
+    monkeypatch.setattr(executed, "read", lambda: {KERNEL.name: {90: 4000.0}})
+    kernel, gpu = replace(KERNEL, elements=4096), GPUS[90]
+    cases = replace(kernel, budget=replace(kernel.budget, cold=5000))
     looping = replace(built, figures=replace(built.figures, loops=1))
-    straight = roof.predict(kernel, built)
-    assert roof.predict(kernel, looping).rate < straight.rate
-    assert roof.predict(kernel, looping).limit == "alu"
+    alu = 4000 * built.figures.pipes["alu"] / built.figures.instructions
+    for found in (roof.predict(kernel, looping), roof.predict(cases, built)):
+        assert found.limit == "alu"
+        assert found.rate == pytest.approx(
+            rel=ROUNDINGS, expected=64 * gpu.sms * gpu.clock * roof.ISSUE / alu
+        )
+    assert roof.predict(kernel, built).limit == "memory"
+    with pytest.raises(KernelError, match=r"another, sm_90: not in executed\.json"):
+        roof.work(replace(kernel, name="another"), looping)
+
+
+def test_what_is_affordable_leaves_the_share(built: Build) -> None:
+    gpu = GPUS[90]
+    most = roof.affordable(gpu, 8, "issue", 0.5)
+    kernel = replace(KERNEL, elements=4096, budget=replace(KERNEL.budget, nbytes=8 * roof.OVERHEAD))
+    busy = replace(built, figures=replace(built.figures, instructions=most, pipes={"fp32": most / 2}))
+    predicted = roof.predict(kernel, busy)
+    assert predicted.limit == "issue"
+    assert predicted.share == pytest.approx(rel=ROUNDINGS, expected=0.5)
+
+
+def test_more_payloads_take_more(built: Build) -> None:
+    kernel = replace(KERNEL, elements=4096, budget=replace(KERNEL.budget, nbytes=8.0))
+    one = roof.predict(kernel, built)
+    assert roof.predict(kernel, built, nbytes=8.0).rate == pytest.approx(rel=ROUNDINGS, expected=one.rate / 2)
+    assert roof.work(kernel, built, 6.0)["alu"] == pytest.approx(rel=ROUNDINGS, expected=7.5)
 
 
 def test_few_loads_under_way_leave_the_memory_idle(built: Build) -> None:

@@ -12,9 +12,10 @@ from hybridcomm.kernels import parse, reference
 from hybridcomm.kernels.cubins.launcher import Run
 from hybridcomm.kernels.cuda import gtopk, powersgd, topk
 from hybridcomm.kernels.device_codec import device_codec
+from hybridcomm.selftest.kernels import oracle
 from tests.kernels import cases
 from tests.kernels.cases import DIGEST, Case
-from tests.kernels.ptx_sparse import narrowed, tensor, widened
+from tests.kernels.ptx_sparse import tensor
 from tests.kernels.sparse_cases import SEED
 
 __all__ = ["SPECS", "TYPES", "decoded", "encoded", "payloads_of", "reencoded", "sizes", "types_of"]
@@ -62,10 +63,7 @@ def encoded(
     rest = _dirty(numel, types[1])
     device_codec(spec, run, jit=False).encode(grad, source, rest, payload, DIGEST, **_drawn(spec))
     yield payload.numpy().tobytes(), rest.float().numpy().tobytes()
-    want, left = np.zeros(spec.nbytes(numel), np.uint8), np.zeros(numel, np.float32)
-    wide = grad.float().numpy(), source.float().numpy()
-    reference.encode(spec, *wide, left, want, DIGEST, **_drawn(spec))
-    yield want.tobytes(), widened(narrowed(left, types[1]), types[1]).tobytes()
+    yield oracle(spec, grad, source, **_drawn(spec))
 
 
 def payloads_of(spec: Any, kinds: Sequence[str], numel: int) -> torch.Tensor:
@@ -97,11 +95,9 @@ def reencoded(
     assert again is not None
     again(payloads, numel, source, left, payload, DIGEST, weight=0.25, **_drawn(spec))
     yield payload.numpy().tobytes(), left.float().numpy().tobytes()
-    total, want = np.zeros(numel, np.float32), np.zeros(spec.nbytes(numel), np.uint8)
+    total = np.zeros(numel, np.float32)
     reference.decode_add(spec, list(payloads.numpy()), total, 0.25, DIGEST)
-    wide = np.zeros(numel, np.float32)
-    reference.encode(spec, total, source.float().numpy(), wide, want, DIGEST, **_drawn(spec))
-    yield want.tobytes(), widened(narrowed(wide, rest), rest).tobytes()
+    yield oracle(spec, torch.from_numpy(total), source, **_drawn(spec))
 
 
 def specs() -> Iterator[Any]:

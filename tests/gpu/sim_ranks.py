@@ -80,11 +80,13 @@ class Encode:
         self, stream: Any, *, flaw: str = "", threads: int = 0, shared: int = 0, blocks: int = 2
     ) -> int:
         values = {
-            "grad": self.grad.data_ptr() + 4 * (flaw == "misaligned"), "e_in": self.e_in.data_ptr(),
+            "grad": self.grad.data_ptr(), "e_in": self.e_in.data_ptr(),
             "e_out": self.e_out.data_ptr(), "payload": self.payload.data_ptr(), "numel": self.numel,
             "first": 0, "codes": self.codes, "decay": 1.0,
         }  # fmt: skip
         data = bytearray(self.image.pack(**values))
+        if flaw == "misaligned":  # in the buffer itself: packing it would be refused
+            data[self.image.parameters[0].offset] += 4
         if flaw == "hidden":
             data[self.image.parameters[-1].offset] = 1
         extra = extra_of(bytes(data), len(data) - 4 * (flaw == "short"))

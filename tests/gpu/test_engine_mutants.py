@@ -14,8 +14,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="triton is not installed: its kernels' host code is not there")
-
 from tests.gpu import device_mutants, engine_mutants
 from tests.gpu.device_scenarios import EAGER, SCENARIOS
 from tests.gpu.engine_build import Build

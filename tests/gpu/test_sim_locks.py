@@ -13,8 +13,6 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-pytest.importorskip("triton", reason="triton is not installed: its kernels' host code is not there")
-
 from tests.gpu.sim_device import Device, in_threads
 from tests.gpu.sim_nccl import SUCCESS, Communicator, UniqueId, unique_id
 from tests.gpu.sim_ranks import Encode

@@ -12,10 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="triton is not installed: its kernels' host code is not there")
-
 from hybridcomm.kernels.cubins.launcher import Launcher
-from hybridcomm.kernels.triton import bucket
+from hybridcomm.kernels.triton import bucket, launch_bucket
 from tests.gpu import simulated
 from tests.gpu.sim_device import Device, in_threads
 from tests.gpu.sim_ranks import Adopting, Encode
@@ -175,11 +173,11 @@ def test_a_buckets_table_says_what_is_touched(sim: Simulation, dtype: torch.dtyp
     def rank(_: int, kept: int = 2) -> None:
         run = Adopting(sim, 0)
         made = [torch.arange(5000.0), torch.arange(40.0).bfloat16()]
-        where, got = bucket.layout(made, [0, 5000]), torch.zeros(5040, dtype=dtype)
-        kernel = Launcher(function=bucket.bucket_kernel, kernels=bucket.KERNELS, run=run, otherwise=False)
+        where, got = launch_bucket.layout(made, [0, 5000]), torch.zeros(5040, dtype=dtype)
+        kernel = Launcher(function=bucket.FUNCTION, kernels=bucket.KERNELS, run=run, otherwise=False)
         for tensor in made[:kept]:
             sim.adopt(tensor, 0)
-        bucket.pack(where, got, 0.5, kernel=kernel)
+        launch_bucket.pack(where, got, 0.5, kernel=kernel)
         if kept == 2:
             assert torch.equal(got[:5000], (made[0] * 0.5).to(dtype))
             assert torch.equal(got[5000:], (made[1].float() * 0.5).to(dtype))

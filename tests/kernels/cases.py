@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,11 @@ from hypothesis import strategies as st
 
 from hybridcomm.kernels import Spec, TopKSpec, reference
 from hybridcomm.kernels.vectors import KINDS, values
+from hybridcomm.selftest.kernels import DIGEST
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 Encoder = Callable[[Any, Floats, "Floats | None", "Floats | None", Bytes, int], int]
-
-DIGEST = 0xFEDCBA9876543210
 
 
 def edge_sizes(spec: Spec) -> tuple[int, ...]:
@@ -87,6 +87,18 @@ def cases(
         seed=draw(st.integers(0, 2**32 - 1)),
         memoryless=draw(st.booleans()),
     )
+
+
+@functools.cache
+def truth(*specs: Spec) -> tuple[tuple[Case, tuple[int, bytes, bytes]], ...]:
+    """What the oracle makes of the corpus, before anything is planted."""
+    return tuple((case, run(case, reference.encode)) for case in corpus(*specs))
+
+
+def told_apart(right: Sequence[tuple[Case, Any]]) -> Case:
+    """The first case of which the oracle, with a bug planted in it, makes something else than it did: what to run on
+    kernels, which take longer. Raises StopIteration if there is none."""
+    return next(case for case, want in right if run(case, reference.encode) != want)
 
 
 def corpus(*specs: Spec) -> Iterator[Case]:

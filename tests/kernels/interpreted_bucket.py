@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hybridcomm.kernels.triton import bucket
+from hybridcomm.kernels.triton import bucket, launch_bucket
 from tests.kernels import cases
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,22 +37,22 @@ def as_bits(tensor: torch.Tensor) -> bytes:
 
 
 def check_pack_and_unpack(
-    made: list[torch.Tensor], dtype: torch.dtype, gap: int, scale: float, kernel: Any = bucket.bucket_kernel
+    made: list[torch.Tensor], dtype: torch.dtype, gap: int, scale: float, kernel: Any = bucket.FUNCTION
 ) -> None:
     """Into a bucket of ``dtype`` with gaps and out of it again, as torch would."""
     places = offsets(made, gap)
-    where = bucket.layout(made, places)
+    where = launch_bucket.layout(made, places)
     got = torch.full((where.end + 5,), FILL).to(dtype)
     want = got.clone()
     for tensor, place in zip(made, places, strict=True):
         want[place : place + tensor.numel()] = (tensor.float() * np.float32(scale)).reshape(-1).to(dtype)
-    bucket.pack(where, got, scale, kernel=kernel)
+    launch_bucket.pack(where, got, scale, kernel=kernel)
     assert as_bits(got) == as_bits(want)
     expected = [
         (want[p : p + t.numel()].float() * np.float32(scale)).to(t.dtype).reshape(t.shape)
         for t, p in zip(made, places, strict=True)
     ]
-    bucket.unpack(where, got, scale, kernel=kernel)
+    launch_bucket.unpack(where, got, scale, kernel=kernel)
     for tensor, wanted in zip(made, expected, strict=True):
         assert as_bits(tensor) == as_bits(wanted)
 
@@ -68,25 +68,25 @@ def test_every_tie_and_overflow_is_rounded_as_torch_does(dtype: torch.dtype) -> 
     high = np.arange(1 << 12, dtype=np.uint32) << np.uint32(20)
     low = np.array([0x0, 0xFFF, 0x1000, 0x3000, 0x7FFF, 0x8000, 0x18000, 0xFFFFF], np.uint32)
     source = torch.from_numpy((high[:, None] | low).reshape(-1).view(np.float32))
-    where = bucket.layout([source], [0])
+    where = launch_bucket.layout([source], [0])
     got = torch.zeros(where.end, dtype=dtype)
-    bucket.pack(where, got)
+    launch_bucket.pack(where, got)
     assert as_bits(got) == as_bits(source.to(dtype))
 
 
 def test_what_does_not_fit_is_refused() -> None:
     a = torch.zeros(8)
     with pytest.raises(ValueError, match="at least one"):
-        bucket.layout([], [])
+        launch_bucket.layout([], [])
     with pytest.raises(ValueError, match="tensor 0: float32"):
-        bucket.layout([a.double()], [0])
+        launch_bucket.layout([a.double()], [0])
     with pytest.raises(ValueError, match="tensor 1: a contiguous"):
-        bucket.layout([a, torch.zeros(4, 4).t()], [0, 8])
+        launch_bucket.layout([a, torch.zeros(4, 4).t()], [0, 8])
     for places in ([0, 7], [8, 0], [-1, 8]):
         with pytest.raises(ValueError, match="ascending"):
-            bucket.layout([a, a], places)
-    where = bucket.layout([a, a], [0, 8])
+            launch_bucket.layout([a, a], places)
+    where = launch_bucket.layout([a, a], [0, 8])
     with pytest.raises(ValueError, match="16 elements wanted"):
-        bucket.pack(where, torch.zeros(15))
+        launch_bucket.pack(where, torch.zeros(15))
     with pytest.raises(ValueError, match="float32 or"):
-        bucket.unpack(where, torch.zeros(16, dtype=torch.float64))
+        launch_bucket.unpack(where, torch.zeros(16, dtype=torch.float64))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import os
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridcomm.kernels import PayloadFormatError, Spec, Status, parse, reference, triton
+from hybridcomm.kernels import PayloadFormatError, Spec, Status, parse, reference
+from hybridcomm.kernels.device_codec import jit_codec
 from hybridcomm.kernels.device_tensors import make_header
 from tests.kernels import cases, quant_cases
 from tests.kernels.cases import DIGEST, Bytes, Case, Floats
@@ -37,7 +38,7 @@ def encode(
     bytes_ = torch.full((payload.size,), 0xA5, dtype=torch.uint8)
     source = None if e_in is None else torch.from_numpy(e_in)
     rest = None if e_out is None else source if e_out is e_in else torch.from_numpy(e_out)
-    triton.encoder(spec).encode(spec, torch.from_numpy(grad), source, rest, bytes_, digest, **options)
+    jit_codec(spec).encode(torch.from_numpy(grad), source, rest, bytes_, digest, **options)
     payload[:] = bytes_.numpy()
     return int(payload[40])
 
@@ -118,7 +119,7 @@ def test_narrow_types_are_widened_and_rests_narrowed(
         if rests == torch.bfloat16 and not flags:
             rest = narrow(rest)
         payload, e_out = torch.zeros(want.size, dtype=torch.uint8), torch.ones(numel, dtype=rests)
-        triton.encoder(spec).encode(spec, grad, e_in, e_out, payload, DIGEST)
+        jit_codec(spec).encode(grad, e_in, e_out, payload, DIGEST)
         assert payload.numpy().tobytes() == want.tobytes(), kind
         assert e_out.float().numpy().tobytes() == rest.tobytes(), kind
 
@@ -142,7 +143,7 @@ def test_decode_equals_the_oracle(spec: Spec) -> None:
         want[::3] = -0.0
         got = torch.from_numpy(want.copy())
         reference.decode_add(spec, list(payloads), want, weight, DIGEST)
-        triton.encoder(spec).decode_add(spec, torch.from_numpy(payloads), got, weight, DIGEST)
+        jit_codec(spec).decode_add(torch.from_numpy(payloads), got, weight, DIGEST)
         assert got.numpy().tobytes() == want.tobytes(), (kinds, weight)
 
 
@@ -156,9 +157,9 @@ def test_sum_and_reencode_equals_decoding_and_encoding(spec: Spec) -> None:
         reference.decode_add(spec, list(payloads), total, weight, DIGEST)
         reference.encode(spec, total, e_in, rest, want, DIGEST, decay=decay)
         got, e_out = torch.full((want.size,), 0xA5, dtype=torch.uint8), torch.from_numpy(e_in.copy())
-        triton.encoder(spec).reencode(
-            spec, torch.from_numpy(payloads), numel, e_out, e_out, got, DIGEST, weight=weight, decay=decay
-        )
+        again = jit_codec(spec).reencode
+        assert again is not None
+        again(torch.from_numpy(payloads), numel, e_out, e_out, got, DIGEST, weight=weight, decay=decay)
         assert got.numpy().tobytes() == want.tobytes(), kinds
         assert e_out.numpy().tobytes() == rest.tobytes(), kinds
 
@@ -168,9 +169,11 @@ def test_a_damaged_payload_is_refused() -> None:
     payloads = torch.from_numpy(payloads_of(spec, ("normal", "normal"), 40))
     payloads[1, 64] += 1
     out, new, rest = torch.ones(40), torch.ones(spec.nbytes(40), dtype=torch.uint8), torch.ones(40)
+    codec = jit_codec(spec)
+    assert codec.reencode is not None
     for call in (
-        lambda: triton.encoder(spec).decode_add(spec, payloads, out, 1.0, DIGEST),
-        lambda: triton.encoder(spec).reencode(spec, payloads, 40, None, rest, new, DIGEST),
+        partial(codec.decode_add, payloads, out, 1.0, DIGEST),
+        partial(codec.reencode, payloads, 40, None, rest, new, DIGEST),
     ):
         with pytest.raises(PayloadFormatError) as refusal:
             call()
@@ -181,45 +184,38 @@ def test_a_damaged_payload_is_refused() -> None:
 def test_wrong_tensors_are_refused() -> None:
     spec, grad = parse("int8/g16"), torch.zeros(48)
     payload = torch.zeros(spec.nbytes(48), dtype=torch.uint8)
-    module = triton.encoder(spec)
+    codec = jit_codec(spec)
     with pytest.raises(ValueError, match="float32"):
-        module.encode(spec, grad.double(), None, None, payload)
+        codec.encode(grad.double(), None, None, payload)
     with pytest.raises(ValueError, match="e_out: float32 or bfloat16"):
-        module.encode(spec, grad, None, grad.half(), payload)
+        codec.encode(grad, None, grad.half(), payload)
     with pytest.raises(ValueError, match="one type"):
-        module.encode(spec, grad, grad, grad.bfloat16(), payload)
+        codec.encode(grad, grad, grad.bfloat16(), payload)
     with pytest.raises(ValueError, match="nbytes"):
-        module.encode(spec, grad, None, None, payload[:-16])
+        codec.encode(grad, None, None, payload[:-16])
     with pytest.raises(ValueError, match="as many"):
-        module.encode(spec, grad, grad[16:], None, payload)
+        codec.encode(grad, grad[16:], None, payload)
     with pytest.raises(ValueError, match="alignment"):
-        module.encode(spec, grad, None, None, torch.zeros(payload.numel() + 1, dtype=torch.uint8)[1:])
+        codec.encode(grad, None, None, torch.zeros(payload.numel() + 1, dtype=torch.uint8)[1:])
     with pytest.raises(ValueError, match="alignment"):
-        module.encode(spec, torch.zeros(49)[1:], None, None, payload)
+        codec.encode(torch.zeros(49)[1:], None, None, payload)
     with pytest.raises(NotImplementedError, match="powersgd"):
-        triton.encoder(parse("powersgd"))
+        jit_codec(parse("powersgd"))
 
 
 def test_a_header_made_before_is_the_same() -> None:
     spec, grad = parse("int8"), torch.from_numpy(cases.values("normal", 300, 1)[0])
     header = make_header(spec, 300, DIGEST, grad.device)
     made = [torch.full((spec.nbytes(300),), 7, dtype=torch.uint8) for _ in range(2)]
-    triton.encoder(spec).encode(spec, grad, None, None, made[0], DIGEST)
-    triton.encoder(spec).encode(spec, grad, None, None, made[1], header=header)
+    jit_codec(spec).encode(grad, None, None, made[0], DIGEST)
+    jit_codec(spec).encode(grad, None, None, made[1], header=header)
     assert bool((made[0] == made[1]).all())
-
-
-@functools.cache
-def truth() -> tuple[tuple[Case, tuple[int, bytes, bytes]], ...]:
-    """What the oracle makes of the corpus, before anything is planted."""
-    return tuple((case, cases.run(case, reference.encode)) for case in cases.corpus(*FEW))
 
 
 # The host wrapper takes the header from the oracle, so a wrong header would be wrong on both sides.
 @pytest.mark.parametrize("mutant", sorted(set(quant_cases.MUTANTS) - {"numel off by one"}))
 def test_a_planted_bug_is_caught(mutant: str) -> None:
     """The first case that tells the mutant from the oracle tells it from the kernel: numpy looks, for it is fast."""
-    right = truth()
+    right = cases.truth(*FEW)
     with quant_cases.planted(mutant):
-        case = next(case for case, want in right if cases.run(case, reference.encode) != want)
-        assert cases.differs(case, encode)
+        assert cases.differs(cases.told_apart(right), encode)

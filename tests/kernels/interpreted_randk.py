@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridcomm.kernels import reference
+from hybridcomm.kernels.device_codec import jit_codec
 from hybridcomm.kernels.oracles import randk as oracle
 from hybridcomm.kernels.specs.randk import RandKSpec
-from hybridcomm.kernels.triton import randk
 from tests.kernels import cases, sparse_cases
 from tests.kernels.cases import DIGEST, Case
 from tests.kernels.sparse_cases import SEED
 from tests.kernels.triton_sparse import encoder, matches_decoding, matches_reencoding
+from tests.kernels.triton_sparse import oracle as widened_oracle
 
 SPECS = tuple(sparse_cases.SPECS[text] for text in sparse_cases.TEXTS if text.startswith("randk"))
 SMALL = RandKSpec(rows=2)
@@ -28,7 +28,7 @@ UNBIASED = RandKSpec(rows=3, unbiased=True)
 
 def device(seed: int, grad: str = "fp32", rest: str = "fp32", decay: float = 1.0) -> Any:
     """The kernels behind the oracle's interface, drawing by ``seed``."""
-    return encoder(SimpleNamespace(encode=partial(randk.encode, seed=seed)), grad, rest, decay)  # type: ignore[arg-type]
+    return encoder(grad, rest, decay, seed=seed)
 
 
 def wanted(seed: int) -> Any:
@@ -62,14 +62,14 @@ def test_types_and_decay_equal_the_oracle(grad: str, rest: str) -> None:
     for kind in ("normal", "heavy", "negative zero", "huge", "denormal"):
         case = Case(spec=SMALL, kind=kind, numel=96, seed=3)
         assert cases.run(case, device(0, grad, rest, 0.9)) == cases.run(
-            case, encoder(reference, grad, rest, 0.9)
+            case, widened_oracle(grad, rest, 0.9)
         ), kind
 
 
 @settings(deadline=None, max_examples=8)
 @given(data=st.data(), first=cases.cases(blocks=2, of=st.sampled_from(SPECS)))
 def test_decode_equals_the_oracle(data: st.DataObject, first: Case) -> None:
-    assert matches_decoding(randk, first, data)
+    assert matches_decoding(first, data)
 
 
 def test_payloads_of_several_seeds_are_each_taken_by_their_own() -> None:
@@ -83,14 +83,14 @@ def test_payloads_of_several_seeds_are_each_taken_by_their_own() -> None:
     want = cases.values("normal", numel, 99)[0]
     got = torch.from_numpy(want.copy())
     reference.decode_add(SMALL, payloads, want, 0.3, DIGEST)
-    randk.decode_add(SMALL, torch.from_numpy(np.stack(payloads)), got, 0.3, DIGEST)
+    jit_codec(SMALL).decode_add(torch.from_numpy(np.stack(payloads)), got, 0.3, DIGEST)
     assert got.numpy().tobytes() == want.tobytes()
 
 
 @pytest.mark.parametrize("rest", ["fp32", "bf16"])
 @pytest.mark.parametrize("kinds", [("normal", "heavy", "tied"), ("normal", "inf")], ids=["finite", "flagged"])
 def test_reencoding_is_decoding_and_encoding(kinds: tuple[str, ...], rest: str) -> None:
-    assert matches_reencoding(randk, SPECS[0], 3200 + 48, kinds, rest)
+    assert matches_reencoding(SPECS[0], 3200 + 48, kinds, rest)
 
 
 def _half_a_seed(seed: int, count: int) -> oracle.Words:

@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from hybridcomm.kernels import parse, reference
+from hybridcomm.kernels import parse
 from hybridcomm.kernels.cubins.launcher import Run, family_of
 from hybridcomm.kernels.device import DeviceKernel
-from hybridcomm.kernels.triton import codes, gtop1, launch, randk, records, topk
+from hybridcomm.kernels.triton import codes, gtop1, launch, launch_records, randk, topk
+from hybridcomm.kernels.triton.family import Family
+from hybridcomm.selftest.kernels import oracle
 from tests.kernels import cases
 from tests.kernels.cases import DIGEST, Case, Floats
-from tests.kernels.ptx_sparse import narrowed, tensor, widened
+from tests.kernels.ptx_sparse import tensor
 from tests.kernels.sparse_cases import SEED
 
 __all__ = ["CODECS", "Codec", "encoded", "floats", "inputs", "payloads_of", "reencoded", "wanted"]
@@ -26,7 +28,7 @@ class Codec:
 
     text: str
     host: Any
-    functions: launch.Family
+    functions: Family
     kernels: tuple[DeviceKernel, ...]
 
     @property
@@ -38,7 +40,7 @@ class Codec:
         """What encoders are given beside the rest."""
         return {"seed": SEED} if self.spec.seeded else {}
 
-    def on(self, run: Run) -> launch.Family:
+    def on(self, run: Run) -> Family:
         """What is shipped, launched by ``run``."""
         return family_of(self.functions, self.kernels, run, otherwise=False)
 
@@ -51,12 +53,12 @@ CODECS = (
         Codec(text=text, host=launch, functions=codes.FAMILY, kernels=codes.KERNELS)
         for text in ("int8", "int4", "fp8", "sign1", "fp16", "bf16")
     ),
-    Codec(text="gtop1:0.01", host=records, functions=gtop1.FAMILY, kernels=gtop1.KERNELS),
-    Codec(text="randk:0.01", host=records, functions=randk.FAMILY, kernels=randk.KERNELS),
+    Codec(text="gtop1:0.01", host=launch_records, functions=gtop1.FAMILY, kernels=gtop1.KERNELS),
+    Codec(text="randk:0.01", host=launch_records, functions=randk.FAMILY, kernels=randk.KERNELS),
     *(
         Codec(
             text=text,
-            host=records,
+            host=launch_records,
             functions=topk.FAMILY,
             kernels=tuple(kernel for kernel in topk.KERNELS if kernel.codec == str(parse(text))),
         )
@@ -75,9 +77,7 @@ def inputs(codec: Codec, kind: str, numel: int, types: tuple[str, str]) -> tuple
     return tensor(grad, types[0]), tensor(e_in, types[1])
 
 
-def encoded(
-    codec: Codec, functions: launch.Family, grad: torch.Tensor, e_in: torch.Tensor
-) -> tuple[bytes, bytes]:
+def encoded(codec: Codec, functions: Family, grad: torch.Tensor, e_in: torch.Tensor) -> tuple[bytes, bytes]:
     payload = torch.full((codec.spec.nbytes(grad.numel()),), 0xA5, dtype=torch.uint8)
     e_out = torch.full_like(e_in, 77.0)
     codec.host.encode(functions, codec.spec, grad, e_in, e_out, payload, DIGEST, **codec.drawn)
@@ -85,11 +85,7 @@ def encoded(
 
 
 def wanted(codec: Codec, grad: torch.Tensor, e_in: torch.Tensor) -> tuple[bytes, bytes]:
-    """The oracle on widened inputs; its residual rounded half to even."""
-    payload, e_out = np.zeros(codec.spec.nbytes(grad.numel()), np.uint8), np.zeros(grad.numel(), np.float32)
-    reference.encode(codec.spec, floats(grad), floats(e_in), e_out, payload, DIGEST, **codec.drawn)
-    kind = "bf16" if e_in.dtype == torch.bfloat16 else "fp32"
-    return payload.tobytes(), widened(narrowed(e_out, kind), kind).tobytes()
+    return oracle(codec.spec, grad, e_in, **codec.drawn)
 
 
 def payloads_of(codec: Codec, kinds: tuple[str, ...], numel: int) -> torch.Tensor:
@@ -101,7 +97,7 @@ def payloads_of(codec: Codec, kinds: tuple[str, ...], numel: int) -> torch.Tenso
 
 
 def reencoded(
-    codec: Codec, functions: launch.Family, payloads: torch.Tensor, e_in: torch.Tensor
+    codec: Codec, functions: Family, payloads: torch.Tensor, e_in: torch.Tensor
 ) -> tuple[bytes, bytes]:
     payload = torch.full((codec.spec.nbytes(e_in.numel()),), 0xA5, dtype=torch.uint8)
     e_out = torch.full_like(e_in, 77.0)

@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="triton is not installed: its kernels' host code is not there")
-
 from hybridcomm.kernels.cubins.launcher import Launcher
 from hybridcomm.kernels.triton import bucket
+from tests.kernels.executed import complaints, of_bucket
 from tests.kernels.interpreted_bucket import TYPES, check_pack_and_unpack, tensors
 from tests.kernels.ptx_run import PtxRun
-from tests.ptx.conformance import Figures
 
 
 @pytest.fixture(params=(80, 90), ids=lambda arch: f"sm_{arch}")
@@ -21,7 +19,7 @@ def device(request: pytest.FixtureRequest) -> PtxRun:
 
 
 def shipped(run: PtxRun) -> Launcher:
-    return Launcher(function=bucket.bucket_kernel, kernels=bucket.KERNELS, run=run, otherwise=False)
+    return Launcher(function=bucket.FUNCTION, kernels=bucket.KERNELS, run=run, otherwise=False)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -33,15 +31,6 @@ def test_pack_and_unpack_equal_torch(device: PtxRun, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_budgets_hold(device: PtxRun, dtype: torch.dtype) -> None:
-    device.beside = made = [torch.ones(8 * bucket.CHUNK)]
-    where, got = bucket.layout(made, [0]), torch.zeros(8 * bucket.CHUNK, dtype=dtype)
-    bucket.pack(where, got, kernel=shipped(device))
-    bucket.unpack(where, got, kernel=shipped(device))
-    assert len(device.launches) == 2
-    for kernel, elements, counters in device.launches:
-        figures = Figures.of(elements, counters)
-        print(f"{kernel.name}, sm_{device.arch}: {figures}")
-        assert figures.moved <= kernel.budget.nbytes
-        assert (
-            figures.instructions <= kernel.budget.instructions
-        )  # of the one case of six that a program runs
+    launches = list(of_bucket(dtype, device.arch))
+    assert len(launches) == 2
+    assert not complaints(launches)

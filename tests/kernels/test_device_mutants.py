@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="triton is not installed: its kernels' host code is not there")
-
 from tests.kernels.device_checks import ARCH, TARGETS, Target
 from tests.ptx.conformance import executable
 from tests.ptx.mutate import Mutant, barrier_mutants, never_read, opcode_mutants, orders_nothing

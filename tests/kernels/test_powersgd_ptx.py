@@ -4,9 +4,8 @@ byte."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import product
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +14,12 @@ import torch
 from hybridcomm.kernels import PayloadFormatError, parse, reference
 from hybridcomm.kernels.cubins import find_ptx, streams
 from hybridcomm.kernels.cuda import launch_powersgd, powersgd
-from hybridcomm.kernels.device import DeviceKernel
 from hybridcomm.kernels.device_codec import device_codec, jit_codec
 from hybridcomm.kernels.device_tensors import make_header
 from hybridcomm.kernels.specs.powersgd import PowerSGDSpec
 from tests.kernels import cases
 from tests.kernels.cases import DIGEST, Floats
+from tests.kernels.executed import TYPES, complaints, of_powersgd
 from tests.kernels.ptx_powersgd import (
     added,
     columns_right,
@@ -34,19 +33,11 @@ from tests.kernels.ptx_powersgd import (
 from tests.kernels.ptx_run import PtxRun
 from tests.kernels.sparse_cases import SEED
 from tests.kernels.test_sparse_mutants import MUTANTS
-from tests.ptx.conformance import Figures, executable
+from tests.ptx.conformance import executable
 
 ARCHS = (80, 100)
 """Of sm_90 most PTX is that of sm_80, see `test_one_text_serves_two_architectures`; all of it encodes, decodes and
 reencodes every kind of values in `test_selftest_kernels`."""
-TYPES = (
-    ("fp32", "fp32"),
-    ("bf16", "fp32"),
-    ("fp16", "bf16"),
-    ("fp32", "bf16"),
-    ("bf16", "bf16"),
-    ("fp16", "fp32"),
-)
 SIZES = (9 * 512, 3 * 512 + 48, 16, 12 * 512 + 144)
 """Elements: a tile of rows and one, and regions that end inside a row."""
 MANY = 140 * 512 + 16
@@ -197,38 +188,12 @@ def test_other_settings_have_no_device_kernels(text: str) -> None:
             make(parse(text))
 
 
-class Without(PtxRun):
-    """A device that leaves out passes which have been counted."""
-
-    def __call__(self, kernel: DeviceKernel, programs: int, arguments: Mapping[str, Any]) -> None:
-        if all(kernel is not counted for counted, _, _ in self.launches):
-            super().__call__(kernel, programs, arguments)
-
-
 @over_specs
 def test_budgets_hold(spec: PowerSGDSpec, run: PtxRun) -> None:
-    """Of every kernel, in a region of 128 rows."""
-    numel, arch = 128 * 512, run.arch
-    grad, e_in = cases.values("normal", numel, 5)
-    for types in (("fp32", "fp32"), ("fp32", "bf16")):
-        encoded(run, spec, grad, e_in, types)
-    run = Without(arch=arch, launches=run.launches)
-    for types in TYPES:
-        encoded(run, spec, grad, e_in, types)
-    payload = payload_of(spec, grad)
-    for rest in ("fp32", "bf16"):
-        reencoded(run, spec, [payload], e_in, numel, rest, 0.9)
-    for clear in (False, True):
-        added(run, spec, [payload], grad, 0.5, clear=clear)
+    launches = list(of_powersgd(spec, run.arch))
     mine = {kernel.name for kernel in powersgd.KERNELS if kernel.codec in ("", str(spec))}
-    assert {kernel.name for kernel, _, _ in run.launches} == mine
-    over = []
-    for kernel, _, counters in run.launches:
-        figures, budget = Figures.of(numel, counters), kernel.budget
-        print(f"{kernel.name}, sm_{arch}: {figures}; {budget}")
-        if figures.moved > budget.nbytes or figures.instructions > budget.instructions:
-            over.append(f"{kernel.name}: {figures}; {budget}")
-    assert not over, "\n".join(over)
+    assert {each.kernel.name for each in launches} == mine
+    assert not complaints(launches)
 
 
 def test_right_reads_in_wide_accesses() -> None:

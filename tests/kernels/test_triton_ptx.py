@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="triton is not installed: its kernels' host code is not there")
-
 from hybridcomm.kernels import reference
 from hybridcomm.kernels.cubins import find_ptx
-from hybridcomm.kernels.cubins.manifest import Build, Entry, Manifest
-from hybridcomm.kernels.device import DeviceKernel
-from hybridcomm.kernels.triton import records
+from hybridcomm.kernels.triton import launch_records
 from tests.kernels import cases
 from tests.kernels.cases import DIGEST
+from tests.kernels.executed import complaints, of_triton
 from tests.kernels.ptx_run import PtxRun
 from tests.kernels.ptx_triton import CODECS, Codec, encoded, inputs, payloads_of, reencoded, wanted
-from tests.ptx.conformance import Figures
 
 ARCHS = (80, 90)
 """Of sm_100 the PTX is that of sm_90, see `test_one_text_serves_two_architectures`."""
@@ -62,7 +56,7 @@ def test_decoding_equals_the_oracle(codec: Codec, device: PtxRun) -> None:
     functions = codec.on(device)
     for kinds, weight, numel in zip(SUMS, (1.0, 0.25, 0.5, -1.0), (*sizes(codec), 16), strict=True):
         payloads = payloads_of(codec, kinds, numel)
-        for clear in (False, True) if codec.host is records else (False,):
+        for clear in (False, True) if codec.host is launch_records else (False,):
             got = cases.values("normal", numel, 99)[0]
             got[::3] = -0.0
             want = np.zeros(numel, np.float32) if clear else got.copy()
@@ -89,42 +83,13 @@ def test_reencoding_is_decoding_and_encoding(codec: Codec, device: PtxRun) -> No
             assert reencoded(codec, functions, payloads, e_in) == want, (kinds, rest)
 
 
-@functools.cache
-def manifest() -> dict[str, Entry]:
-    return {entry.kernel.name: entry for entry in Manifest.read().entries}
-
-
-def built(kernel: DeviceKernel, arch: int) -> Build:
-    return next(build for build in manifest()[kernel.name].builds if build.arch == arch)
-
-
 @over_codecs
 def test_budgets_hold(codec: Codec, device: PtxRun) -> None:
-    """Of every kernel that is shipped, each run on a grid whose share of header and checksum is that of a bucket."""
-    functions, numel = codec.on(device), 64 * min(codec.kernels[0].elements, 2048)
-    for size in (numel, 48):
-        for types in TYPES:
-            encoded(codec, functions, *inputs(codec, "normal", size, types))
-        payloads = payloads_of(codec, ("normal", "heavy"), size)
-        for rest in ("fp32", "bf16"):
-            reencoded(codec, functions, payloads, inputs(codec, "normal", size, ("fp32", rest))[1])
-        for clear in ({}, {"clear": True}) if codec.host is records else ({},):
-            codec.host.decode_add(functions, codec.spec, payloads, torch.zeros(size), 1.0, DIGEST, **clear)
-    mine = {kernel.name for kernel in codec.kernels if kernel.codec == str(codec.spec)}
-    assert {kernel.name for kernel, _, _ in device.launches} - {"withdraw_fp32", "withdraw_bf16"} == mine
-    over = []
-    for kernel, elements, counters in device.launches:
-        figures = Figures.of(elements, counters)
-        print(f"{kernel.name}, sm_{device.arch}: {figures}; budget {kernel.budget}")
-        straight = not built(kernel, device.arch).figures.loops  # then the gate has counted, in machine code
-        padded = (
-            elements == kernel.elements
-        )  # a block of 48 elements and zeros, which tie: a bad guess to start from
-        most = kernel.budget.cold if padded and kernel.budget.cold is not None else kernel.budget.instructions
-        many = not straight and figures.instructions > most
-        if figures.moved > kernel.budget.nbytes or many:
-            over.append(f"{kernel.name}: {figures}; budget {kernel.budget}")
-    assert not over, "\n".join(over)
+    """Of every kernel that is shipped."""
+    launches = list(of_triton(codec, device.arch))
+    names = {each.kernel.name for each in launches if each.kernel.codec}
+    assert names == {kernel.name for kernel in codec.kernels if kernel.codec == str(codec.spec)}
+    assert not complaints(launches)
 
 
 def test_one_text_serves_two_architectures() -> None:

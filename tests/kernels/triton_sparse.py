@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 from hybridcomm.kernels import Spec, reference
+from hybridcomm.kernels.device_codec import jit_codec
 from tests.kernels import cases
 from tests.kernels.cases import DIGEST, Bytes, Case, Floats
 from tests.kernels.ptx_sparse import narrowed, widened
@@ -28,12 +28,13 @@ def _array(values: torch.Tensor, kind: str) -> Floats:
     return widened(raw, kind)
 
 
-def encoder(
-    module: ModuleType, grad: str = "fp32", rest: str = "fp32", decay: float = 1.0
-) -> Callable[..., int]:
-    """``module``'s encoder, or the oracle's, of inputs in these types; e_out is given back widened."""
+Encoder = Callable[[Spec, Floats, Floats | None, Floats, Bytes, int], int]
 
-    def oracle(
+
+def oracle(grad: str = "fp32", rest: str = "fp32", decay: float = 1.0) -> Encoder:
+    """The oracle's encoder of inputs in these types; e_out is given back widened."""
+
+    def encode(
         spec: Spec, given: Floats, e_in: Floats | None, e_out: Floats, payload: Bytes, digest: int
     ) -> int:
         given = widened(narrowed(given, grad), grad)
@@ -42,20 +43,26 @@ def encoder(
         e_out[:] = widened(narrowed(e_out, rest), rest)
         return flags
 
-    def device(
+    return encode
+
+
+def encoder(grad: str = "fp32", rest: str = "fp32", decay: float = 1.0, **options: int) -> Encoder:
+    """The kernels' likewise; ``options``: what else they are given."""
+
+    def encode(
         spec: Spec, given: Floats, e_in: Floats | None, e_out: Floats, payload: Bytes, digest: int
     ) -> int:
         made = torch.zeros(payload.size, dtype=torch.uint8) + 0xA5
         source = None if e_in is None else tensor(e_in, rest)
         left = source if source is not None and e_out is e_in else tensor(e_out, rest)
-        module.encode(spec, tensor(given, grad), source, left, made, digest, decay=decay)
+        jit_codec(spec).encode(tensor(given, grad), source, left, made, digest, decay=decay, **options)
         payload[:], e_out[:] = made.numpy(), _array(left, rest)
         return int(payload[40])
 
-    return oracle if module is reference else device
+    return encode
 
 
-def matches_decoding(module: ModuleType, first: Case, data: st.DataObject) -> bool:
+def matches_decoding(first: Case, data: st.DataObject) -> bool:
     """Several payloads into what is there, or into zeros."""
     kinds = data.draw(st.lists(st.sampled_from(cases.KINDS), max_size=2))
     weight = data.draw(st.sampled_from([1.0, 0.25, float(np.float32(1 / 3)), -1.0]))
@@ -68,13 +75,11 @@ def matches_decoding(module: ModuleType, first: Case, data: st.DataObject) -> bo
     if clear:
         want[:] = 0
     reference.decode_add(first.spec, list(payloads), want, weight, DIGEST)
-    module.decode_add(first.spec, torch.from_numpy(payloads), got, weight, DIGEST, clear=clear)
+    jit_codec(first.spec).decode_add(torch.from_numpy(payloads), got, weight, DIGEST, clear=clear)
     return bool(got.numpy().tobytes() == want.tobytes())
 
 
-def matches_reencoding(
-    module: ModuleType, spec: Any, numel: int, kinds: tuple[str, ...], rest: str = "fp32"
-) -> bool:
+def matches_reencoding(spec: Any, numel: int, kinds: tuple[str, ...], rest: str = "fp32") -> bool:
     """The sum of payloads, encoded anew, against the oracle's two steps."""
     given = [
         cases.encoded(Case(spec=spec, kind=kind, numel=numel, seed=i))[1] for i, kind in enumerate(kinds)
@@ -86,6 +91,8 @@ def matches_reencoding(
     reference.encode(spec, total, e_in, want_rest, want, DIGEST, decay=0.9)
     got, left = torch.zeros(want.size, dtype=torch.uint8) + 0xA5, tensor(want_rest * 0 - 77, rest)
     payloads = torch.from_numpy(np.stack(given))
-    module.reencode(spec, payloads, numel, tensor(e_in, rest), left, got, DIGEST, weight=0.25, decay=0.9)
+    again = jit_codec(spec).reencode
+    assert again is not None
+    again(payloads, numel, tensor(e_in, rest), left, got, DIGEST, weight=0.25, decay=0.9)
     right = widened(narrowed(want_rest, rest), rest).tobytes()
     return bool(got.numpy().tobytes() == want.tobytes() and _array(left, rest).tobytes() == right)

@@ -18,11 +18,11 @@ FIGURES = Figures(
 )
 KERNEL = DeviceKernel(
     name="double",
-    source="triton/double.py",
+    source="triton/jit/double.py",
     function="_double",
     arguments=(
         Argument(name="grad", type="*fp32"),
-        Argument(name="count", type="i32"),
+        Argument(name="count", type="i32", aligned=False),
         Argument(name="numel", type="i64"),
         Argument(name="weight", type="fp32", aligned=False),
     ),
@@ -35,9 +35,11 @@ KERNEL = DeviceKernel(
 )
 _FILES = {
     "payload.py": "HEADER_NBYTES = 64\n",
-    "triton/bits.py": "def power(e):\n    return e\n",
-    "triton/double.py": "from hybridcomm.kernels.triton import bits\nKERNELS = ()\n",
-    "triton/other.py": "import hybridcomm.kernels.triton.bits\n",
+    "triton/jit/bits.py": "def power(e):\n    return e\n",
+    "triton/jit/double.py": "from hybridcomm.kernels.triton.jit import bits\n",
+    "triton/jit/other.py": "import hybridcomm.kernels.triton.jit.bits\n",
+    "triton/launch.py": "from hybridcomm.kernels.triton import double\n",
+    "triton/double.py": "from hybridcomm.kernels.triton import launch\nKERNELS = ()\n",
 }
 
 
@@ -69,7 +71,7 @@ def make_artefacts(folder: Path, root: Path) -> Manifest:
         )
         for i, arch in enumerate(KERNEL.archs)
     )
-    files = sources.hashes("triton.double", KERNEL.source, root)
+    files = sources.hashes(KERNEL.source, root)
     entry = Entry(
         kernel=KERNEL,
         module="triton.double",

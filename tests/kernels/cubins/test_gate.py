@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hybridcomm.kernels.cubins import gate, sass, streams, tools
+from hybridcomm.kernels.cubins import executed, gate, sass, streams, tools
 from hybridcomm.kernels.cubins.gpu import GPUS, occupancy
 from hybridcomm.kernels.cubins.manifest import Blob, Build, Stream
 from hybridcomm.kernels.device import DeviceKernel
@@ -84,7 +84,8 @@ def test_streams_are_judged_by_the_byte_budget() -> None:
     )
 
 
-def test_in_loops_the_share_counts() -> None:
+def test_in_loops_the_share_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executed, "read", lambda: {KERNEL.name: {90: 4.0}})
     kernel = replace(KERNEL, elements=1 << 16, budget=replace(KERNEL.budget, nbytes=4.5))
     assert rules(kernel, with_streams(_stream(wide=1.0), loops=1)) == set()
     assert rules(kernel, with_streams(_stream(wide=1.0, guarded=0.5), loops=1)) == {"wide"}

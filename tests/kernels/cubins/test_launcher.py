@@ -31,16 +31,16 @@ def kernel(grad: str, half: int) -> DeviceKernel:
 
 
 class Jit:
-    """As a ``triton.jit`` function is called."""
+    """As a function of Triton's is named and called; notes calls."""
 
-    __name__ = "double_kernel"
-    arg_names = ("grad", "numel", "weight", "HALF")
+    name = "double_kernel"
+    arguments = ("grad", "numel", "weight")
 
     def __init__(self) -> None:
-        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+        self.calls: list[tuple[tuple[int], dict[str, Any]]] = []
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        return lambda *positional, **named: self.calls.append((grid, positional, named))
+        return lambda **given: self.calls.append((grid, given))
 
 
 KERNELS = (kernel("fp32", 0), kernel("bf16", 0), kernel("fp32", 1))
@@ -65,7 +65,7 @@ def launched(*, otherwise: bool = True) -> tuple[Launcher, list[tuple[str, int, 
 )
 def test_types_and_constants_choose(grad: torch.Tensor, half: int, name: str) -> None:
     launcher, runs, jit = launched()
-    launcher[7,](grad, 64, weight=0.5, HALF=half, num_warps=2, enable_fp_fusion=False)
+    launcher[7,](grad=grad, numel=64, weight=0.5, HALF=half, num_warps=2, enable_fp_fusion=False)
     ((chosen, programs, arguments),) = runs
     assert (chosen, programs) == (name, 7)
     assert arguments["grad"] is grad
@@ -80,11 +80,11 @@ def test_types_and_constants_choose(grad: torch.Tensor, half: int, name: str) ->
 )
 def test_other_calls_go_to_the_compiler_or_are_refused(grad: torch.Tensor, numel: int, warps: int) -> None:
     launcher, runs, jit = launched()
-    launcher[7,](grad, numel, 0.5, HALF=0, num_warps=warps)
+    given = {"grad": grad, "numel": numel, "weight": 0.5, "HALF": 0, "num_warps": warps}
+    launcher[7,](**given)
     assert not runs
-    ((grid, positional, named),) = jit.calls
-    assert (grid, positional[1:], named) == ((7,), (numel, 0.5), {"HALF": 0, "num_warps": warps})
+    assert jit.calls == [((7,), given)]
     strict, runs, jit = launched(otherwise=False)
     with pytest.raises(KernelError, match="double_kernel: nothing is shipped"):
-        strict[7,](grad, numel, 0.5, HALF=0, num_warps=warps)
+        strict[7,](**given)
     assert not runs + jit.calls

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from hybridcomm.kernels.cubins import ArchitectureError, ArtefactError, KernelError, find, find_ptx, names
+from hybridcomm.kernels.cubins import (
+    AlignmentError,
+    ArchitectureError,
+    ArtefactError,
+    KernelError,
+    find,
+    find_ptx,
+    names,
+)
 from hybridcomm.kernels.cubins.manifest import pack
 from tests.kernels.cubins.fakes import make_artefacts, make_sources
 
@@ -63,6 +71,14 @@ def test_the_parameter_buffer(folder: Path) -> None:
     buffer = find("double", 80, folder).pack(grad=0x7F0000001000, count=-3, numel=1 << 40, weight=0.25)
     assert buffer == struct.pack("@PiqfP", 0x7F0000001000, -3, 1 << 40, 0.25, 0)
     assert len(buffer) == 40
+
+
+def test_what_the_compiler_was_promised_is_checked(folder: Path) -> None:
+    image, given = find("double", 80, folder), {"grad": 0x100, "count": 3, "numel": 48, "weight": 0.5}
+    assert image.pack(**given)
+    for name, value in (("grad", 0x104), ("numel", 40)):
+        with pytest.raises(AlignmentError, match=rf"double: {name}={value:#x} is no multiple of 16"):
+            image.pack(**{**given, name: value})
 
 
 def test_arguments_must_be_the_kernels(folder: Path) -> None:

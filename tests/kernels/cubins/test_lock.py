@@ -12,7 +12,7 @@ import pytest
 
 from hybridcomm.kernels.cubins import BuildError, lock, registry, sources
 from hybridcomm.kernels.cubins.manifest import Manifest
-from tests.kernels.cubins.fakes import KERNEL, make_artefacts, make_sources
+from tests.kernels.cubins.fakes import KERNEL, TOOLCHAIN, make_artefacts, make_sources
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def test_what_was_built_is_not_stale(tree: tuple[Path, Path]) -> None:
     assert lock.check(*tree) == []
 
 
-@pytest.mark.parametrize("name", ["payload.py", "triton/bits.py", "triton/double.py"])
+@pytest.mark.parametrize("name", ["payload.py", "triton/jit/bits.py", "triton/jit/double.py"])
 def test_one_byte_of_a_source_is_seen(tree: tuple[Path, Path], name: str) -> None:
     (tree[0] / name).write_text((tree[0] / name).read_text() + " ")
     (problem,) = lock.check(*tree)
@@ -34,9 +34,36 @@ def test_one_byte_of_a_source_is_seen(tree: tuple[Path, Path], name: str) -> Non
     assert "`make cubins`" in problem
 
 
-def test_a_source_of_others_is_none_of_its(tree: tuple[Path, Path]) -> None:
-    (tree[0] / "triton" / "other.py").write_text("x = 1\n")
+@pytest.mark.parametrize("name", ["triton/jit/other.py", "triton/launch.py", "triton/double.py"])
+def test_what_it_is_not_built_from_changes_nothing(tree: tuple[Path, Path], name: str) -> None:
+    """Device code of others; host code, and the module that declares it, whose settings are compared as such."""
+    (tree[0] / name).write_text((tree[0] / name).read_text() + "x = 1\n")
     assert lock.check(*tree) == []
+
+
+BUILT = {
+    "name": "other",
+    "source": "triton/jit/other.py",
+    "function": "_other",
+    "arguments": KERNEL.arguments[1:],
+    "constants": (("BLOCK", 1024),),
+    "num_warps": 8,
+    "elements": 1024,
+    "archs": (80,),
+    "touched": ("grad",),
+}
+SAID = {"budget": dataclasses.replace(KERNEL.budget, instructions=1), "codec": "int4", "tail": True}
+
+
+def test_hashes_take_what_a_build_depends_on_and_no_more(tree: tuple[Path, Path]) -> None:
+    """Every field of a kernel is one or the other."""
+    assert {*BUILT, *SAID} == {field.name for field in dataclasses.fields(KERNEL)}
+    files = sources.hashes(KERNEL.source, tree[0])
+    right = lock.source_hash(KERNEL, TOOLCHAIN, files)
+    for changes, same in ((BUILT, False), (SAID, True)):
+        for name, value in changes.items():
+            other = dataclasses.replace(KERNEL, **{name: value})
+            assert (lock.source_hash(other, TOOLCHAIN, files) == right) is same, name
 
 
 def flip(path: Path) -> None:
@@ -50,7 +77,7 @@ def rename(folder: Path) -> None:
 
 
 def edit(folder: Path) -> None:
-    """Another budget, by hand."""
+    """Another launch, by hand."""
     manifest = Manifest.read(folder)
     kernel = dataclasses.replace(KERNEL, num_warps=8)
     entries = (dataclasses.replace(manifest.entries[0], kernel=kernel),)
@@ -115,20 +142,20 @@ def test_imports_and_includes_are_followed(tmp_path: Path) -> None:
     (root / "cuda").mkdir()
     (root / "cuda" / "a.cu").write_text('#include "b.cuh"\n#include <cuda_fp16.h>\n')
     (root / "cuda" / "b.cuh").write_text("")
-    (root / "cuda" / "a.py").write_text(
-        "from hybridcomm.kernels.triton.bits import power\nKERNELS: tuple = ()\n"
-    )
-    wanted = ("cuda/a.cu", "cuda/a.py", "cuda/b.cuh", "payload.py", "triton/bits.py")
-    assert sources.files("cuda.a", "cuda/a.cu", root) == wanted
+    (root / "cuda" / "a.py").write_text("KERNELS: tuple = ()\n")
+    assert sources.files("cuda/a.cu", root) == ("cuda/a.cu", "cuda/b.cuh", "payload.py")
+    wanted = ("payload.py", "triton/jit/bits.py", "triton/jit/double.py")
+    assert sources.files("triton/jit/double.py", root) == wanted
     assert registry.declaring(root) == ("cuda.a", "triton.double")
     (root / "cuda" / "b.cuh").unlink()
     with pytest.raises(BuildError, match=r"cuda/b\.cuh.*not there"):
-        sources.files("cuda.a", "cuda/a.cu", root)
+        sources.files("cuda/a.cu", root)
 
 
 def test_checking_and_loading_need_no_triton() -> None:
     code = (
         "import sys; from hybridcomm.kernels import cubins; from hybridcomm.kernels.cubins import gate, lock; "
-        "lock.check(); cubins.names(); sys.exit('triton' in sys.modules or 'torch' in sys.modules)"
+        "from hybridcomm.kernels.cubins import registry; lock.check(); cubins.names(); "
+        "lock.check_kernels(registry.gather()); sys.exit('triton' in sys.modules or 'torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

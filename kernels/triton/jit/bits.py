@@ -12,6 +12,8 @@ Every function here is exact, or rounds as its text says, in Triton's interprete
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
 
@@ -23,7 +25,6 @@ __all__ = [
     "INF",
     "QUIET_NAN",
     "SCALES",
-    "TILE",
     "add_checksum",
     "as_bits",
     "as_float",
@@ -44,14 +45,12 @@ __all__ = [
     "spread",
     "store_rest",
     "tile",
+    "to_bf16",
     "with_first",
     "word_share",
     "words",
     "zeros",
 ]
-
-TILE = 2048
-"""Elements per program and warp: eight spans."""
 
 SPAN = tl.constexpr(256)
 ROWS = tl.constexpr(8)
@@ -62,8 +61,13 @@ SCALES = tl.constexpr(HEADER_NBYTES)  # byte offset of the scales
 FLAGS = tl.constexpr(10)  # the header's fields, counted in their own type
 CHECKSUM = tl.constexpr(6)
 
+INTERPRETED = tl.constexpr(
+    os.environ.get("TRITON_INTERPRET") == "1"
+)  # its conversions to bf16 cut digits off
+
 INF = tl.constexpr(0x7F800000)
 BF16_LARGEST = tl.constexpr(0x7F7F0000)
+BF16_MAX = tl.constexpr(float.fromhex("0x1.fep127"))  # the same as a number
 QUIET_NAN = tl.constexpr(0x7FC00000)
 
 
@@ -108,6 +112,17 @@ def narrowed(x):
     size = bits & 0x7FFFFFFF
     size = (size + 0x7FFF + ((size >> 16) & 1)) & -65536
     return tl.minimum(size, BF16_LARGEST) | (bits & -0x80000000)
+
+
+@triton.jit
+def to_bf16(x):
+    """fp32 to bf16, half to even; what is too large takes the largest."""
+    if INTERPRETED:
+        y = (narrowed(x) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:  # two bounds, and a conversion for two elements
+        largest: tl.constexpr = BF16_MAX
+        y = tl.minimum(tl.maximum(x, -largest), largest).to(tl.bfloat16)
+    return y
 
 
 @triton.jit
@@ -190,7 +205,7 @@ def compensated(  # noqa: PLR0917
 def store_rest(base, at, rest, count, WHOLE: tl.constexpr):  # noqa: N803
     """A residual in its own type, fp32 or bf16."""
     if base.dtype.element_ty == tl.bfloat16:
-        rest = (narrowed(rest) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        rest = to_bf16(rest)
     put(base, at, rest, count, WHOLE)
 
 
@@ -256,9 +271,12 @@ def _sum32(x):
 def add_checksum(payload, x, more):
     """Adds all of ``x`` (spans, lanes), uint64, and ``more`` to the header's checksum, with one atomic operation.
 
-    Summed across lanes in pieces of 22 bits: one instruction each, where 64 bits take five rounds of shuffles.
+    Summed across lanes in pieces of 22 bits: one instruction each, where 64 bits take five rounds of shuffles. A piece
+    of 512 lanes is below 2^31; what there are more is added up before, within threads.
     """
     x = tl.reshape(x, [x.numel])
+    if x.numel > 512:
+        x = tl.sum(tl.reshape(x, [x.numel // 512, 512]), 0)
     total = _sum32(x & 0x3FFFFF).to(tl.int64) + more
     total += _sum32((x >> 22) & 0x3FFFFF).to(tl.int64) << 22
     total += _sum32(x >> 44).to(tl.int64) << 44

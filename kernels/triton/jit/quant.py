@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridcomm.kernels.triton import bits
+from hybridcomm.kernels.triton.jit import bits
 
 __all__ = ["add", "write"]
 

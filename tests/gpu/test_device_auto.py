@@ -17,10 +17,10 @@ from hybridcomm.device_auto import DevicePolicy
 from hybridcomm.device_probe import DeviceFigures, fit_line
 from hybridcomm.errors import UnsupportedError
 from hybridcomm.residual import Residual
+from hybridcomm.selftest.kernels import SPECS
 from hybridcomm.selftest.rank import numbers, total
 from hybridcomm.topology import Link, Topology
 from tests.gpu.device_ranks import Rank, gradient, run_devices
-from tests.gpu.test_device_allreduce import CODECS
 from tests.gpu.test_device_reducer import on_device
 
 pytestmark = pytest.mark.xdist_group("gpu-engine")
@@ -148,14 +148,14 @@ def test_nodes_of_unequal_size_are_measured(nodes: tuple[int, ...]) -> None:
 
 def test_every_codec_can_be_measured() -> None:
     """Its kernels run on payloads that they made, of which the simulation checks every access."""
-    codecs = ",".join(CODECS)
+    codecs = ",".join(SPECS)
 
     def body(rank: Rank) -> int:
         timed(rank, SLOW)
         return len(auto.policy_of(rank.device, f"auto:{codecs}").decide(NUMEL).seconds)
 
     results, reports = run_devices(Topology.virtual(2, 1), body)
-    assert results == [len(CODECS) + 1] * 2
+    assert results == [len(SPECS) + 1] * 2
     assert reports == []
 
 

@@ -50,10 +50,8 @@ class Decay:
             return (self._multiply(e_in, scaled), *(own if _restores(own) else other for other, own in pairs))
 
     def _multiply(self, source: torch.Tensor, target: torch.Tensor) -> Recorded:
-        try:
-            from hybridcomm.kernels.triton.bucket import layout
-        except ImportError as error:
-            raise UnsupportedError("Residual(decay=) on a GPU needs Triton: pip install triton") from error
+        from hybridcomm.kernels.triton.launch_bucket import layout
+
         table, image = self._memory.upload(layout([source], [0]).table), self._find(_MULTIPLIES)
         self.kept.append(table)
         touches = [

@@ -267,10 +267,6 @@ def _kernels_of(compressor: Compressor, recorder: Recorder) -> DeviceCodec:
         return device_codec(compressor.spec, recorder.run, jit=False)
     except NotImplementedError as error:
         raise UnsupportedError(f"compress={compressor}: has no kernels for GPUs") from error
-    except ImportError as error:
-        raise UnsupportedError(
-            f"compress={compressor}: its kernels' host code needs Triton: pip install triton"
-        ) from error
 
 
 def _offsets(plan: Plan, rank: int) -> dict[str, dict[Region, int]]:

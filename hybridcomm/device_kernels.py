@@ -154,14 +154,7 @@ def codec(spec: Any, route: Route, run: Run) -> DeviceCodec:
         UnsupportedError: the route has none for this spec.
     """
     if route.shipped and any(entry.kernel.codec == str(spec) for entry in Manifest.read().entries):
-        try:
-            return device_codec(spec, run, jit=route.compiler)
-        except (
-            ImportError
-        ) as error:  # the host code of Triton's kernels stands beside them, also where they are shipped
-            raise UnsupportedError(
-                f"{spec}: its kernels' host code needs Triton: pip install triton"
-            ) from error
+        return device_codec(spec, run, jit=route.compiler)
     if not route.compiler:
         raise UnsupportedError(
             f"{spec}: no kernel is shipped for it; pip install triton, the same everywhere"

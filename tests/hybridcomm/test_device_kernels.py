@@ -94,15 +94,6 @@ def test_a_setting_that_is_not_shipped_needs_a_compiler() -> None:
         codec(parse("topk:0.02"), alone, nothing)
 
 
-def test_host_code_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(*_: object, **__: object) -> None:
-        raise ImportError("No module named 'triton'")
-
-    monkeypatch.setattr(device_kernels, "device_codec", missing)
-    with pytest.raises(UnsupportedError, match=r"int8.*pip install triton"):
-        codec(parse("int8"), Route(shipped=True, compiler=False, reason=""), nothing)
-
-
 def test_what_only_cuda_has_is_refused_without_it() -> None:
     pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile with")
     compiled = Route(shipped=False, compiler=True, reason="by Triton")

@@ -62,7 +62,7 @@ class Collectives(Reductions, Copies):
         """
         plain = compress is None and residual is None and residual_key is _UNNAMED and not async_op
         plain = plain and exchange == "auto"
-        if plain and self._prepared.run(t, op):
+        if plain and self.again(t, op):
             return None
         if self._batch is not None:
             self._batch.allreduce(t, op, plain=plain)
@@ -99,6 +99,13 @@ class Collectives(Reductions, Copies):
         return self._launch(program, memory, async_op, staged=staged, name=tensor)
 
     all_reduce = allreduce
+
+    def again(self, t: Array, op: Op) -> bool:
+        """Reduces ``t`` as a plain blocking call did an array like it before; False: there was none, nothing is done.
+
+        The short way: what else there is to look at takes as long as a small all-reduce.
+        """
+        return self._prepared.run(t, op)
 
     def plan_allreduce(
         self,

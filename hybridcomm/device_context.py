@@ -241,6 +241,10 @@ class DeviceContext(DeviceAllreduce):
         """Whether a call of such a tensor is this device's, and not the host's; one of another GPU is refused then."""
         return self.provider.owns(t) or on_gpu(t)
 
+    def again(self, t: Any, op: Any) -> bool:
+        """There is no short way on GPUs: see `hybridcomm.collectives.Collectives.again`."""
+        return False
+
     def check_here(self, device: Any) -> None:
         """Raises `DataTypeError` for a name of another device than this one."""
         import torch

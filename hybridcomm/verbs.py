@@ -88,7 +88,11 @@ def allreduce(
     `CompressorError` before anything is sent; `PlanMismatchError` when ranks call different things;
     `PeerLostError` and `StallError` naming the ranks at fault.
     """
-    return taking(context_of(group), t).allreduce(
+    context = context_of(group)
+    plain = compress is None and residual is None and exchange == "auto" and not async_op
+    if plain and context.again(t, op):
+        return None
+    return taking(context, t).allreduce(
         t, op=op, compress=compress, residual=residual, exchange=exchange, async_op=async_op
     )
 

@@ -40,8 +40,9 @@ help:
 run: $(VENV)/engine.stamp
 	$(PY) -m train.run $(ARGS)
 
+# A worker that dies ends the run: with another in its place pytest-xdist waits for ever for the group that it had.
 test: $(VENV)/engine.stamp
-	$(PY) -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadgroup --max-worker-restart 0 $(ARGS)
 
 lint: $(VENV)/tools.stamp layout
 	ruff format --check .

@@ -198,7 +198,7 @@ INSTRUCTIONS: Mapping[str, tuple[float, ...]] = MappingProxyType(
         "topk_sign_reencode_bf16": (141.5,),
         "topk_sign_reencode_fp32": (104, 129.5),
         "topk_withdraw_bf16": (0.5,),
-        "topk_withdraw_fp32": (0.5, 2.7),
+        "topk_withdraw_fp32": (0.5, 3.0),
         "withdraw_bf16": (0.1,),
         "withdraw_fp32": (0.1,),
     }

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hybridcomm.plan import Plan
     from hybridcomm.work import Work
 
-__all__ = ["Copies"]
+__all__ = ["Copies", "rows_by_rank"]
 
 
 class Copies(CollectivesBase):
@@ -188,21 +188,8 @@ class Copies(CollectivesBase):
 
     def _split(self, whole: View, sizes: Sequence[int] | None, name: str, what: str) -> list[View]:
         """One view per rank; sizes count along the first dimension, as torch's do."""
-        shape = tuple(whole.owner.shape)
-        rows, world = (shape or (0,))[0], self.world_size
-        if not shape:
-            raise UnsupportedError(
-                f"{what}: a tensor without dimensions cannot be split; pass it as t.view(1)"
-            )
-        if sizes is None:
-            if rows % world:
-                raise UnsupportedError(f"{what} has {rows} rows: give {name}, or a multiple of {world} rows")
-            sizes = [rows // world] * world
-        sizes = [int(size) for size in sizes]
-        if len(sizes) != world or min(sizes) < 0 or sum(sizes) != rows:
-            raise UnsupportedError(
-                f"{name}={sizes}: needs {world} sizes >= 0, one per rank, that sum to the {rows} rows of {what}"
-            )
+        sizes = rows_by_rank(tuple(whole.owner.shape), sizes, self.world_size, name, what)
+        rows = sum(sizes)
         row = whole.numel // rows if rows else 0
         return whole.split([size * row for size in sizes])
 
@@ -255,3 +242,22 @@ class Copies(CollectivesBase):
             elif part.target == self.rank:
                 memory.place(part.begin, part.end - part.begin, wanted[part.source].address)
         return self._launch(program, memory, async_op)
+
+
+def rows_by_rank(
+    shape: tuple[int, ...], sizes: Sequence[int] | None, world: int, name: str, what: str
+) -> list[int]:
+    """How many rows of ``what`` each of ``world`` ranks gets: ``sizes``, or equal parts where there are none."""
+    if not shape:
+        raise UnsupportedError(f"{what}: a tensor without dimensions cannot be split; pass it as t.view(1)")
+    rows = shape[0]
+    if sizes is None:
+        if rows % world:
+            raise UnsupportedError(f"{what} has {rows} rows: give {name}, or a multiple of {world} rows")
+        return [rows // world] * world
+    sizes = [int(size) for size in sizes]
+    if len(sizes) != world or min(sizes) < 0 or sum(sizes) != rows:
+        raise UnsupportedError(
+            f"{name}={sizes}: needs {world} sizes >= 0, one per rank, that sum to the {rows} rows of {what}"
+        )
+    return sizes

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hybridcomm.collectives_copy import rows_by_rank
 from hybridcomm.device_collectives import DeviceCollectives, _buffers, _plan
 from hybridcomm.device_plan import START, Operation, Touch
 from hybridcomm.errors import DataTypeError, PlanMismatchError, UnsupportedError
@@ -127,21 +128,9 @@ class DeviceExchanges(DeviceCollectives):
         return self._messages(messages, async_op, stream, tensors, "all_to_all")
 
     def _split(self, whole: Any, sizes: Sequence[int] | None, name: str, what: str) -> list[torch.Tensor]:
-        flat, shape = view_of(whole, self.provider, what), tuple(whole.shape)
-        rows, world = (shape or (0,))[0], self.host.world_size
-        if not shape:
-            raise UnsupportedError(
-                f"{what}: a tensor without dimensions cannot be split; pass it as t.view(1)"
-            )
-        if sizes is None:
-            if rows % world:
-                raise UnsupportedError(f"{what} has {rows} rows: give {name}, or a multiple of {world} rows")
-            sizes = [rows // world] * world
-        sizes = [int(size) for size in sizes]
-        if len(sizes) != world or min(sizes) < 0 or sum(sizes) != rows:
-            raise UnsupportedError(
-                f"{name}={sizes}: needs {world} sizes >= 0, one per rank, that sum to the {rows} rows of {what}"
-            )
+        flat = view_of(whole, self.provider, what)
+        sizes = rows_by_rank(tuple(whole.shape), sizes, self.host.world_size, name, what)
+        rows = sum(sizes)
         row = flat.numel() // rows if rows else 0
         ends = [0, *accumulate(size * row for size in sizes)]
         return [flat[begin:end] for begin, end in pairwise(ends)]

@@ -74,8 +74,9 @@ def allreduce(
 
     ``op``: "sum", "avg", "min", "max", "product", "band", "bor", "bxor", `premul_sum` or torch's ``ReduceOp``; which
     dtypes each takes stands in docs/architecture.md (bfloat16 and float16 are accumulated in float32).
-    ``compress``: None (dense), "topk:0.01" (block-wise top 1 %, quantised), "fp16", "bf16", "fp8", "int8", "int4" or
-    "sign1" (one bit); float32 only. It acts between nodes; with one node there is nothing to compress. "auto": where
+    ``compress``: None (dense), "topk:0.01" (block-wise top 1 %, quantised), "gtop1", "gtopk:0.01", "randk:0.01",
+    "powersgd:2", "fp16", "bf16", "fp8", "int8", "int4" or "sign1" (one bit); float32 only.
+    It acts between nodes; with one node there is nothing to compress. "auto": where
     measured figures say it pays (`hybridcomm.auto`). A mapping such as ``{"inter_node": "topk:0.01", "intra_node":
     "int8"}`` also compresses what the ranks of a node send to the owners of shards, for slow links inside a node.
     ``residual``: keeps what compression left out and adds it to the next call (error feedback, Karimireddy et al.

@@ -45,6 +45,8 @@ class Membership:
     engine: _C.Engine
     crowded: bool = False
     """Whether the machine has more ranks than cores, so that who waits does not spin."""
+    single_copy: bool = False
+    """Whether this rank reads and writes the private tensors of others on its node, where the kernel lets it."""
 
 
 def find_world(
@@ -146,13 +148,14 @@ def join(
     topology: Topology | None,
     chunk_nbytes: int,
     timeout: float,
-    single_copy: bool = True,
+    single_copy: bool | None = None,
     crowded: bool | None = None,
     port: int | None = None,
 ) -> Membership:
     """Meets the other ranks and connects to those this rank will work with; ``timeout`` in s.
 
-    ``crowded``: None looks whether those who meet have a core each; ``port``: None asks the environment. Raises
+    ``single_copy``: None measures whether it pays on this machine; each rank may decide otherwise. ``crowded``: None
+    looks whether those who meet have a core each; ``port``: None asks the environment. Raises
     `BootstrapError` naming the ranks that never came, `TopologyError` where ranks disagree.
     """
     if world.store is None:
@@ -182,6 +185,8 @@ def join(
     first = _peers(agreed, world.rank)
     if crowded is None:
         crowded = sum(e["machine"] == machine for e in entries) > len(os.sched_getaffinity(0))
+    if single_copy is None:
+        single_copy = len(own_node) > 1 and _C.single_copy_pays()
     engine = _C.Engine(
         rank=world.rank,
         local_ranks=list(own_node),
@@ -196,7 +201,7 @@ def join(
         crowded=crowded,
         listener=listener,
     )
-    return Membership(topology=agreed, engine=engine, crowded=crowded)
+    return Membership(topology=agreed, engine=engine, crowded=crowded, single_copy=single_copy)
 
 
 def _alone(topology: Topology | None, chunk_nbytes: int, timeout: float) -> Membership:

@@ -38,7 +38,7 @@ class Context(Grouping):
         self.timeout = timeout
         self._store: Any = None
         self._crowded = False
-        self._single_copy = True
+        self._single_copy = False
         self.device: DeviceContext | None = None
         """This rank's GPU, once it is connected."""
         self.device_groups: dict[tuple[int, ...], DeviceContext] = {}  # by ranks, made at first use
@@ -54,7 +54,7 @@ class Context(Grouping):
         world_size: int | None = None,
         timeout: float = 300.0,
         chunk_nbytes: int = policy.MAX_CHUNK_NBYTES,
-        single_copy: bool = True,
+        single_copy: bool | None = None,
     ) -> Context:
         """Meets the other ranks and connects to them; see `hybridcomm.init` for the arguments."""
         if not timeout > 0:
@@ -65,7 +65,7 @@ class Context(Grouping):
         member = bootstrap.join(
             world, topology=topology, chunk_nbytes=chunk_nbytes, timeout=timeout, single_copy=single_copy
         )
-        return cls._made(world, member, timeout=timeout, chunk_nbytes=chunk_nbytes, single_copy=single_copy)
+        return cls._made(world, member, timeout=timeout, chunk_nbytes=chunk_nbytes)
 
     @classmethod
     def _made(
@@ -75,7 +75,6 @@ class Context(Grouping):
         *,
         timeout: float,
         chunk_nbytes: int,
-        single_copy: bool,
     ) -> Context:
         context = cls(
             rank=world.rank,
@@ -85,7 +84,7 @@ class Context(Grouping):
             chunk_nbytes=chunk_nbytes,
         )
         context._store = world.store  # the rank that hosts a store must not end it while others still read
-        context._crowded, context._single_copy = member.crowded, single_copy
+        context._crowded, context._single_copy = member.crowded, member.single_copy
         context.barrier()
         return context
 
@@ -107,13 +106,7 @@ class Context(Grouping):
         local = bootstrap.World(
             rank=self.topology.local_rank(self.rank), world_size=member.topology.world_size, store=self._store
         )
-        return self._made(
-            local,
-            member,
-            timeout=self.timeout,
-            chunk_nbytes=self.chunk_nbytes,
-            single_copy=self._single_copy,
-        )
+        return self._made(local, member, timeout=self.timeout, chunk_nbytes=self.chunk_nbytes)
 
     def connect_device(
         self, device: Any = None, *, provider: StreamProvider | None = None, **options: Any

@@ -27,7 +27,7 @@ def init(
     world_size: int | None = None,
     timeout: float = 300.0,
     chunk_nbytes: int = policy.MAX_CHUNK_NBYTES,
-    single_copy: bool = True,
+    single_copy: bool | None = None,
     device: Any = None,
 ) -> Context:
     """Joins the job and makes its context the default one.
@@ -39,8 +39,9 @@ def init(
     virtual nodes. ``store``: any ``torch.distributed`` store, with ``rank`` and ``world_size``. ``timeout``:
     s without progress after which a collective (or this call) raises. ``chunk_nbytes``: the unit of
     pipelining, and the size of a shared-memory slot; a rank allocates 4 slots per rank of its node.
-    ``single_copy``: whether ranks of a node read and write each other's tensors where the kernel lets them
-    (process_vm_readv); without, or where it does not, bytes are copied twice, through the slots.
+    ``single_copy``: whether this rank reads and writes the tensors of others on its node where the kernel lets it
+    (process_vm_readv), or bytes are copied twice, through the slots. None: each rank times both, a millisecond
+    at start, and takes the faster; `Context.reach` tells which. Results have the same bits.
 
     ``device``: this rank's GPU as torch names it, such as "cuda" (torch's current one) or its number; it is connected
     to the others' at once, and calls of tensors there go to it. Without it, the first collective of all ranks on such a

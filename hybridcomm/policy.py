@@ -17,6 +17,7 @@ __all__ = [
     "ITEMSIZE",
     "MAX_CHUNK_NBYTES",
     "MIN_CHUNK_NBYTES",
+    "NODE_CHUNK_NBYTES",
     "ONE_SHOT_READ_NBYTES",
     "bucket_nbytes",
     "chunk_elems",
@@ -52,6 +53,9 @@ MAX_CHUNK_NBYTES = 1024 * 1024
 
 DENSE_CHUNK_NBYTES = 512 * 1024
 """The longest dense chunk: a share of the L2 cache, and short enough to overlap in-node and inter-node work."""
+
+NODE_CHUNK_NBYTES = 256 * 1024
+"""The longest dense chunk where nothing leaves the node: what the slots of four ranks hold fits a shared L3 cache."""
 
 MIN_CHUNK_NBYTES = 64 * 1024
 """Below this the cost of a hand-off (about 33 us across cores) exceeds what more overlap gains."""
@@ -93,13 +97,13 @@ def chunk_elems(
 ) -> int:
     """Elements per chunk: a quarter of a shard, within 64..512 KiB, and a multiple of ``align``.
 
-    Without stages to ``overlap`` (an all-reduce inside one node keeps every rank busy) 512 KiB. Compressed
+    Without stages to ``overlap`` (an all-reduce inside one node keeps every rank busy) 256 KiB. Compressed
     chunks are as long as a slot: their payloads are a hundredth of that, and short messages cost more in
     headers than pipelining them gains.
     """
     size = itemsize(dtype)
     shard_nbytes = -(-numel // max(shards, 1)) * size
-    wanted = shard_nbytes // _CHUNKS_WANTED if overlap else DENSE_CHUNK_NBYTES
+    wanted = shard_nbytes // _CHUNKS_WANTED if overlap else NODE_CHUNK_NBYTES
     dense = min(max(wanted, MIN_CHUNK_NBYTES), DENSE_CHUNK_NBYTES)
     nbytes = MAX_CHUNK_NBYTES if compressed else dense
     return max(nbytes // size // align, 1) * align

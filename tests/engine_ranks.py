@@ -48,7 +48,7 @@ def connect_each(
     *,
     timeout: float = TIMEOUT_S,
     chunk_nbytes: int = policy.MAX_CHUNK_NBYTES,
-    single_copy: bool = True,
+    single_copy: bool | None = True,
     directory: str | None = None,
 ) -> list[Any]:
     """One context per rank, or the error that rank got instead; they meet in ``directory`` (None: one that is gone)."""

@@ -5,6 +5,7 @@
 
 #include "bindings.h"
 #include "engine.h"
+#include "peer_memory.h"
 #include "signals.h"
 
 namespace py = pybind11;
@@ -73,6 +74,8 @@ void bind_engine(py::module_& module) {
   py::class_<Listener>(module, "Listener")
       .def(py::init<const std::string&, uint16_t>(), py::arg("host"), py::arg("port"))
       .def_property_readonly("port", &Listener::port);
+
+  module.def("single_copy_pays", &single_copy_pays, py::call_guard<py::gil_scoped_release>());
 
   py::class_<Work, std::shared_ptr<Work>>(module, "Work")
       .def("is_completed", &Work::is_completed)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import hybridcomm
+from hybridcomm import _C
 from hybridcomm.context import Context
 from hybridcomm.errors import DataTypeError, SharedMemoryError, UnsupportedError
 from hybridcomm.lower import lower
@@ -72,9 +73,30 @@ def test_mixtures_of_memory_are_exact(name: str, staged: str) -> None:
         close_all(contexts)
 
 
+@pytest.mark.parametrize("pays", [True, False])
+def test_what_is_faster_is_measured_once(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+    monkeypatch.setattr(_C, "single_copy_pays", lambda: measured.append(1) or pays)
+    with engine_contexts(Topology.virtual(1, 2), single_copy=None) as contexts:
+        assert len(measured) == 2
+        inner = each_rank(lambda rank: contexts[rank].connect_node(), 2)
+        for context in [*contexts, *inner]:
+            assert set(context.reach().values()) == {"same_process" if pays else "staged"}
+        close_all(inner)
+    with engine_contexts(Topology.virtual(2, 1), single_copy=None):
+        assert len(measured) == 2  # alone on its node, a rank has nothing to measure
+
+
+def test_a_measurement_takes_no_memory_along() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    assert {_C.single_copy_pays() for _ in range(3)} <= {True, False}
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 PROCESS = """
 import numpy as np, os, sys
 import hybridcomm
+from hybridcomm import _C
 from hybridcomm.topology import Topology
 from tests.exact import exact_ints, exact_sum
 sizes, staged = eval(sys.argv[1]), eval(sys.argv[2])

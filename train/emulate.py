@@ -187,7 +187,7 @@ class Emulation:
     def _predicted(self, figures: Figures) -> float:
         """s of a step: the slowest replica's, as simulated."""
         mesh, links, dim = self.mesh, figures.topology, self.spec.config.dim
-        reduce = self._reduce_seconds(figures)
+        reduce, ready = self._reduce_seconds(figures), self._ready()
         layers = 0.0
         if mesh.tp > 1:  # per 1,000 tokens, an all-reduce; or a gather and a scatter, half of one each
             shares = _linked(Topology.virtual(1, mesh.tp), links)
@@ -195,20 +195,22 @@ class Emulation:
         stages = []
         for stage, cost in enumerate(self.costs.stages):
             count = 2 * len(self.replica.parts[stage].layers)
-            sums = tuple(reduce[stage][: self.schedule.buckets[stage]]) if self.schedule.buckets else ()
+            buckets = self.schedule.buckets[stage] if self.schedule.buckets else 0
             backward = count * layers * (1.5 if self.replica.tp.sequence else 1.0)
             stages.append(
                 replace(
                     cost,
                     forward=cost.forward + count * layers,
                     input_grad=cost.input_grad + backward,
-                    reduce=sums,
+                    reduce=tuple(reduce[stage][:buckets]),
+                    ready=tuple(ready[stage][:buckets]),
                 )
             )
         heads = self.costs.heads
         if heads and self.schedule.buckets:
-            sums = tuple(reduce[self.schedule.head][: self.schedule.buckets[self.schedule.head]])
-            heads = tuple(replace(head, reduce=sums) for head in heads)
+            at, count = self.schedule.head, self.schedule.buckets[self.schedule.head]
+            sums, parts = tuple(reduce[at][:count]), tuple(ready[at][:count])
+            heads = tuple(replace(head, reduce=sums, ready=parts) for head in heads)
         ways = _linked(_of_ranks(mesh, mesh.along("pp", self.ctx.rank)), links, crowd=self._crowd("dp"))
         timeline = simulate(
             self.schedule,
@@ -232,6 +234,20 @@ class Emulation:
                 ):
                     out[stage, place] = _allreduce_seconds(group, layout.numel, schedule.at(0), way, figures)
                     place += 1
+        self.ctx.allreduce(out, op="max")
+        return out
+
+    def _ready(self) -> np.ndarray:
+        """[stages (and head), most buckets]: by which part of its stage's last computation a bucket is complete."""
+        out = np.zeros((self.schedule.stages + 1, max(self.schedule.buckets or (1,)) or 1))
+        buckets = self.runtime.buckets
+        for stage, row in enumerate(out):
+            parts: list[float] = []
+            for reducer in buckets.of_stage(stage):
+                sizes = np.array([layout.numel for layout in reducer.layouts])
+                whole = reducer is buckets.shared  # the shared table's gradient is complete at the end
+                parts += [1.0] * len(sizes) if whole else list(np.cumsum(sizes) / sizes.sum())
+            row[: len(parts)] = parts
         self.ctx.allreduce(out, op="max")
         return out
 

@@ -15,7 +15,10 @@ from train.errors import ScheduleError
 from train.pipeline.instructions import SEND, Instruction, PipelineSchedule
 from train.pipeline.trace import Recorder
 
-__all__ = ["Buckets", "bucket_counts", "final_places"]
+__all__ = ["BESIDE", "Buckets", "bucket_counts", "final_places"]
+
+BESIDE = (*SEND, "REDUCE")
+"""What may stand between a stage's last computation and a bucket that goes as soon as its gradients are complete."""
 
 
 def final_places(entries: Sequence[Instruction]) -> dict[int, int]:
@@ -54,7 +57,7 @@ class Buckets:
         *,
         queued: bool = False,
     ) -> None:
-        self._beside = ("REDUCE",) if queued else (*SEND, "REDUCE")
+        self._beside = ("REDUCE",) if queued else BESIDE
         self.list, self.final = schedule.lists[rank], final_places(schedule.lists[rank])
         self.reducers, self.shared = dict(reducers), shared
         self._shared_stage = _shared_stage(schedule, rank)

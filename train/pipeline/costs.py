@@ -16,7 +16,8 @@ class StageCost:
     """A stage: s of F, I and W per microbatch, bytes that it hands on, s of the sum of each of its buckets.
 
     ``backward``: s of B, where that is not I and W one after the other (it recomputes or loads less).
-    ``nbytes``: of the output for one microbatch; its gradient has as many.
+    ``nbytes``: of the output for one microbatch; its gradient has as many. ``ready``: by which part of the stage's last
+    W or B each bucket's gradients are complete, from 0 to 1; empty: with its end.
     """
 
     forward: float
@@ -25,6 +26,7 @@ class StageCost:
     backward: float | None = None
     nbytes: int = 0
     reduce: tuple[float, ...] = ()
+    ready: tuple[float, ...] = ()
 
     def seconds(self, op: str) -> float:
         if op == "B" and self.backward is not None:
@@ -42,8 +44,8 @@ class HeadCost:
     """A rank's shard of the head: s of HEAD_S and HEAD_T per microbatch, bytes of what HEAD_C moves.
 
     ``hidden_nbytes``: the last stage's output for one microbatch; ``part_nbytes``: what the shard sends of its gradient
-    (None: as much); ``statistics_nbytes``: largest score, sum and target's score of each token. ``reduce``: as for a
-    stage.
+    (None: as much); ``statistics_nbytes``: largest score, sum and target's score of each token. ``reduce`` and
+    ``ready``: as for a stage.
     """
 
     score: float
@@ -52,6 +54,7 @@ class HeadCost:
     statistics_nbytes: int = 0
     part_nbytes: int | None = None
     reduce: tuple[float, ...] = ()
+    ready: tuple[float, ...] = ()
 
     @property
     def sends(self) -> int:
@@ -95,13 +98,19 @@ class Costs:
             counts = schedule.buckets[min(stage, schedule.head)] if schedule.buckets else 0
             if cost.reduce and len(cost.reduce) != counts:
                 raise ScheduleError(f"{cost}: {len(cost.reduce)} sums for {counts} buckets")
+            if cost.ready and (len(cost.ready) != counts or max(cost.ready) > 1):
+                raise ScheduleError(f"{cost}: ready= wants a part of 1 for each of {counts} buckets")
         values = [value for cost in every for value in _figures(cost)]
         if not all(0 <= value < float("inf") for value in (*values, *self.sizes)):
             raise ScheduleError(f"{self}: costs are finite numbers >= 0")
 
+    def of(self, entry: Instruction, rank: int) -> StageCost | HeadCost:
+        """Figures of the stage that ``entry`` is about, or of the rank's shard of the head."""
+        return self.stages[entry.stage] if entry.stage < len(self.stages) else self.heads[rank]
+
     def seconds(self, entry: Instruction, rank: int) -> float:
         """Of a computation, or of a bucket's sum."""
-        cost = self.stages[entry.stage] if entry.stage < len(self.stages) else self.heads[rank]
+        cost = self.of(entry, rank)
         if entry.op == "REDUCE":
             return cost.reduce[entry.bucket] if cost.reduce else 0.0
         return cost.seconds(entry.op) * (self.sizes[entry.microbatch] if self.sizes else 1.0)

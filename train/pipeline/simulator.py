@@ -3,7 +3,8 @@
 1. Computation takes its rank's time, one instruction after the other, in the order of the list.
 2. Transfers take their links' time and nobody else's: latency alpha, then beta * nbytes. A node has one way out and
    one way in for other nodes; inside a node each pair of ranks has a link of its own.
-3. A bucket's sum takes the time that it is said to take, one after the other on its rank, beside all else.
+3. A bucket's sum takes the time that it is said to take, one after the other on its rank, beside all else. One that
+   stands right behind its stage's last computation begins when its gradients are complete, inside that.
 
 The head's broadcast and sums go straight from and to the last stage's rank, which is what they cost at least.
 """
@@ -18,6 +19,7 @@ import numpy as np
 from hybridcomm.simulate import Tasks
 from hybridcomm.topology import Topology
 from train.errors import ScheduleError
+from train.pipeline.buckets import BESIDE, final_places
 from train.pipeline.costs import Costs
 from train.pipeline.execute import execution_order
 from train.pipeline.instructions import COMPUTE, RECEIVE, SEND, Instruction, PipelineSchedule
@@ -100,8 +102,12 @@ class _Model:
     arrived: dict[tuple[str, int, int, int], int] = field(default_factory=dict)
     """(kind, receiving stage, microbatch, rank) -> the task after which it is there."""
 
+    begun: dict[tuple[int, int], int] = field(default_factory=dict)
+    """(rank, stage) -> the moment at which its last computation begins."""
+
     def play(self) -> Timeline:
         schedule = self.schedule
+        self.final = [final_places(entries) for entries in schedule.lists]
         self.root = schedule.placement[schedule.last]
         begin: dict[tuple[int, int], int] = {}
         end: dict[tuple[int, int], tuple[str, int, int, int] | int] = {}
@@ -114,11 +120,12 @@ class _Model:
             event = (rank, place)
             if entry.op in COMPUTE:
                 after, made[event] = self._needs(rank, entry)
+                if self.final[rank].get(entry.stage) == place:
+                    self.begun[rank, entry.stage] = self.tasks.add(0.0, stream=("rank", rank), after=after)
                 begin[event] = end[event] = self._compute(rank, entry, after)
             elif entry.op == "REDUCE":
-                post = self._post(rank)
                 begin[event] = end[event] = self.tasks.add(
-                    self.costs.seconds(entry, rank), stream=("reduce", rank), after=[post]
+                    self.costs.seconds(entry, rank), stream=("reduce", rank), after=[self._ready(rank, place)]
                 )
             else:
                 begin[event] = self._post(rank)
@@ -145,6 +152,15 @@ class _Model:
     def _post(self, rank: int) -> int:
         """A moment in the rank's list: after what it computes before, and no time of its own."""
         return self.tasks.add(0.0, stream=("rank", rank))
+
+    def _ready(self, rank: int, place: int) -> int:
+        """The moment from which on a bucket may be summed."""
+        entries, entry = self.schedule.lists[rank], self.schedule.lists[rank][place]
+        ready, final = self.costs.of(entry, rank).ready, self.final[rank].get(entry.stage)
+        if not ready or final is None or any(other.op not in BESIDE for other in entries[final + 1 : place]):
+            return self._post(rank)
+        part = ready[entry.bucket] * self.costs.seconds(entries[final], rank)
+        return self.tasks.add(part, after=[self.begun[rank, entry.stage]])
 
     def _compute(self, rank: int, entry: Instruction, after: list[int]) -> int:
         task = self.tasks.add(self.costs.seconds(entry, rank), stream=("rank", rank), after=after)

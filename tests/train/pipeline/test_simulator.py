@@ -22,7 +22,7 @@ from train.pipeline import (
     make_schedule,
     simulate,
 )
-from train.pipeline.instructions import COMPUTE
+from train.pipeline.instructions import COMPUTE, Instruction
 
 FREE = Link(alpha=0.0, beta=0.0)
 
@@ -150,6 +150,32 @@ def test_buckets_overlap_the_cooldown() -> None:
     assert simulate(schedule, Costs(stages=only_last)).exposed_reduce == 0.0
 
 
+@pytest.mark.parametrize("microbatches", [1, 3])
+def test_buckets_go_inside_the_last_backward(microbatches: int) -> None:
+    """B takes two seconds; its first bucket is complete in the middle and summed in three; the second waits for it."""
+    schedule = lower(make_schedule("1f1b", 1, microbatches), buckets=2)
+    stage = StageCost(forward=1.0, input_grad=1.0, weight_grad=1.0, reduce=(3.0, 1.0))
+    inside = simulate(schedule, Costs(stages=(replace(stage, ready=(0.5, 1.0)),)))
+    behind = simulate(schedule, Costs(stages=(stage,)))
+    assert behind.step_time == 3.0 * microbatches + 4.0
+    assert inside.step_time == behind.step_time - 1.0
+    assert inside.work == behind.work == (3.0 * microbatches,)
+
+
+def test_a_bucket_put_further_down_waits_until_there() -> None:
+    """One rank with two stages: F0 F1 I1 W1 I0 W0. The second bucket is complete in the middle of W1, at 3.5."""
+    schedule = lower(make_schedule("zbv", 1, 1), buckets=1)
+    entries = [entry for entry in schedule.lists[0] if entry.op != "REDUCE"]
+    first, second = (Instruction("REDUCE", stage, bucket=0) for stage in (0, 1))
+    cost = StageCost(forward=1.0, input_grad=1.0, weight_grad=1.0, reduce=(4.0,), ready=(0.5,))
+    costs = Costs(stages=(replace(cost, reduce=(0.0,)), cost))
+    for place, begin in ((4, 3.5), (5, 5.0), (6, 6.0)):
+        moved = replace(schedule, lists=((*entries[:place], second, *entries[place:], first),))
+        timeline = simulate(moved, costs)
+        assert timeline.start[0][place] == begin
+        assert timeline.step_time == begin + 4.0
+
+
 def test_the_head_costs_two_hops_and_a_broadcast() -> None:
     """One microbatch: hidden states out, statistics and gradient in; the far shard's weights wait for statistics."""
     schedule = lower(make_schedule("1f1b", 2, 1), head=True)
@@ -211,6 +237,8 @@ def test_figures_for_another_schedule_are_refused() -> None:
         (replace(unit, sizes=(1.0,)), "1 sizes for 2 microbatches"),
         (replace(unit, stages=(replace(unit.stages[0], forward=-1.0),) * 2), "finite numbers >= 0"),
         (replace(unit, stages=(replace(unit.stages[0], reduce=(1.0, 1.0)),) * 2), "2 sums for 1 buckets"),
+        (replace(unit, stages=(replace(unit.stages[0], ready=(0.5, 1.0)),) * 2), "each of 1 buckets"),
+        (replace(unit, stages=(replace(unit.stages[0], ready=(1.5,)),) * 2), "each of 1 buckets"),
     ):
         with pytest.raises(ScheduleError, match=message):
             simulate(lowered if "buckets" in message else paper, costs)

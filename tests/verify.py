@@ -128,7 +128,7 @@ LIBRARY = (
     "hybridcomm",
     "kernels",
     "CMakeLists.txt",
-    "tests/*.py",
+    ":(glob)tests/*.py",
     "tests/csrc",
     "tests/hybridcomm",
     *(f":(exclude){path}" for path in DEVICE),

@@ -48,6 +48,7 @@ int main(int argc, char** argv) {
     for (int call = 1; call < batch; ++call) std::copy(own.begin(), own.end(), tensor.begin());
     if (round >= 0) timed.push_back(took), rewriting.push_back(MPI_Wtime() - begin);
   }
+  // Of the machine, not of this process: MPI may have bound it to one core.
   const double sharing = std::max(1.0, world / static_cast<double>(sysconf(_SC_NPROCESSORS_ONLN)));
   if (rank == 0) std::printf("%.6f\n", (median(timed) - sharing * median(rewriting)) / batch * 1e3);
   MPI_Finalize();

@@ -87,12 +87,6 @@ def test_what_is_faster_is_measured_once(pays: bool, monkeypatch: pytest.MonkeyP
         assert len(measured) == 2  # alone on its node, a rank has nothing to measure
 
 
-def test_a_measurement_takes_no_memory_along() -> None:
-    before = len(os.listdir("/proc/self/fd"))
-    assert {_C.single_copy_pays() for _ in range(3)} <= {True, False}
-    assert len(os.listdir("/proc/self/fd")) == before
-
-
 PROCESS = """
 import numpy as np, os, sys
 import hybridcomm

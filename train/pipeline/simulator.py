@@ -156,8 +156,8 @@ class _Model:
     def _ready(self, rank: int, place: int) -> int:
         """The moment from which on a bucket may be summed."""
         entries, entry = self.schedule.lists[rank], self.schedule.lists[rank][place]
-        ready, final = self.costs.of(entry, rank).ready, self.final[rank].get(entry.stage)
-        if not ready or final is None or any(other.op not in BESIDE for other in entries[final + 1 : place]):
+        ready, final = self.costs.of(entry, rank).ready, self.final[rank][entry.stage]
+        if not ready or any(other.op not in BESIDE for other in entries[final + 1 : place]):
             return self._post(rank)
         part = ready[entry.bucket] * self.costs.seconds(entries[final], rank)
         return self.tasks.add(part, after=[self.begun[rank, entry.stage]])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.recommender import draw_seed, draw_unit
-from model.scores import Columns, fold, join, table_gradient
+from model.scores import Columns, Kept, fold, join, table_gradient
 from model.tensor_parallel import TensorParallel, without_autocast
 from model.vocab import Items, ItemTable
 
@@ -29,7 +29,8 @@ class Scored:
     """What a rank keeps of a microbatch.
 
     ``statistics`` [3, N] go to all ranks; ``part`` [N + own, D] to the last stage: what `model.scores.fold` calls mean,
-    and the table's rows of the targets that are this rank's.
+    and the table's rows of the targets that are this rank's. ``kept``: tiles that `HeadShard.accumulate` need not make
+    again.
     """
 
     hidden: Tensor
@@ -37,6 +38,7 @@ class Scored:
     columns: Columns
     statistics: Tensor
     part: Tensor
+    kept: Kept
 
 
 class HeadShard(nn.Module):
@@ -69,9 +71,10 @@ class HeadShard(nn.Module):
         with torch.no_grad(), without_autocast(hidden):
             dtype = torch.float64 if hidden.dtype is torch.float64 else torch.float32
             part = hidden.new_zeros(len(hidden) + len(own), hidden.shape[1], dtype=dtype)
-            statistics = fold(hidden, rows, columns, part[: len(hidden)])
+            kept = Kept(columns.tile.kept)
+            statistics = fold(hidden, rows, columns, part[: len(hidden)], kept=kept)
             part[len(hidden) :] = rows[places]
-        return Scored(hidden=hidden, rows=rows, columns=columns, statistics=statistics, part=part)
+        return Scored(hidden=hidden, rows=rows, columns=columns, statistics=statistics, part=part, kept=kept)
 
     def part_lengths(self, targets: Tensor) -> list[int]:
         """How many rows each rank's `Scored.part` has."""
@@ -103,7 +106,7 @@ class HeadShard(nn.Module):
         log_sum = join(every)[0]
         with torch.no_grad(), without_autocast(scored.hidden):
             rows = scored.rows.detach()
-            gradient = table_gradient(scored.hidden, rows, scored.columns, log_sum, scale)
+            gradient = table_gradient(scored.hidden, rows, scored.columns, log_sum, scale, kept=scored.kept)
         if not scored.rows.is_leaf:
             scored.rows.backward(gradient)
             return

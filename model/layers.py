@@ -16,7 +16,7 @@ from model.dropout import AttentionDropout, Dropout
 from model.linear import ColumnLinear, RowLinear
 from model.tensor_parallel import ALONE, TensorParallel
 
-__all__ = ["Attention", "Block", "RMSNorm", "SwiGLU", "apply_rope", "rope_tables"]
+__all__ = ["Attention", "Block", "RMSNorm", "RotaryTables", "SwiGLU", "apply_rope", "rope_tables"]
 
 
 class RMSNorm(nn.Module):
@@ -38,6 +38,26 @@ def rope_tables(positions: Tensor, channels: int, base: float) -> tuple[Tensor, 
     rates = base ** (-torch.arange(0, channels, 2, dtype=torch.float32, device=positions.device) / channels)
     angles = positions[:, None, :, None].to(torch.float32) * rates
     return angles.cos(), angles.sin()
+
+
+class RotaryTables(nn.Module):
+    """`rope_tables` of all positions below ``max_len``, made once. Checkpoints leave them out."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        every = rope_tables(torch.arange(config.max_len)[None], config.dim // config.heads, config.rope_base)
+        for name, table in zip(("cos", "sin"), every, strict=True):
+            self.register_buffer(name, table[0, 0].contiguous(), persistent=False)
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions int64 [B, T] below ``max_len`` -> two tensors [B, 1, T, C / 2] (IndexError past it, on a host)."""
+        rows, tokens = positions.shape
+        flat = positions.reshape(-1)
+        cos, sin = (table.index_select(0, flat).view(rows, 1, tokens, -1) for table in (self.cos, self.sin))
+        return cos, sin
 
 
 def apply_rope(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:

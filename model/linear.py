@@ -29,7 +29,7 @@ from model.tensor_parallel import (
     TensorParallel,
     without_autocast,
 )
-from model.weight_gradients import Deferring
+from model.weight_gradients import Deferring, WeightGradients, weight_gradient
 
 __all__ = ["ColumnLinear", "Linear", "RowLinear"]
 
@@ -38,8 +38,8 @@ class Linear(nn.Linear, Deferring):
     """y = x W^T without bias, whole on each rank; [..., in] -> [..., out].
 
     ``summed``: the ranks of ``tp`` see different inputs, and its gradient is the sum of theirs. Under
-    ``torch.autocast`` the product is in autocast's dtype, as ``nn.Linear``'s. Differentiable once. A layer of one
-    rank that never defers is ``nn.Linear`` (`model.weight_gradients.never_defer`).
+    ``torch.autocast`` the product is in autocast's dtype, as ``nn.Linear``'s. A layer that ranks share is
+    differentiable once; one of a single rank is ``nn.Linear``.
     """
 
     def __init__(
@@ -52,19 +52,38 @@ class Linear(nn.Linear, Deferring):
     def _split(self, tp: TensorParallel, sharding: dict[str, Sharding], entry: Pair, exit_: Pair) -> None:
         self.tp, self.sharding, self.partial = tp, sharding, set[str]()
         self.entry, self.exit = (entry, exit_) if tp.size > 1 else (KEEP, KEEP)
+        self.noted = tp.size == 1
 
     def forward(self, x: Tensor, tokens: int = 0) -> Tensor:
         """``tokens`` is their number on all ranks, where the layer gathers or splits them: x is [tokens, in] then."""
-        if self.tp.size == 1 and not self.defers:
+        if not self.noted:
+            return self._product(x, tokens)
+        if self.queue is None:
             return F.linear(x, self.weight)
-        return self._product(x, tokens)
+        return self._uncompiled(x, self.queue) if torch.compiler.is_compiling() else self._note(x, self.queue)
 
-    @torch.compiler.disable  # a queue may collect in backward, which is not known when a graph is traced
+    @torch.compiler.disable  # queues and groups are no matter of graphs
     def _product(self, x: Tensor, tokens: int) -> Tensor:
-        device = x.device.type
-        if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
-            x = x.to(torch.get_autocast_dtype(device))
-        return _Product.apply(x, self.weight, self, tokens)
+        return _Product.apply(_cast(x), self.weight, self, tokens)
+
+    def _note(self, x: Tensor, queue: WeightGradients) -> Tensor:
+        """torch's own product, of which the queue knows."""
+        x, weight = _cast(x), self.weight
+        y = F.linear(x, weight)
+        queue.note(weight, x, y)
+        return y
+
+    @torch.compiler.disable
+    def _uncompiled(self, x: Tensor, queue: WeightGradients) -> Tensor:
+        return self._note(x, queue)
+
+
+def _cast(x: Tensor) -> Tensor:
+    """To autocast's dtype, where it is on."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 class ColumnLinear(Linear):
@@ -136,7 +155,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: nn.Parameter, layer: Linear, tokens: int) -> Tensor:
         low = weight.to(x.dtype) if torch.is_autocast_enabled(x.device.type) else weight
         ctx.save_for_backward(x, low)
-        ctx.weight, ctx.layer, ctx.tokens = weight, layer, tokens
+        ctx.weight, ctx.layer, ctx.tokens, ctx.queue = weight, layer, tokens, layer.queue
         whole = layer.entry.forward(layer.tp, x, tokens, False).wait()
         return layer.exit.forward(layer.tp, F.linear(whole, low), tokens, False).wait()
 
@@ -150,7 +169,7 @@ class _Product(torch.autograd.Function):
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     x, low = ctx.saved_tensors
     layer: Linear = ctx.layer
-    tp, queue = layer.tp, layer.queue
+    tp, queue = layer.tp, ctx.queue
     x_needed, weight_needed = ctx.needs_input_grad[:2]
     grad = layer.exit.backward(tp, grad, ctx.tokens, False).wait()
     # Only this rank's tokens were kept: the others come while the input's gradient is computed.
@@ -160,14 +179,8 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         overlaps = weight_needed and queue is None
         x_grad = layer.entry.backward(tp, grad @ low, ctx.tokens, overlaps)
     if whole is not None and queue is None:
-        weight_grad = _weight_gradient(grad, whole.wait(), ctx.weight.dtype)
-    elif whole is not None:
-        queue.put(ctx.weight, partial(_weight_gradient, grad, whole.wait(), ctx.weight.dtype))
+        weight_grad = weight_gradient(grad, whole.wait(), ctx.weight.dtype)
+    elif whole is not None:  # detached: what x came from leads back to this queue
+        source = whole.wait().detach()
+        queue.put(ctx.weight, grad, partial(weight_gradient, x=source, dtype=ctx.weight.dtype))
     return None if x_grad is None else x_grad.wait(), weight_grad
-
-
-def _weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    if grad.dim() != 2:
-        rows = math.prod(grad.shape[:-1])
-        grad, x = grad.reshape(rows, grad.shape[-1]), x.reshape(rows, x.shape[-1])
-    return (grad.T @ x).to(dtype)

@@ -20,7 +20,7 @@ from hybridcomm.errors import UnsupportedError
 from model.computing import PLAIN, Computing
 from model.config import ModelConfig
 from model.dropout import Dropout, derive_draws, fresh_draws
-from model.layers import Block, RMSNorm, rope_tables
+from model.layers import Block, RMSNorm, RotaryTables
 from model.linear import Linear
 from model.parts import Part
 from model.ranking import target_ranks
@@ -81,6 +81,7 @@ class Recommender(nn.Module):
         if self.part.embeds or (self.part.scores and config.tied and not split_head):
             self.table = ItemTable(num_items, config.dim, features=features, tp=tp)
         self.embedding_dropout = Dropout(config.dropout, place=0, channels=config.dim, tp=tp)
+        self.rotary = RotaryTables(config)
         self.blocks = nn.ModuleDict({str(layer): Block(config, tp=tp) for layer in self.part.layers})
         for block in self.blocks.values():
             computing.prepare(block)
@@ -114,7 +115,8 @@ class Recommender(nn.Module):
     ) -> Tensor:
         """Runs the part: from items, or ``x``, what the part before it gave; to the loss, scores, or what comes next.
 
-        ``items``, ``segments``, ``positions`` are int64 [B, T]; tokens attend to earlier tokens of their own segment.
+        ``items``, ``segments``, ``positions`` (below ``max_len``) are int64 [B, T]; tokens attend to earlier tokens of
+        their own segment.
         Between parts go vectors [B, T, D]; under sequence parallelism this rank's tokens of them, [n, D]. ``picks`` is
         int64 [N], indices into the B * T tokens. The last part returns with ``targets`` [N] the sum over the picked
         tokens of the cross-entropy over all items, in nats, equal on all ranks (``negatives``: over these alone, as
@@ -188,10 +190,8 @@ class Recommender(nn.Module):
         return self.table, rows
 
     def _decode(self, x: Tensor, segments: Tensor, positions: Tensor, draws: Tensor | None) -> Tensor:
-        tokens = segments.shape[1]
-        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=segments.device).tril()
-        mask = ((segments[:, :, None] == segments[:, None, :]) & causal)[:, None]
-        cos, sin = rope_tables(positions, self.config.dim // self.config.heads, self.config.rope_base)
+        mask = (segments[:, :, None] == segments[:, None, :]).tril_()[:, None]
+        cos, sin = self.rotary(positions)
         tables = cos.to(x.dtype), sin.to(x.dtype)
         for layer, block in self.blocks.items():
             drawn = None if draws is None else derive_draws(draws, 1 + int(layer))

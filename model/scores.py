@@ -22,7 +22,7 @@ from torch import Tensor
 from model.tensor_parallel import COPY, TensorParallel, without_autocast
 from model.weight_gradients import Deferring
 
-__all__ = ["TILE", "Columns", "Tile", "Tiles", "fold", "join", "log_sums", "table_gradient"]
+__all__ = ["TILE", "Columns", "Kept", "Tile", "Tiles", "fold", "join", "log_sums", "table_gradient"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,8 @@ class _LogSums(torch.autograd.Function):
             kept = Kept(columns.tile.kept) if any(ctx.needs_input_grad) else None
             log_sum, target = _joined(fold(hidden, table, columns, kept=kept), columns.tp)
             ctx.save_for_backward(hidden, table, log_sum)
-            ctx.columns, ctx.leaf, ctx.kept = columns, table if table.is_leaf else None, kept
+            ctx.columns, ctx.table, ctx.kept = columns, table, kept
+            ctx.queue = columns.owner.queue if columns.owner is not None and table.is_leaf else None
             return log_sum, target
 
     @staticmethod
@@ -152,13 +153,13 @@ class _LogSums(torch.autograd.Function):
         columns: Columns = ctx.columns
         again = partial(_gradients, *ctx.saved_tensors, columns, (by_sum, by_target), kept=ctx.kept)
         hidden_needed, table_needed, _ = ctx.needs_input_grad
-        queue = None if columns.owner is None or ctx.leaf is None else columns.owner.queue
+        queue = ctx.queue
         with without_autocast(by_sum):
             hidden_grad, table_grad = again(of_hidden=hidden_needed, of_table=table_needed and queue is None)
             if hidden_grad is not None and columns.tp.size > 1 and not columns.tp.sequence:
                 hidden_grad = COPY.backward(columns.tp, hidden_grad, 0, False).wait()
         if table_needed and queue is not None:
-            queue.put(ctx.leaf, lambda: again(of_hidden=False, of_table=True)[1])
+            queue.put(ctx.table, by_sum, lambda _: again(of_hidden=False, of_table=True)[1])
         return None if hidden_grad is None else hidden_grad.to(ctx.saved_tensors[0].dtype), table_grad, None
 
 
@@ -191,10 +192,21 @@ def fold(
     return stats
 
 
-def table_gradient(hidden: Tensor, table: Tensor, columns: Columns, log_sum: Tensor, scale: float) -> Tensor:
-    """Of this rank's table, for ``scale`` times the sum of the cross-entropies; ``log_sum`` [N] of all ranks."""
+def table_gradient(
+    hidden: Tensor,
+    table: Tensor,
+    columns: Columns,
+    log_sum: Tensor,
+    scale: float,
+    *,
+    kept: Kept | None = None,
+) -> Tensor:
+    """Of this rank's table, for ``scale`` times the sum of the cross-entropies; ``log_sum`` [N] of all ranks, ``kept``
+    of `fold`."""
     by = torch.full_like(log_sum, scale)
-    found = _gradients(hidden, table, log_sum, columns, (by, -by), of_hidden=False, of_table=True)[1]
+    found = _gradients(hidden, table, log_sum, columns, (by, -by), of_hidden=False, of_table=True, kept=kept)[
+        1
+    ]
     assert found is not None  # noqa: S101 (it was asked for)
     return found
 

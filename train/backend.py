@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from model.recommender import Recommender
-from model.weight_gradients import never_defer
 from train.batch import Packed
 from train.outcome import StepTimes
 from train.profile import RankTrace
@@ -133,7 +132,6 @@ class WholeModel(Backend):
         self.model = Recommender(spec.config, spec.num_items, spec.features, computing=spec.computing).to(
             spec.dtype
         )
-        never_defer(self.model)
         return list(self.model.parameters())
 
     def forward(self, batch: Packed) -> Tensor:

@@ -28,7 +28,7 @@ from model.recommender import Recommender
 from model.sharding import balanced, shardings
 from model.tensor_parallel import TensorParallel, check_alike, sum_partial_gradients
 from model.vocab import Items, ItemTable
-from model.weight_gradients import never_defer
+from model.weight_gradients import recompute
 from train.batch import Packed
 from train.errors import ConfigError
 from train.mesh import Coordinates, Mesh
@@ -140,8 +140,8 @@ class Replica:
         ).to(spec.dtype)  # fmt: skip
         if spec.place is not None:
             spec.place(module)
-        if not self.schedule.splits_backward:
-            never_defer(module)
+        if self.schedule.splits_backward and spec.computing.checkpoint:
+            recompute(module)
         return module
 
     def _make_head(self, spec: ModelSpec, ctx: Grouping) -> HeadShard:

@@ -15,7 +15,7 @@ from benchmarks.parallel import plain
 from benchmarks.parallel.case import Case
 from model.parts import Part
 from model.vocab import Items, item_loss
-from train.pipeline import Costs, StageCost, make_schedule, simulate
+from train.pipeline import Costs, HeadCost, StageCost, lower, make_schedule, simulate
 
 __all__ = ["Cut", "cuts", "parts_of", "promising", "unit_costs"]
 
@@ -72,23 +72,28 @@ def _timed(call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Sta
 
 
 def promising(case: Case, schedule: str, units: tuple[StageCost, StageCost], *, count: int) -> list[Cut]:
-    """The cuts of a schedule on two ranks that are to be run, best first by simulation."""
-    made = make_schedule(schedule.partition(", ")[0], 2, case.microbatches)
+    """The cuts of a schedule on two ranks that are to be run, best first by simulation; ``schedule`` as of
+    `benchmarks.parallel.ours.pipeline`."""
+    name, _, split = schedule.partition(", ")
+    made = lower(make_schedule(name, 2, case.microbatches), head=bool(split))
     every = cuts(case.layers, made.stages)
-    seconds = {cut: simulate(made, Costs(stages=_stages(cut, units))).step_time for cut in every}
+    seconds = {cut: simulate(made, _costs(cut, units, split=bool(split))).step_time for cut in every}
     ranked = sorted(every, key=seconds.__getitem__)
     return ranked[:count]
 
 
-def _stages(cut: Cut, units: tuple[StageCost, StageCost]) -> tuple[StageCost, ...]:
+def _costs(cut: Cut, units: tuple[StageCost, StageCost], *, split: bool) -> Costs:
+    """A split head makes its part of the hidden states' gradient together with the scores."""
     layer, head = units
-    last = len(cut) - 1
-    return tuple(
+    scores = (0,) * len(cut) if split else (*(0,) * (len(cut) - 1), 1)
+    stages = tuple(
         StageCost(
             **{
-                name: layers * getattr(layer, name) + (stage == last) * getattr(head, name)
+                name: layers * getattr(layer, name) + score * getattr(head, name)
                 for name in ("forward", "input_grad", "weight_grad")
             }
         )
-        for stage, layers in enumerate(cut)
+        for layers, score in zip(cut, scores, strict=True)
     )
+    shard = HeadCost(score=(head.forward + head.input_grad) / 2, weight_grad=head.weight_grad / 2)
+    return Costs(stages=stages, heads=(shard, shard) if split else ())

@@ -108,6 +108,7 @@ def test_the_best_cut_by_simulation_balances_layers_and_head() -> None:
     layer, head = (StageCost(forward=t, input_grad=t, weight_grad=t) for t in (1.0, 4.0))
     case = Case(items=60, layers=8)
     assert promising(case, "1f1b", (layer, head), count=1) == [(6, 2)]
+    assert promising(case, "1f1b, split head", (layer, head), count=1) == [(4, 4)]
     assert len(promising(case, "zbv", (layer, head), count=3)) == 3
     assert len(cuts(8, make_schedule("zbv", 2, 8).stages)) > 3
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
-from model.layers import RMSNorm, apply_rope, rope_tables
+from model.config import ModelConfig
+from model.layers import RMSNorm, RotaryTables, apply_rope, rope_tables
 from tests.numerics import gamma
 
 CHANNELS = 16
@@ -45,6 +47,17 @@ def test_rope_keeps_lengths_and_position_zero() -> None:
     assert torch.equal(turned[:, :, 0], x[:, :, 0])
     bound = gamma(CHANNELS + 8, "float32")
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1), rtol=bound, atol=0.0)
+
+
+def test_rotary_tables_are_those_of_the_positions() -> None:
+    config = ModelConfig(dim=32, heads=2, max_len=9)
+    positions = torch.tensor([[0, 1, 2, 8], [5, 6, 0, 1]])
+    rotary = RotaryTables(config)
+    for found, want in zip(rotary(positions), rope_tables(positions, 16, config.rope_base), strict=True):
+        assert torch.equal(found, want)
+    assert not rotary.state_dict()
+    with pytest.raises(IndexError):
+        rotary(positions + 1)
 
 
 def test_rms_norm_against_fp64() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from model.config import ModelConfig
 from model.linear import ColumnLinear, Linear, RowLinear
 from model.sharding import join_states
 from model.tensor_parallel import ALONE, TensorParallel
-from model.weight_gradients import WeightGradients, never_defer
+from model.weight_gradients import Deferrable, WeightGradients, recompute, weight_gradient
 from tests.engine_ranks import engine_contexts
 from tests.model.parallel import CONFIG, FEW_HEADS, Decoder, batch, bound, build, built
 from tests.numerics import gamma
@@ -42,9 +44,11 @@ def same(left: list[Tensor | None], right: list[Tensor | None]) -> bool:
     )
 
 
-def plainly(
-    microbatches: int, *, autocast: bool = False, checkpointed: str | None = None
-) -> tuple[list, list]:
+def queued(module: nn.Module) -> WeightGradients:
+    return WeightGradients(Deferrable.of(module))
+
+
+def plainly(microbatches: int, *, autocast: bool = False, checkpointed: bool = False) -> tuple[list, list]:
     """(weight gradients, input gradients) of plain backward over some microbatches."""
     module, found = stack(), []
     for microbatch in range(microbatches):
@@ -54,15 +58,9 @@ def plainly(
     return grads(module), found
 
 
-def output(
-    module: nn.Module, x: Tensor, *, autocast: bool = False, checkpointed: str | None = None
-) -> Tensor:
+def output(module: nn.Module, x: Tensor, *, autocast: bool = False, checkpointed: bool = False) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        return (
-            module(x)
-            if checkpointed is None
-            else checkpoint(module, x, use_reentrant=checkpointed == "reentrant")
-        )
+        return checkpoint(module, x, use_reentrant=False) if checkpointed else module(x)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -99,22 +97,24 @@ def test_one_seed_draws_torchs_weights() -> None:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("checkpointed", [None, "reentrant", "not reentrant"])
+@pytest.mark.parametrize("checkpointed", [None, "inputs kept", "recomputed"])
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
 def test_put_off_gradients_are_those_of_plain_backward(
     order: tuple[int, ...], checkpointed: str | None, autocast: bool
 ) -> None:
     """Three microbatches in flight: after all backward passes no weight has a gradient, inputs have theirs."""
-    options = {"autocast": autocast, "checkpointed": checkpointed}
+    options = {"autocast": autocast, "checkpointed": checkpointed is not None}
     weights, xs = plainly(3, **options)
-    module, queues, given = stack(), [], [inputs(microbatch) for microbatch in range(3)]
-    outputs = [output(module, x, **options).square().sum() for x in given]
-    for loss in outputs:
-        queues.append(WeightGradients())
-        with queues[-1].collect(module):
-            loss.backward()
+    module, given = stack(), [inputs(microbatch) for microbatch in range(3)]
+    if checkpointed == "recomputed":
+        recompute(module)
+    queues, outputs = [queued(module) for _ in given], []
+    for queue, x in zip(queues, given, strict=True):
+        with queue.collect():
+            outputs.append(output(module, x, **options).square().sum())
+    found = [queue.backward(y, x=x) for queue, y, x in zip(queues, outputs, given, strict=True)]
     assert grads(module) == [None] * 3
-    assert same([x.grad for x in given], xs)
+    assert same(found, xs)
     assert [len(queue) for queue in queues] == [3, 3, 3]
     if order == (0, 1, 2):
         for queue in queues:
@@ -132,27 +132,28 @@ def test_put_off_gradients_are_those_of_plain_backward(
 
 def test_plain_and_put_off_microbatches_mix() -> None:
     weights, _ = plainly(2)
-    module, queue = stack(), WeightGradients()
-    with queue.collect(module):
-        output(module, inputs(0)).square().sum().backward()
+    module = stack()
+    queue = queued(module)
+    with queue.collect():
+        y = output(module, inputs(0)).square().sum()
+    queue.backward(y)
     queue.run()
     output(module, inputs(1)).square().sum().backward()
     assert same(grads(module), weights)
 
 
 def test_done_is_called_once_when_a_weight_is_complete() -> None:
-    """Also for a weight that is used twice; the parameters' hooks fire before there is anything, and not again."""
-    shared, queue = Linear(7, 7), WeightGradients()
-    last = Linear(7, 7)
-    fired: list[Tensor | None] = []
+    """Also for a weight that is used twice; the parameters' hooks do not fire."""
+    shared, last = Linear(7, 7), Linear(7, 7)
+    queue, fired = queued(nn.ModuleList([shared, last])), []
     for parameter in (shared.weight, last.weight):
-        parameter.register_post_accumulate_grad_hook(lambda weight: fired.append(weight.grad))
-    x = inputs(0)
-    with queue.collect(nn.ModuleList([shared, last])):
-        last(shared(shared(x).tanh())).sum().backward()
+        parameter.register_post_accumulate_grad_hook(fired.append)
+    with queue.collect():
+        y = last(shared(shared(inputs(0)).tanh())).sum()
+    queue.backward(y)
     seen: list[tuple[Tensor, Tensor]] = []
     queue.run(lambda weight: seen.append((weight, weight.grad.clone())))
-    assert fired == [None] * 2
+    assert fired == []
     assert [weight is each for (weight, _), each in zip(seen, (last.weight, shared.weight), strict=True)] == [
         True
     ] * 2
@@ -162,35 +163,99 @@ def test_done_is_called_once_when_a_weight_is_complete() -> None:
 
 
 def test_frozen_weights_are_left_out() -> None:
-    module, queue = stack(), WeightGradients()
+    module = stack()
     module[2].weight.requires_grad_(False)
-    with queue.collect(module):
-        output(module, inputs(0)).sum().backward()
+    queue = queued(module)
+    with queue.collect():
+        y = output(module, inputs(0)).sum()
+    queue.backward(y)
     assert len(queue) == 2
+
+
+class Projected(nn.Module):
+    """rows = own + projection: both have one gradient, which torch hands to both as one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.own, self.projection = nn.Parameter(torch.randn(6, 4)), Linear(5, 4)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.own + self.projection(features)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("expanded", [False, True])
+def test_a_leafs_gradient_is_its_own(recomputed: bool, expanded: bool) -> None:
+    """Adding a second microbatch's to it changes nothing that is still to be computed from the first one's."""
+    features = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(4))
+    gradients = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(5))
+
+    def gradient(microbatch: int) -> Tensor:
+        return gradients[microbatch, :1].expand(6, 4) if expanded else gradients[microbatch].clone()
+
+    plain, module = Projected(), Projected()
+    if recomputed:
+        recompute(module)
+    queues = [queued(module) for _ in features]
+    for microbatch, queue in enumerate(queues):
+        plain(features[microbatch]).backward(gradient(microbatch))
+        with queue.collect():
+            y = module(features[microbatch])
+        queue.backward(y, gradient(microbatch))
+    for queue in queues:
+        queue.run()
+    assert same(grads(module), grads(plain))
 
 
 def test_two_queues_at_once_are_refused() -> None:
     module = stack()
-    with WeightGradients().collect(module), pytest.raises(UnsupportedError, match="another queue"):  # noqa: SIM117
-        with WeightGradients().collect(module[0]):
+    with queued(module).collect(), pytest.raises(UnsupportedError, match="another queue"):  # noqa: SIM117
+        with queued(module[0]).collect():
             pass
     assert all(layer.queue is None for layer in module.modules() if isinstance(layer, Linear))
 
 
-def test_a_computed_weight_cannot_be_put_off() -> None:
-    layer, queue = Linear(7, 4), WeightGradients()
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_computed_weight_cannot_be_put_off(recomputed: bool) -> None:
+    layer = Linear(7, 4)
+    if recomputed:
+        recompute(layer)
+    queue = queued(layer)
     doubled = {"weight": layer.weight * 2}
-    with queue.collect(layer), pytest.raises(UnsupportedError, match="computed from others"):
-        torch.func.functional_call(layer, doubled, (inputs(0),)).sum().backward()
+    with pytest.raises(UnsupportedError, match="computed from others"):  # noqa: PT012 (in one of two parts)
+        with queue.collect():
+            y = torch.func.functional_call(layer, doubled, (inputs(0),)).sum()
+        queue.backward(y)
+
+
+def test_a_queue_that_is_forgotten_goes_with_what_it_holds(contexts: list[Context]) -> None:
+    """After an error nobody runs it."""
+
+    def body(context: Context) -> tuple[weakref.ref, weakref.ref]:
+        layers = stacks[context.rank]
+        queue = queued(layers)
+        x = torch.ones(3, 4, requires_grad=True)
+        with queue.collect():
+            y = layers(x)
+        queue.backward(y.sum(), x=x)
+        assert len(queue) == 2
+        return weakref.ref(queue), weakref.ref(y)
+
+    stacks = built(contexts, 2, lambda tp: nn.Sequential(ColumnLinear(4, 6, tp=tp), RowLinear(6, 4, tp=tp)))
+    found = run_ranks(body, contexts[:2])
+    assert [ref() for refs in found for ref in refs] == [None] * 4
 
 
 def test_control_a_gradient_put_off_by_another_sum_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that replaces instead of adds, as a reader of ``weight.grad is None`` might get wrong."""
     weights, _ = plainly(2)
-    module, queues = stack(), [WeightGradients(), WeightGradients()]
+    module = stack()
+    queues = [queued(module), queued(module)]
     for microbatch, queue in enumerate(queues):
-        with queue.collect(module):
-            output(module, inputs(microbatch)).square().sum().backward()
+        with queue.collect():
+            y = output(module, inputs(microbatch)).square().sum()
+        queue.backward(y)
     queues[0].run()
     module.zero_grad()
     queues[1].run()
@@ -216,14 +281,16 @@ def test_ranks_put_off_the_same_bits(
         if checkpointed:
             for block in (*plain.blocks, *delayed.blocks):
                 wrap(block)
+            recompute(delayed)
         data = batch()
         for _ in range(2):
             plain.loss(data).backward()
-        queues = []
-        for loss in [delayed.loss(data), delayed.loss(data)]:
-            queues.append(WeightGradients())
-            with queues[-1].collect(delayed):
-                loss.backward()
+        queues, losses = [queued(delayed), queued(delayed)], []
+        for queue in queues:
+            with queue.collect():
+                losses.append(delayed.loss(data))
+        for queue, loss in zip(queues, losses, strict=True):
+            queue.backward(loss)
         split = [layer for layer in delayed.modules() if isinstance(layer, Linear)]
         assert all(layer.weight.grad is None for layer in split)
         assert delayed.table.embedding.grad is not None
@@ -293,31 +360,26 @@ def test_compiled_blocks_work_and_put_off(size: int) -> None:
 
 def compare(plain: Decoder, compiled: Decoder) -> None:
     plain.loss(batch()).backward()
-    loss, queue = compiled.loss(batch()), WeightGradients()
-    with queue.collect(compiled):
-        loss.backward()
+    queue = queued(compiled)
+    with queue.collect():
+        loss = compiled.loss(batch())
+    queue.backward(loss)
     assert len(queue) == 4 * len(compiled.blocks) + 1
     queue.run()
     for found, exact in zip(grads(compiled), grads(plain), strict=True):
         torch.testing.assert_close(found, exact, rtol=0.0, atol=bound(exact, "float64"))
 
 
-def test_layers_that_never_defer_are_torchs_own() -> None:
-    """The same bits from a plain product, a block that compiles in one graph, and no queue that would stay empty."""
+def test_layers_that_put_nothing_off_are_torchs_own() -> None:
+    """The same bits from a plain product, and a block that compiles in one graph."""
     module, plain = stack(), stack()
-    never_defer(plain)
+    recompute(module)  # an autograd function of ours
     for each in (module, plain):
         each(inputs(0)).square().sum().backward()
     assert same(grads(plain), grads(module))
     assert "MmBackward" in type(plain[:1](inputs(0).flatten(0, 1)).grad_fn).__name__
-    with (
-        pytest.raises(UnsupportedError, match="nothing of them can be put off"),
-        WeightGradients().collect(plain),
-    ):
-        pass
     decoder = build(ALONE)
     want = decoder.loss(batch()).detach()
-    never_defer(decoder)
     torch.compiler.reset()  # what other tests have compiled counts towards a limit, past which frames are left out
     for block in decoder.blocks:
         block.compile(backend="eager", fullgraph=True)
@@ -352,13 +414,13 @@ def test_the_sum_over_ranks_is_under_way_while_the_weight_gradient_is_computed(
     contexts: list[Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logs: list[list[str]] = [[], []]
-    right = linear._weight_gradient
+    right = weight_gradient
 
     def noted(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         logs[int(x[0, 0] > 0)].append("weight gradient")
         return right(grad, x, dtype)
 
-    monkeypatch.setattr(linear, "_weight_gradient", noted)
+    monkeypatch.setattr(linear, "weight_gradient", noted)
 
     def body(context: Context) -> None:
         layer, x = layers[context.rank], torch.full((3, 4), float(context.rank), requires_grad=True)

@@ -22,7 +22,7 @@ from hybridcomm.errors import UnsupportedError
 from model.scores import TILE, Columns, Tile, log_sums
 from model.tensor_parallel import ALONE, TensorParallel
 from model.vocab import Items, ItemTable, item_loss
-from model.weight_gradients import WeightGradients
+from model.weight_gradients import Deferrable, WeightGradients
 from tests.model.parallel import over
 from tests.numerics import SMALLEST_NORMAL, UNIT_ROUNDOFF, gamma
 
@@ -249,12 +249,13 @@ def test_a_backward_in_two_parts_uses_what_was_kept_twice() -> None:
     want = computed(lambda h, t: item_loss(h, t, targets, Items(count=41)), hidden, table)
     with torch.no_grad():
         module.embedding.copy_(table)
-    states, queue = hidden.clone().requires_grad_(), WeightGradients()
-    with queue.collect(module):
-        item_loss(states, module(), targets, module.items, owner=module).backward()
+    states, queue = hidden.clone().requires_grad_(), WeightGradients(Deferrable.of(module))
+    with queue.collect():
+        loss = item_loss(states, module(), targets, module.items, owner=module)
+    gradient = queue.backward(loss, x=states)
     assert module.embedding.grad is None
     queue.run()
-    assert torch.equal(states.grad, want["hidden"])
+    assert torch.equal(gradient, want["hidden"])
     assert torch.equal(module.embedding.grad, want["table"])
 
 

@@ -67,9 +67,11 @@ def test_a_split_head_with_a_table_of_its_own(pp: int, tp: int) -> None:
 # -- planted bugs --------------------------------------------------------------------------------------------
 
 
-def _scored_twice(hidden: Tensor, table: Tensor, columns: Columns, mean: Tensor) -> Tensor:
+def _scored_twice(
+    hidden: Tensor, table: Tensor, columns: Columns, mean: Tensor, *, kept: scores.Kept
+) -> Tensor:
     """The second shard's items count double in the sum, and in the states' gradient."""
-    statistics = scores.fold(hidden, table, columns, mean)
+    statistics = scores.fold(hidden, table, columns, mean, kept=kept)
     if columns.tp.rank == 1:
         statistics[1] *= 2
         mean *= 2

@@ -10,7 +10,7 @@ REDUCE   a bucket of the stage is launched (`train.pipeline.buckets`)
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -22,7 +22,7 @@ from hybridcomm.reducer import Reducer
 from hybridcomm.work import Work
 from model.head import HeadShard, Scored
 from model.recommender import Recommender
-from model.weight_gradients import WeightGradients
+from model.weight_gradients import Deferrable, WeightGradients
 from train.batch import Packed
 from train.errors import ScheduleError
 from train.outcome import StepTimes
@@ -84,6 +84,8 @@ class PipelineRuntime(ListRuntime[Packed]):
                 "exchange where there is one, and only there"
             )
         self.stages, self.head, self.exchange = dict(stages), head, exchange
+        self._deferrable = {stage: Deferrable.of(module) for stage, module in stages.items()}
+        self._split = {(entry.stage, entry.microbatch) for entry in self.list if entry.op == "I"}
         queued = isinstance(group, DeviceContext)
         self.buckets = Buckets(schedule, rank, reducers or {}, shared, queued=queued)
 
@@ -123,17 +125,27 @@ class PipelineRuntime(ListRuntime[Packed]):
             step.inputs[place] = x = x.requires_grad_()
         scores = stage == self.schedule.last and self.head is None
         targets = batch.targets if scores else None
-        step.outputs[place] = out = self.stages[stage](
-            *batch.inputs, targets, x, negatives=batch.negatives, draws=batch.draws
-        )
+        with self._collecting(step, place):
+            step.outputs[place] = out = self.stages[stage](
+                *batch.inputs, targets, x, negatives=batch.negatives, draws=batch.draws
+            )
         if scores:
             step.add_loss(out.detach())
 
+    def _collecting(self, step: _Step, place: Place) -> AbstractContextManager[object]:
+        """Around a forward whose backward is in two parts."""
+        if place not in self._split:
+            return nullcontext()
+        queue = step.queues[place] = WeightGradients(self._deferrable[place[0]])
+        return queue.collect()
+
     def _input_gradient(self, step: _Step, entry: Instruction) -> None:  # type: ignore[override]
         _, stage, microbatch, *_ = entry
-        queue = step.queues[stage, microbatch] = WeightGradients()
-        with queue.collect(self.stages[stage]), self._accumulating():
-            self._run_backward(step, stage, microbatch)
+        place = stage, microbatch
+        out, gradient = self._output(step, place)
+        gradient = step.queues[place].backward(out, gradient, step.inputs.pop(place, None))
+        if gradient is not None:
+            step.gradients[stage - 1, microbatch] = gradient
 
     def _backward(self, step: _Step, entry: Instruction) -> None:  # type: ignore[override]
         _, stage, microbatch, *_ = entry
@@ -141,24 +153,24 @@ class PipelineRuntime(ListRuntime[Packed]):
         if final:
             self.buckets.release_behind(stage)
         with self._accumulating(complete=stage if final else None):
-            self._run_backward(step, stage, microbatch)
+            out, gradient = self._output(step, (stage, microbatch))
+            out.backward(gradient)
+        x = step.inputs.pop((stage, microbatch), None)
+        if x is not None and x.grad is not None:
+            step.gradients[stage - 1, microbatch] = x.grad
         if final:
             self.buckets.shared_ready(stage)
 
-    def _run_backward(self, step: _Step, stage: int, microbatch: int) -> None:
-        place = (stage, microbatch)
+    def _output(self, step: _Step, place: Place) -> tuple[Tensor, Tensor]:
+        """What came out of a stage, and its gradient."""
+        stage, microbatch = place
         out = step.outputs.pop(place)
         if stage == self.schedule.last and self.head is None:
-            gradient: Tensor | None = torch.full_like(out, step.scale)
-        elif stage == self.schedule.last:
-            gradient = self._states_gradient(step, microbatch).to(out.dtype)
-        else:
-            gradient = step.arrived("I", place)
-            gradient = step.gradients.pop(place) if gradient is None else gradient
-        out.backward(gradient)
-        x = step.inputs.pop(place, None)
-        if x is not None and x.grad is not None:
-            step.gradients[stage - 1, microbatch] = x.grad
+            return out, torch.full_like(out, step.scale)
+        if stage == self.schedule.last:
+            return out, self._states_gradient(step, microbatch).to(out.dtype)
+        gradient = step.arrived("I", place)
+        return out, step.gradients.pop(place) if gradient is None else gradient
 
     def _weight_gradients(self, step: _Step, entry: Instruction) -> None:  # type: ignore[override]
         _, stage, microbatch, *_ = entry

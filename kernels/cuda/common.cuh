@@ -77,4 +77,30 @@ struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Pack {
   T at[kCount];
 };
 
+template <class T>
+constexpr bool kIsBf16 = false;
+template <>
+constexpr bool kIsBf16<__nv_bfloat16> = true;
+
+template <class T, int kCount>
+__device__ __forceinline__ Pack<T, kCount> narrowed(const Pack<float, kCount>& from) {
+  Pack<T, kCount> to;
+#if __CUDA_ARCH__ >= 1000
+  // One instruction for two values and both limits. Its memory has outgrown its integer units, and minima are theirs;
+  // ISA 8.0, which the other architectures are built for, does not know it.
+  if constexpr (kIsBf16<T>) {
+    static_assert(kCount % 2 == 0, "values go by pairs");
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2)
+      asm("cvt.rn.satfinite.bf16x2.f32 %0, %1, %2;"
+          : "=r"(reinterpret_cast<uint32_t*>(to.at)[i / 2])
+          : "f"(from.at[i + 1]), "f"(from.at[i]));
+    return to;
+  }
+#endif
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) to.at[i] = narrowed<T>(from.at[i]);
+  return to;
+}
+
 }  // namespace hybridcomm

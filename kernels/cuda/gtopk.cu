@@ -337,8 +337,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     Chunk chunk = {};
     if (!flagged) {
       const auto from = *reinterpret_cast<const Pack<float, 8>*>(acc + begin + at);
-#pragma unroll
-      for (int c = 0; c < 8; ++c) chunk.at[c] = narrowed<__nv_bfloat16>(from.at[c]);
+      chunk = narrowed<__nv_bfloat16>(from);
     } else if (e_in != nullptr) {
       chunk = *reinterpret_cast<const Chunk*>(e_in + begin + at);
     }

@@ -176,9 +176,7 @@ struct TopK {
 #pragma unroll
     for (int j = 0; j < kChunks; ++j) {
       if (slot[j] >= 0) acc[j] = shared.chunk[slot[j]];
-      Pack<R, kChunk> pack;
-#pragma unroll
-      for (int c = 0; c < kChunk; ++c) pack.at[c] = narrowed<R>(acc[j].at[c]);
+      const Pack<R, kChunk> pack = narrowed<R>(acc[j]);
       if (index_of(j, lane) < left) *reinterpret_cast<Pack<R, kChunk>*>(e_out + index_of(j, lane)) = pack;
     }
   }

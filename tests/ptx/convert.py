@@ -135,6 +135,12 @@ def _floats() -> Iterator[tuple[str, str, str, Callable[..., Array]]]:
     yield "cvt.f32.bf16", "f32", "bf16", lambda a: canonical(widen(a))
 
 
+def _finite_bf16(values: Array) -> Array:
+    """Infinity, and what would round to it, becomes the largest finite number; NaN stays one."""
+    bits = round_bf16(values)
+    return np.where(bits & 0x7FFF == 0x7F80, bits - np.uint16(1), bits).astype(np.uint16)
+
+
 def _both(encode: Callable[[Array], Array]) -> Callable[[Array, Array], Array]:
     """Two values to a pair, the first in the upper half."""
     return lambda high, low: np.stack(np.broadcast_arrays(encode(low), encode(high)), axis=-1)
@@ -142,6 +148,7 @@ def _both(encode: Callable[[Array], Array]) -> Callable[[Array, Array], Array]:
 
 def _pairs() -> Iterator[tuple[str, str, tuple[str, ...], Callable[..., Array]]]:
     yield "cvt.rn.bf16x2.f32", "bf16x2", ("f32", "f32"), _both(round_bf16)
+    yield "cvt.rn.satfinite.bf16x2.f32", "bf16x2", ("f32", "f32"), _both(_finite_bf16)
     yield "cvt.rn.f16x2.f32", "f16x2", ("f32", "f32"), _both(lambda a: canonical(a.astype(np.float16)))
     for name, form in FP8.items():
         table = form.table()

@@ -67,6 +67,13 @@ def near_limits() -> st.SearchStrategy[int]:
     )
 
 
+def near_bf16s_end() -> st.SearchStrategy[int]:
+    """fp32 codes from bf16's largest number on."""
+    return st.builds(
+        lambda low, sign: 0x7F7F0000 + low | sign << 31, st.integers(0, 0x10000), st.integers(0, 1)
+    )
+
+
 @pytest.mark.parametrize("target", INTEGERS)
 @pytest.mark.parametrize("mode", sorted(_ROUND))
 @settings(max_examples=5)
@@ -121,6 +128,22 @@ def test_narrowing_rounds_once(target: str, rows: list[tuple[int, ...]]) -> None
             want = small.round(form.value(code), negative_zero=bool(code & form.sign))
         assert got[i] == want == both[2 * i], (target, hex(code))
         assert both[2 * i + 1] == got[len(rows) - 1 - i]
+
+
+@settings(max_examples=15)
+@given(rows=st.lists(st.tuples(codes("f32"), near_bf16s_end()), min_size=1, max_size=64))
+def test_narrowing_to_bf16_saturates(rows: list[tuple[int, ...]]) -> None:
+    form, small = FORMATS["f32"], FORMATS["bf16"]
+
+    def want(code: int) -> int:
+        if form.is_nan(code):
+            return NAN["bf16"]
+        if form.is_infinite(code):
+            return small.largest | (small.sign if code & form.sign else 0)
+        return small.round(form.value(code), negative_zero=bool(code & form.sign), saturate=True)
+
+    got = raw(apply("cvt.rn.satfinite.bf16x2.f32", "bf16x2", *columns("f32", rows)))
+    assert got == [want(code) for a, b in rows for code in (b, a)]  # the first operand goes to the upper half
 
 
 @pytest.mark.parametrize("target", ["f16", "bf16"])

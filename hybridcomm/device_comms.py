@@ -7,6 +7,7 @@ splitting it. NCCL's version and what it has beyond 2.18 must be the same everyw
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
     from hybridcomm.groups import Grouping
     from hybridcomm.topology import Topology
 
-__all__ = ["check_alike", "compare", "connect", "groups_of"]
+__all__ = ["check_alike", "compare", "connect", "groups_of", "keeps_order"]
 
 _TEXT_NBYTES = 512
+_ORDER_SINCE = 22602
+"""NCCL's version from which it can order communicators."""
 
 
 def groups_of(topology: Topology) -> list[list[tuple[int, ...]]]:
@@ -69,6 +72,16 @@ def connect(engine: _C.GpuEngine, host: Grouping) -> dict[tuple[int, ...], int]:
     return comms
 
 
+def keeps_order(engine: _C.GpuEngine) -> bool:
+    """Whether operations of several communicators may run side by side on a device.
+
+    Their kernels wait for peers, and so have to be launched in one order everywhere. NCCL sees to that, by the order of
+    the calls, from 2.26.2 on in a process that was started with NCCL_LAUNCH_ORDER_IMPLICIT=1; under a driver older than
+    CUDA 12.3 each waits for the end of the one before.
+    """
+    return engine.nccl_version >= _ORDER_SINCE and os.environ.get("NCCL_LAUNCH_ORDER_IMPLICIT") == "1"
+
+
 def check_alike(host: Grouping, facts: Sequence[str]) -> None:
     """Raises `UnsupportedError`, on all ranks, naming those whose facts are not rank 0's."""
     text = "; ".join(facts).encode()[:_TEXT_NBYTES]
@@ -79,7 +92,7 @@ def check_alike(host: Grouping, facts: Sequence[str]) -> None:
     if others:
         raise UnsupportedError(
             f"rank 0 has {said[0]}, but {', '.join(others[:8])}: install the same NCCL, and the same kind of GPU, "
-            "on every rank"
+            "on every rank, and start all with the same NCCL_LAUNCH_ORDER_IMPLICIT"
         )
 
 

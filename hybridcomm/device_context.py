@@ -107,21 +107,24 @@ class DeviceContext(DeviceAllreduce):
             provider = TorchCuda(device) if provider is None else provider
             engine = _C.GpuEngine(
                 device=provider.ordinal,
-                streams=2,
+                streams=3,
                 timeout_s=host.timeout,
                 watch_s=watch,
                 nccl_files=[str(path) for path in nccl_files()],
                 host=host._engine,
             )
             facts = [f"NCCL {engine.nccl_version}", f"sm_{engine.compute_capability}", *engine.newer]
+            side_by_side = device_comms.keeps_order(engine)
+            facts += ["launches in order"] if side_by_side else []
         except Exception as error:
             device_comms.check_alike(host, [f"no GPU ({error})"])  # the others must not wait for this rank
             raise
         device_comms.check_alike(host, facts)
         comms = device_comms.connect(engine, host)
-        # One stream for all of NCCL: kernels of two communicators that wait for each other may fill a device.
+        # Else one stream for all of NCCL: kernels of two communicators that wait for each other may fill a device.
+        streams = (0, 1, 2) if side_by_side else (0, 1, 1)
         made = cls(
-            host, provider, engine, comms, streams=(0, 1, 1), flat=flat, debug=debug, stopwatch=stopwatch
+            host, provider, engine, comms, streams=streams, flat=flat, debug=debug, stopwatch=stopwatch
         )
         made._first = host._engine.counters()["calls"]  # what is drawn goes on where the host's calls are
         return made
@@ -159,10 +162,12 @@ class DeviceContext(DeviceAllreduce):
     def describe(self) -> str:
         """One line for a log: libraries, and the route that tensors take."""
         gpu = self._engine
+        beside = "beside" if self._streams[1] != self._streams[2] else "on one stream with"
         return (
             f"GPU {self.provider.ordinal} (sm_{gpu.compute_capability}), CUDA driver {gpu.cuda_version}, NCCL "
             f"{gpu.nccl_version} ({gpu.nccl_path}; {', '.join(gpu.newer) or 'nothing beyond 2.18'}); without compress= "
-            "tensors go flat, by NCCL's own algorithms; with it hierarchically, compressed between nodes"
+            "tensors go flat, by NCCL's own algorithms; with it hierarchically, compressed between nodes; stages in "
+            f"nodes run {beside} those between them"
         )
 
     def empty(self, *size: Any, dtype: Any = None) -> torch.Tensor:

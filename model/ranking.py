@@ -38,7 +38,7 @@ def target_ranks(
     items.check(table)
     tiles = Tiles(hidden, table, len(table), tile)
     index = torch.arange(items.begin, items.end, device=hidden.device)
-    excluded = _Excluded(histories, targets, items, tile)
+    excluded = _Excluded(histories, targets, items, tiles)
     # Both passes compute the same tiles with the same bits, so a target ties with itself and with its equals.
     own = hidden.new_zeros(len(hidden) + 1, dtype=tiles.dtype)
     places = targets - items.begin
@@ -66,7 +66,7 @@ def target_ranks(
 class _Excluded:
     """The rows' histories, sorted by tile."""
 
-    def __init__(self, histories: Sequence[np.ndarray], targets: Tensor, items: Items, tile: Tile) -> None:
+    def __init__(self, histories: Sequence[np.ndarray], targets: Tensor, items: Items, tiles: Tiles) -> None:
         rows = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
         columns = np.concatenate([np.zeros(0, np.int64), *histories])
         found = np.zeros(len(targets), np.bool_)
@@ -74,14 +74,15 @@ class _Excluded:
         self.targets, self._device = torch.from_numpy(found).to(targets.device), targets.device
         here = (columns >= items.begin) & (columns < items.end)
         rows, columns = rows[here], columns[here] - items.begin
-        self._tile, self._across = tile, -(-(items.end - items.begin) // tile.columns)
-        place = rows // tile.rows * self._across + columns // tile.columns
+        self._height, self._width = tiles.tile.rows, tiles.width
+        self._across = -(-(items.end - items.begin) // self._width)
+        place = rows // self._height * self._across + columns // self._width
         order = np.argsort(place, kind="stable")
         self._place, self._rows, self._columns = place[order], rows[order], columns[order]
 
     def inside(self, rows: slice, part: slice) -> tuple[Tensor, Tensor]:
         """(rows, columns) within a tile."""
-        place = rows.start // self._tile.rows * self._across + part.start // self._tile.columns
+        place = rows.start // self._height * self._across + part.start // self._width
         begin, end = np.searchsorted(self._place, [place, place + 1])
         found = slice(int(begin), int(end))
         places = self._rows[found] - rows.start, self._columns[found] - part.start

@@ -71,7 +71,8 @@ class Tiles:
         self.dtype = hidden.dtype if hidden.dtype is torch.float64 else torch.float32
         self.hidden, self.table, self.columns, self.tile = hidden, table, columns, tile
         numel = tile.rows * tile.columns
-        self._width = numel // max(1, min(tile.rows, len(hidden)))
+        self.width = numel // max(1, min(tile.rows, len(hidden)))
+        """Columns of a tile."""
         self._buffer, self._kept = hidden.new_empty(numel, dtype=self.dtype), kept
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
@@ -82,8 +83,8 @@ class Tiles:
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of columns, and their table rows."""
-        for begin in range(0, self.columns, self._width):
-            columns = slice(begin, min(begin + self._width, self.columns))
+        for begin in range(0, self.columns, self.width):
+            columns = slice(begin, min(begin + self.width, self.columns))
             yield columns, self.table[columns].to(self.dtype)
 
     def of(self, block: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 import model.ranking
 from hybridcomm.context import Context
 from model.ranking import NotFiniteError, target_ranks
-from model.scores import Tile
+from model.scores import TILE, Tile
 from model.tensor_parallel import KEEP, TensorParallel
 from model.vocab import Items
 from tests.model.parallel import over
@@ -18,6 +18,8 @@ from train.evaluate import target_ranks as ranks_of_scores
 
 N, D = 29, 6
 RAGGED = Tile(rows=6, columns=7)
+FEW = Tile(rows=64, columns=7)
+"""More rows than there are, so wider tiles than it says."""
 
 
 def draw(items: int) -> tuple[Tensor, Tensor, Tensor, list[np.ndarray]]:
@@ -46,15 +48,25 @@ def split(
     return over(contexts, size, body)
 
 
+@pytest.mark.parametrize("tile", [RAGGED, FEW], ids=["ragged", "few rows"])
 @pytest.mark.parametrize(("size", "items"), [(1, 50), (2, 50), (4, 50), (4, 3), (3, 49)])
-def test_ranks_are_those_of_the_whole_table(contexts: list[Context], size: int, items: int) -> None:
+def test_ranks_are_those_of_the_whole_table(
+    contexts: list[Context], size: int, items: int, tile: Tile
+) -> None:
     hidden, table, targets, histories = data = draw(items)
     exact = ranks_of_scores(hidden @ table.T, targets, histories)
-    assert all(torch.equal(found, exact) for found in split(contexts, size, data))
+    assert all(torch.equal(found, exact) for found in split(contexts, size, data, tile))
     if items == 50:
         assert (exact == items).any()  # a target in its history
         plain = ranks_of_scores(hidden @ table.T, targets, [np.zeros(0, np.int64)] * N)
         assert not torch.equal(exact, plain)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_catalogue_of_several_tiles_as_they_come(contexts: list[Context], size: int) -> None:
+    hidden, table, targets, histories = data = draw(700)
+    exact = ranks_of_scores(hidden @ table.T, targets, histories)
+    assert all(torch.equal(found, exact) for found in split(contexts, size, data, TILE))
 
 
 @pytest.mark.parametrize("size", [1, 2])

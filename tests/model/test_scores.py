@@ -279,7 +279,7 @@ MUTANTS = {
     "the target is not taken off": ("hidden_grad.index_add_(0, own", "hidden_grad.clone().index_add_(0, own"),
     "nor from the table": ("table_grad.index_add_(0, places", "table_grad.clone().index_add_(0, places"),
     "the last tile is left out": (
-        "range(0, self.columns, self._width)",
+        "range(0, self.columns, self.width)",
         "range(0, self.columns - 7, 7)",
     ),
     "kept tiles go by the last maximum": (

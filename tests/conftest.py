@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,10 @@ from tests.floor import pytest_configure, pytest_sessionfinish, pytest_terminal_
 # megabytes that takes minutes, and ends with the worker at the test's timeout.
 for name in ("CI", "BUILD_NUMBER"):
     os.environ.pop(name, None)
+
+# A shell's background job ignores interrupts, and so would ranks that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("untimed", deadline=None)  # other work on the machine must not fail a test
 settings.load_profile("untimed")

@@ -144,8 +144,10 @@ class _LogSums(torch.autograd.Function):
             kept = Kept(columns.tile.kept) if any(ctx.needs_input_grad) else None
             log_sum, target = _joined(fold(hidden, table, columns, kept=kept), columns.tp)
             ctx.save_for_backward(hidden, table, log_sum)
-            ctx.columns, ctx.table, ctx.kept = columns, table, kept
+            ctx.columns, ctx.kept = columns, kept
             ctx.queue = columns.owner.queue if columns.owner is not None and table.is_leaf else None
+            # A computed table is not held by this: it goes when backward has used it.
+            ctx.leaf = None if ctx.queue is None else table
             return log_sum, target
 
     @staticmethod
@@ -160,7 +162,7 @@ class _LogSums(torch.autograd.Function):
             if hidden_grad is not None and columns.tp.size > 1 and not columns.tp.sequence:
                 hidden_grad = COPY.backward(columns.tp, hidden_grad, 0, False).wait()
         if table_needed and queue is not None:
-            queue.put(ctx.table, by_sum, lambda _: again(of_hidden=False, of_table=True)[1])
+            queue.put(ctx.leaf, by_sum, lambda _: again(of_hidden=False, of_table=True)[1])
         return None if hidden_grad is None else hidden_grad.to(ctx.saved_tensors[0].dtype), table_grad, None
 
 

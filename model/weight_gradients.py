@@ -128,31 +128,28 @@ class WeightGradients:
         leaves = [leaf for leaf in self._parts.leaves if leaf.requires_grad]
         edges = [GradientEdge(node, 0) for *_, node in products]
         found = torch.autograd.grad(output, [*inputs, *leaves, *edges], gradient, allow_unused=True)
-        of_leaves, of_edges = found[len(inputs) : -len(edges) or None], found[len(found) - len(edges) :]
+        of_edges = found[len(inputs) + len(leaves) :]
         for (weight, source, _), grad in zip(products, of_edges, strict=True):
             if grad is not None:
                 self.put(weight, grad, partial(weight_gradient, x=source.detach(), dtype=weight.dtype))
-        self._accumulate(leaves, of_leaves, kept=[gradient, *found[: len(inputs)]])
+        self._accumulate(leaves, found[len(inputs) :][: len(leaves)], kept=[gradient, *found[: len(inputs)]])
         return found[0] if inputs else None
 
     def _accumulate(
         self, leaves: Sequence[Tensor], gradients: Sequence[Tensor | None], kept: Sequence[Tensor | None]
     ) -> None:
         """The first gradient of a leaf is added to by others later: one that is read elsewhere too is copied."""
-        if any(leaf.grad is None for leaf in leaves):
+        pairs = [(leaf, grad) for leaf, grad in zip(leaves, gradients, strict=True) if grad is not None]
+        owners: Counter[int] = Counter()
+        if any(leaf.grad is None for leaf, _ in pairs):
             late = [grad for _, grad, _ in self._entries]
             every = [grad for grad in (*gradients, *kept, *late) if grad is not None]
-            owners = Counter(grad.untyped_storage().data_ptr() for grad in every)
-            gradients = [
-                grad
-                if grad is None or (grad.is_contiguous() and owners[grad.untyped_storage().data_ptr()] == 1)
-                else grad.clone(memory_format=torch.contiguous_format)
-                for grad in gradients
-            ]
+            owners.update(grad.untyped_storage().data_ptr() for grad in every)
         with torch.no_grad():
-            for leaf, grad in zip(leaves, gradients, strict=True):
-                if grad is not None:
-                    _add(leaf, grad)
+            for leaf, grad in pairs:
+                alone = grad.is_contiguous() and owners[grad.untyped_storage().data_ptr()] == 1
+                copied = leaf.grad is None and not alone
+                _add(leaf, grad.clone(memory_format=torch.contiguous_format) if copied else grad)
 
     def run(self, done: Callable[[Tensor], None] | None = None) -> None:
         """The second part: computes and adds everything in the order it was put off, and forgets it.

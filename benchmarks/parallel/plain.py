@@ -1,7 +1,7 @@
 """The recommender in torch's own layers, as one writes it without us; weights are copied from ours.
 
-Scores are one table, N x V, and `torch.nn.functional.cross_entropy` goes over it. Masks and rotary tables are made
-once and not in each forward, which ours does not do.
+Scores are one table, N x V, and `torch.nn.functional.cross_entropy` goes over it. The mask is made once and not in each
+forward, as ours is, and rotary tables are not looked up by position.
 """
 
 from __future__ import annotations

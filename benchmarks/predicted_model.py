@@ -82,7 +82,7 @@ def _decode(manifest: Manifest, codec: Compressor, payloads: int) -> float:
     floats, gpu = roof.streamed(kernel, build), GPUS[ARCH]
     each = codec.nbytes(_LONG) / _LONG
     counted = round((kernel.budget.nbytes / roof.OVERHEAD - floats) / each)  # payloads that its budget is for
-    nbytes, instructions = roof.OVERHEAD * each, roof.work(kernel, build)["issue"] / counted
+    nbytes, instructions = roof.OVERHEAD * each, sum(build.figures.looped.values())
     if name == "topk":  # changes what its records name, here and there
         adding = _found(manifest, "topk_decode_add")
         nbytes, instructions = adding[0].budget.nbytes, roof.work(*adding)["issue"]

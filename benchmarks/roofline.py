@@ -23,7 +23,11 @@ __all__ = ["page"]
 
 PAGE = Path(__file__).parents[1] / "docs" / "roofline.md"
 SHARE = 0.85  # of the roof: what instructions are counted against
-GOALS = {"gtop1": 0.85, "sign1": 0.85, "int8": 0.85, "topk": 0.75}
+GOALS = {
+    str(spec.parse(text)): share
+    for text, share in (("gtop1", 0.85), ("sign1", 0.85), ("int8", 0.85), ("topk", 0.75))
+}
+"""By codec, in its default settings: top-k with int8 or signs for its values has none."""
 
 _HEAD = """# Roofline: what to expect on a GPU
 
@@ -37,10 +41,11 @@ _METHOD = f"""
 - **Memory**: the kernel's byte budget per element, {OVERHEAD} times what must move, at {DRAM:.0%} of the data sheet's
   bandwidth (an assumption; copies reach about that), less where the resident blocks have fewer bytes of loads under way
   than bandwidth x {LATENCY * 1e9:.0f} ns of loaded latency (Little's law).
-- **Instructions**: SASS of the cubin, static, per element, for code without loops; where there are loops, or cases of
-  which a program runs one, the PTX that threads execute, as the tests' executor counts it (values drawn from a normal
-  distribution; `kernels/cubins/executed.json`), in the mix of the static code. PTX is more than the machine code made
-  of it. Code for the edge of a shard is counted as if it always ran.
+- **Instructions**: SASS of the cubin, static, per element; loops over payloads as often as there are payloads, two
+  where there can be more. Where loops hang on the data, or a program runs one case of several, it is the PTX that
+  threads execute, as the tests' executor counts it (values drawn from a normal distribution;
+  `kernels/cubins/executed.json`), in the mix of the static code. PTX is more than the machine code made of it.
+- **Tails**: what whole programs leave of a region is one program of another kernel (`..._tail`), which has no row here.
 - **Pipes**: results per clock and SM as in the CUDA C++ Programming Guide, "Arithmetic Instructions"; for 10.0 as for
   9.0. {ISSUE:.0%} of the issue slots and of each pipe are used at best. *alu*: 32-bit integers, logic, comparisons,
   minima; *fp32*: additions and multiplications; *imad*: integer multiplications, and moves that the compiler makes of
@@ -63,23 +68,28 @@ its own:
 _AFFORD = f"""## What an element may cost
 
 Instructions per element, and in brackets those of *alu*, for which there is time at {SHARE:.0%} of the roof. With
-fewer, memory sets the rate. The rows are encoders that read a gradient and a residual and write one:
+fewer, memory sets the rate. The rows are encoders that read a gradient and a residual and write one, and such that
+read two payloads in the gradient's place:
 """
 
 _HALVES = """
 A B200 has 2.4 times the memory of an H100, and 1.2 times its instructions: with bf16 on both sides an encoder may cost
-half of what it may there. gtop1 stays below that; top-k does not, nor do kernels that add two payloads and encode the
-sum, which read less and compute more. None of it moves data: loads and stores have 128 bits, eight elements each. It is
-work in 32 bits, however narrow an element is in memory, as sums and residuals are fp32 by the format: to widen gradient
-and residual, to add them, to narrow the new residual (two bounds, and a conversion for two elements), and above all to
-look for the largest. Top-k's threshold takes passes over registers, whatever the type: there less could be done.
+half of what it may there, and one that adds two payloads and encodes their sum, which moves less and computes more,
+less than that. It is work in 32 bits, however narrow an element is in memory, as sums and residuals are fp32 by the
+format: to widen, to add, to look for the largest, to narrow the new residual. One kernel with a goal costs too much:
+top-k's of a sum with a bf16 residual, as its threshold and its records take the same work whatever the types. It
+encodes a rank's own shard of a two-stage exchange, of M nodes' an Mth part of what was encoded before it.
+
+Loads and stores of gradients and residuals have 128 bits. Codes of payloads are loaded by the thread that has their
+elements, in 32 bits (int8 beside fp32) or 64 (beside bf16): whole sectors by a warp, and nothing is exchanged.
 """
-_OTHERS = "These touch no array as a whole, normally nothing at all, or have as many programs for any region:"
+_OTHERS = """These touch no array as a whole, normally nothing at all, or have as many programs for any region; or they
+form a sum of payloads in the cache, so that device memory says little of their time:"""
 
 
 def goal(kernel: DeviceKernel) -> float | None:
     """The share of the roof that a kernel's codec is to reach, if there is a goal for it."""
-    return GOALS.get(spec.name_of(kernel.codec)) if kernel.codec else None
+    return GOALS.get(kernel.codec)
 
 
 def _cards(gpus: list[Gpu]) -> str:
@@ -103,7 +113,7 @@ def _rates(manifest: Manifest, gpu: Gpu) -> str:
     for entry in manifest.entries:
         kernel = entry.kernel
         for build in entry.builds:
-            if build.arch != gpu.arch or not roof.streamed(kernel, build):
+            if build.arch != gpu.arch or not roof.streamed(kernel, build) or kernel.tail:
                 continue
             predicted, wanted = roof.predict(kernel, build), goal(kernel)
             met = (
@@ -155,7 +165,13 @@ def _in_order() -> str:
 def _afford() -> str:
     rows = [
         [what, f"{nbytes:g}", *(f"{all_:.0f} ({alu:.0f})" for all_, alu in _times(nbytes))]
-        for what, nbytes in (("fp32", 12), ("bf16, residual fp32", 10), ("bf16", 6))
+        for what, nbytes in (
+            ("fp32", 12),
+            ("bf16, residual fp32", 10),
+            ("bf16", 6),
+            ("two of int8, residual bf16", 7),
+            ("two of sign1 or top-k, residual bf16", 4.4),
+        )
     ]
     return table(["*prediction*", "bytes", *(gpu.name for gpu in GPUS.values())], rows)
 
@@ -168,7 +184,11 @@ def _times(nbytes: float) -> list[tuple[float, float]]:
 
 
 def _not_streaming(manifest: Manifest) -> str:
-    names = [e.kernel.name for e in manifest.entries if not roof.streamed(e.kernel, e.builds[0])]
+    names = [
+        e.kernel.name
+        for e in manifest.entries
+        if not roof.streamed(e.kernel, e.builds[0]) and not e.kernel.tail
+    ]
     if not names:
         return ""
     listed = "\n".join(f"- `{name}`" for name in names)

@@ -47,7 +47,8 @@ class DeviceKernel:
     shard) elements per program, so that the grid is ceil(numel / elements). ``codec``: the spec's text whose payload it
     reads or writes, empty where there is none. ``archs``: compute capabilities it is built for. ``touched``: arrays of
     which it reads or writes a few elements here and there; what it takes of the others, it streams. ``tail``: its one
-    program takes what whole programs leave of a region, so nobody asks how well it keeps a device busy.
+    program takes what whole programs leave of a region, so nobody asks how well it keeps a device busy. ``trips``: how
+    often each of its loops runs, at most, with as many payloads as its budget is for; None: that hangs on the data.
     """
 
     name: str
@@ -62,6 +63,7 @@ class DeviceKernel:
     archs: tuple[int, ...] = (80, 90, 100)
     touched: tuple[str, ...] = ()
     tail: bool = False
+    trips: int | None = None
 
     def grid(self, numel: int) -> int:
         """Programs for ``numel`` elements."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridcomm.kernels.cubins import cuda_source, elf, gate, ptx, registry, sources, tools, triton_source
-from hybridcomm.kernels.cubins.errors import BuildError
+from hybridcomm.kernels.cubins.errors import ArtefactError, BuildError
 from hybridcomm.kernels.cubins.lock import intact, source_hash
 from hybridcomm.kernels.cubins.manifest import ARTEFACTS, Blob, Build, Entry, Manifest, Parameter, pack
 from hybridcomm.kernels.device import DeviceKernel
@@ -126,6 +126,14 @@ def entry_of(
     return entry, pack(b"".join(contents))
 
 
+def _before(folder: Path) -> dict[str, Entry]:
+    """What was built, by name; nothing of it where the manifest is of another format."""
+    try:
+        return {entry.kernel.name: entry for entry in Manifest.read(folder).entries}
+    except ArtefactError:
+        return {}
+
+
 _Todo = tuple[str, DeviceKernel, dict[str, str], dict[str, str]]
 
 
@@ -154,7 +162,7 @@ def build(
         BuildError: a tool is missing, or a kernel does not compile.
     """
     kernels = registry.gather()
-    made, before = toolchain(kernels), {entry.kernel.name: entry for entry in Manifest.read(folder).entries}
+    made, before = toolchain(kernels), _before(folder)
     folder.mkdir(parents=True, exist_ok=True)
     kept: dict[str, Entry] = {}
     todo: list[_Todo] = []

@@ -27,6 +27,7 @@ __all__ = ["Violation", "forbidden", "judge", "measure"]
 
 SHARED = 48 * 1024  # bytes per block that need no attribute to be set
 WIDE = 16  # bytes of one access
+SMALL = 0.1  # of what a loop moves in wide accesses may go beside them in smaller ones
 _FLOATS = {"*fp32": 4, "*fp16": 2, "*bf16": 2}
 _FLOAT = r"(?:f16|f16x2|bf16|bf16x2|f32|f32x2|f64)"
 _PTX = {
@@ -102,13 +103,14 @@ def measure(kernel: DeviceKernel, cubin: bytes, ptx: str) -> Figures:
     """
     told, code = elf.read(cubin), sass.parse(tools.disassemble(cubin))
     per_element = 32 * kernel.num_warps / kernel.elements
-    pipes = Counter(map(sass.pipe, code.instructions))
+    pipes, looped = (Counter(map(sass.pipe, part)) for part in (code.instructions, code.looped))
     return Figures(
         frame=told.frame,
         local=sum(instruction.base in ("LDL", "STL") for instruction in code.instructions),
         instructions=len(code.instructions) * per_element,
         pipes={name: count * per_element for name, count in sorted(pipes.items())},
         loops=code.loops,
+        looped={name: count * per_element for name, count in sorted(looped.items())},
         streams=_streams(kernel, ptx),
         forbidden=forbidden(code.instructions, ptx),
     )
@@ -121,10 +123,10 @@ def _judge_streams(kernel: DeviceKernel, build: Build) -> list[Violation]:
     if not ideal:
         return []
     found = []
-    for stream in figures.streams:
+    for stream in filter(roof.carries, figures.streams):
         small = stream.narrow + stream.guarded
         # What stands in a loop once runs often: then its share counts.
-        in_loops = figures.loops > 0 and small <= stream.wide * left / ideal
+        in_loops = figures.loops > 0 and small <= SMALL * stream.wide
         if stream.wide < stream.itemsize and not in_loops:
             how = f"{stream.wide:.2f} of {stream.itemsize} bytes per element in 128 bits, {small:.2f} in less"
             found.append(
@@ -157,7 +159,8 @@ def judge(kernel: DeviceKernel, build: Build) -> tuple[Violation, ...]:
     if shared > SHARED:
         found.append(Violation(rule="shared", detail=f"{shared} bytes, a block gets {SHARED} unasked"))
     most = budget.instructions if budget.cold is None else budget.cold
-    if not figures.loops and figures.instructions > most:
-        detail = f"{figures.instructions:.1f} per element, the budget is {most:g}"
+    counted = roof.counted(kernel, build)
+    if counted is not None and counted > most:
+        detail = f"{counted:.1f} per element, the budget is {most:g}"
         found.append(Violation(rule="instructions", detail=detail))
     return (*found, *_judge_streams(kernel, build))

@@ -17,7 +17,7 @@ __all__ = ["check", "check_kernels", "intact", "source_hash"]
 REMEDY = "run `make cubins`"
 
 
-_SAID = ("budget", "codec", "tail")
+_SAID = ("budget", "codec", "tail", "trips")
 """Of a kernel's declaration, what its artefact and the figures of it do not depend on."""
 
 

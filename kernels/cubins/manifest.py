@@ -33,7 +33,7 @@ __all__ = [
     "unpack",
 ]
 
-FORMAT = 1
+FORMAT = 2
 ARTEFACTS = Path(__file__).parent / "artefacts"
 _MANIFEST = "manifest.json"
 _FILTERS: list[dict[str, Any]] = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
@@ -84,7 +84,8 @@ class Figures:
     """What the gate measured of one cubin and its PTX.
 
     ``frame``: bytes of stack; ``local``: accesses to local memory; ``instructions`` and ``pipes``: static, of one
-    thread, per element; ``loops``: of the machine code; ``forbidden``: (rule, what was found).
+    thread, per element; ``loops``: of the machine code; ``looped``: of ``pipes``, what stands in loops; ``forbidden``:
+    (rule, what was found).
     """
 
     frame: int
@@ -92,6 +93,7 @@ class Figures:
     instructions: float
     pipes: Mapping[str, float]
     loops: int
+    looped: Mapping[str, float]
     streams: tuple[Stream, ...]
     forbidden: tuple[tuple[str, str], ...]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from hybridcomm.kernels.cubins import executed
 from hybridcomm.kernels.cubins.gpu import GPUS, Gpu, Occupancy, occupancy
-from hybridcomm.kernels.cubins.manifest import Build
+from hybridcomm.kernels.cubins.manifest import Build, Stream
 from hybridcomm.kernels.device import DeviceKernel
 
 __all__ = [
@@ -20,6 +20,8 @@ __all__ = [
     "OVERHEAD",
     "Prediction",
     "affordable",
+    "carries",
+    "counted",
     "in_order",
     "predict",
     "resident",
@@ -51,10 +53,15 @@ def under_way(kernel: DeviceKernel, build: Build) -> float:
     return loads * resident(kernel, build).blocks
 
 
+def carries(stream: Stream) -> bool:
+    """Whether it is more than a few elements that are looked at again, under a condition."""
+    return stream.wide + stream.narrow > 0 or stream.guarded >= stream.itemsize / 2
+
+
 def streamed(kernel: DeviceKernel, build: Build) -> int:
     """Bytes per element of the arrays of floats that a kernel normally reads or writes as a whole; 0 if it does not, or
     if a large region has no more programs than a small one."""
-    ideal = sum(stream.itemsize for stream in build.figures.streams)
+    ideal = sum(stream.itemsize for stream in filter(carries, build.figures.streams))
     rare = any(word in kernel.function for word in _RARE)
     return ideal if ideal <= kernel.budget.nbytes and not rare and kernel.elements < _FIXED else 0
 
@@ -78,19 +85,34 @@ class Prediction:
     limit: str
 
 
+def counted(kernel: DeviceKernel, build: Build) -> float | None:
+    """Instructions of machine code per element, static, loops as often as they run at most; None: nobody knows."""
+    if build.figures.loops and kernel.trips is None:
+        return None
+    return build.figures.instructions + _again(kernel) * sum(build.figures.looped.values())
+
+
+def _again(kernel: DeviceKernel) -> int:
+    return 0 if kernel.trips is None else max(kernel.trips - 1, 0)
+
+
 def straight(kernel: DeviceKernel, build: Build) -> bool:
-    """Whether static code says what an element costs: no loops, no cases of which a program runs one, and programs for
-    so many elements each."""
-    return not build.figures.loops and kernel.budget.cold is None and kernel.elements < _FIXED
+    """Whether machine code says what an element costs: it is known how often loops run, there are no cases of which a
+    program runs one, and programs are for so many elements each."""
+    return counted(kernel, build) is not None and kernel.budget.cold is None and kernel.elements < _FIXED
 
 
 def work(kernel: DeviceKernel, build: Build, more: float = 0.0) -> dict[str, float]:
     """Instructions of a thread per element, by pipe; ``issue`` is all of them. ``more``: beside what is counted."""
-    figures = build.figures
-    once = figures.instructions if straight(kernel, build) else executed.instructions(kernel.name, build.arch)
+    figures, pipes, static = build.figures, dict(build.figures.pipes), counted(kernel, build)
+    if static is not None and straight(kernel, build):
+        once = static
+        for name, count in figures.looped.items():
+            pipes[name] += _again(kernel) * count
+    else:
+        once, static = executed.instructions(kernel.name, build.arch), figures.instructions
     total = once + more
-    scale = total / figures.instructions
-    return {**{name: count * scale for name, count in figures.pipes.items()}, "issue": total}
+    return {**{name: count * total / static for name, count in pipes.items()}, "issue": total}
 
 
 def affordable(gpu: Gpu, nbytes: float, pipe: str, share: float) -> float:

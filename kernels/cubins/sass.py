@@ -38,10 +38,12 @@ class Instruction:
 
 @dataclass(frozen=True, kw_only=True)
 class Code:
-    """``instructions``: those that are reached, without what only a diverged warp executes; ``loops``: of them."""
+    """``instructions``: those that are reached, without what only a diverged warp executes; ``loops``: of them;
+    ``looped``: those that stand in one."""
 
     instructions: tuple[Instruction, ...]
     loops: int
+    looped: tuple[Instruction, ...]
 
 
 def parse(text: str) -> Code:
@@ -61,8 +63,13 @@ def parse(text: str) -> Code:
             waiting = []
             found.append(Instruction(opcode=m["opcode"], guard=m["guard"] or "", operands=m["rest"].strip()))
     follow = [_successors(i, one, labels, len(found)) for i, one in enumerate(found)]
-    reached, loops = _walk(follow)
-    return Code(instructions=tuple(one for i, one in enumerate(found) if i in reached), loops=loops)
+    reached, back = _walk(follow)
+    repeated = _bodies(follow, reached, back)
+    return Code(
+        instructions=tuple(one for i, one in enumerate(found) if i in reached),
+        loops=len(back),
+        looped=tuple(one for i, one in enumerate(found) if i in repeated),
+    )
 
 
 def _successors(i: int, one: Instruction, labels: dict[str, int], count: int) -> list[int]:
@@ -74,24 +81,42 @@ def _successors(i: int, one: Instruction, labels: dict[str, int], count: int) ->
     return onward + ([labels[target[1]]] if jumps and target is not None else [])
 
 
-def _walk(follow: list[list[int]]) -> tuple[set[int], int]:
-    """What is reached from the first, and how many edges lead back to where the walk came from (Tarjan 1972)."""
+def _walk(follow: list[list[int]]) -> tuple[set[int], list[tuple[int, int]]]:
+    """What is reached from the first, and the edges that lead back to where the walk came from (Tarjan 1972)."""
     reached: set[int] = set()
     above: set[int] = set()
-    loops = 0
-    stack = [(0, False)] if follow else []
+    back: list[tuple[int, int]] = []
+    stack = [(-1, 0, False)] if follow else []
     while stack:
-        i, done = stack.pop()
+        came, i, done = stack.pop()
         if done:
             above.discard(i)
         elif i in above:
-            loops += 1
+            back.append((came, i))
         elif i not in reached:
             reached.add(i)
             above.add(i)
-            stack.append((i, True))
-            stack.extend((to, False) for to in follow[i])
-    return reached, loops
+            stack.append((came, i, True))
+            stack.extend((i, to, False) for to in follow[i])
+    return reached, back
+
+
+def _bodies(follow: list[list[int]], reached: set[int], back: list[tuple[int, int]]) -> set[int]:
+    """All loops' bodies: what comes to a loop's last instruction without passing its first."""
+    before: dict[int, list[int]] = {}
+    for i in reached:
+        for to in follow[i]:
+            before.setdefault(to, []).append(i)
+    repeated: set[int] = set()
+    for last, first in back:
+        body, stack = {first}, [last]
+        while stack:
+            i = stack.pop()
+            if i not in body:
+                body.add(i)
+                stack.extend(before.get(i, ()))
+        repeated |= body
+    return repeated
 
 
 def pipe(instruction: Instruction) -> str:

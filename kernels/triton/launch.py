@@ -50,7 +50,7 @@ def restore(
 
 def _run(
     kernel: Any, spec: QuantSpec, numel: int, arguments: Mapping[str, Any], constants: Mapping[str, Any],
-    *, summed: bool = False, narrow: bool = False,
+    *, narrow: bool = False,
 ) -> None:  # fmt: skip
     """Whole programs without a mask, for bulk accesses of 128 bits, and one with it for what is left."""
     size = elements(spec)
@@ -59,7 +59,7 @@ def _run(
         if count:
             kernel[(count,)](
                 **arguments, numel=numel, first=first, codes=spec.codes_offset(numel) // 16,
-                ELEMENTS=size, WHOLE=whole, num_warps=warps(spec, whole=whole, summed=summed, narrow=narrow),
+                ELEMENTS=size, WHOLE=whole, num_warps=warps(spec, whole=whole, narrow=narrow),
                 **constants, **LAUNCH,
             )  # fmt: skip
 
@@ -102,7 +102,7 @@ def _emit(  # noqa: PLR0917
         **family.constants(spec), "VECTOR": 8 if half else 4,
         "HAS_IN": source is not None, "HAS_OUT": e_out is not None, "DECAYED": decay != 1.0,
     }  # fmt: skip
-    _run(kernel, spec, numel, arguments, constants, summed=kernel is family.reencode, narrow=narrow)
+    _run(kernel, spec, numel, arguments, constants, narrow=narrow)
     restore(family, source, e_out, payload, header)
 
 

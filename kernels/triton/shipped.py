@@ -29,11 +29,10 @@ def elements(spec: QuantSpec) -> int:
     return max(TILE, spec.block)
 
 
-def warps(spec: QuantSpec, *, whole: bool, summed: bool, narrow: bool) -> int:
-    """Per program: one for each tile, more where registers would not do: beside masks (not ``whole``), for a sum of
-    payloads with a residual of 16 bits (``narrow``), whose lanes are exchanged, and beside masks with one."""
-    masked = not whole
-    return elements(spec) // TILE << (masked + (narrow and (summed or masked)))
+def warps(spec: QuantSpec, *, whole: bool, narrow: bool) -> int:
+    """Per program: one for each tile, more where registers would not do: beside masks (not ``whole``), the more with a
+    residual of 16 bits (``narrow``)."""
+    return elements(spec) // TILE << (0 if whole else 1 + narrow)
 
 
 def _argument(name: str, types: dict[str, str]) -> Argument:
@@ -63,11 +62,14 @@ def _kernel(  # noqa: PLR0917
         function=function.name,
         arguments=tuple(_argument(name, types) for name in names),
         constants=(("ELEMENTS", size), ("WHOLE", int(whole)), *fixed.items()),
-        num_warps=warps(spec, whole=whole, summed=kind == "reencode", narrow=types.get("e_in") == "*bf16"),
+        num_warps=warps(spec, whole=whole, narrow=types.get("e_in") == "*bf16"),
         elements=size,
         budget=budget(name, nbytes=SLACK * (floats + payload), registers=REGISTERS),
         codec=str(spec),
         tail=not whole,
+        trips={"encode": None, "reencode": PAYLOADS - 1, "decode": PAYLOADS}[
+            kind
+        ],  # all loops are over payloads
     )
 
 

@@ -70,6 +70,34 @@ def test_loops_count_as_executed(built: Build, monkeypatch: pytest.MonkeyPatch) 
         roof.work(replace(kernel, name="another"), looping)
 
 
+def test_loops_over_payloads_count_as_often_as_they_run(built: Build) -> None:
+    kernel, figures = replace(KERNEL, elements=4096, trips=3), built.figures
+    looping = replace(built, figures=replace(figures, loops=1, looped={"alu": 1.0}))
+    assert roof.work(kernel, looping) == {"alu": 5.0, "lsu": 1.0, "issue": 6.0}
+    assert roof.work(kernel, looping, 6.0) == {"alu": 10.0, "lsu": 2.0, "issue": 12.0}
+    assert roof.work(replace(kernel, trips=1), looping) == {**figures.pipes, "issue": 4.0}
+
+
+def _row(text: str, name: str) -> list[str]:
+    return [
+        cell.strip()
+        for line in text.splitlines()
+        if line.startswith(f"| {name} ")
+        for cell in line.split("|")
+    ]
+
+
+def test_goals_are_those_of_default_settings_and_tails_have_no_row() -> None:
+    text = roofline.page(Manifest.read())
+    assert "85%: met" in _row(text, "int8_encode_fp32_fp32")
+    assert "75%: met" in _row(text, "topk_encode_fp32_fp32")
+    for without in ("topk_int8_encode_fp32_fp32", "int4_encode_fp32_fp32"):
+        row = _row(text, without)
+        assert row
+        assert not any("met" in cell or "missed" in cell for cell in row)
+    assert not _row(text, "int8_encode_fp32_fp32_tail")
+
+
 def test_what_is_affordable_leaves_the_share(built: Build) -> None:
     gpu = GPUS[90]
     most = roof.affordable(gpu, 8, "issue", 0.5)

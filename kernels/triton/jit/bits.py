@@ -33,23 +33,26 @@ __all__ = [
     "count_in",
     "fetch",
     "flagged",
+    "flags_of",
     "four",
     "groups",
     "half_share",
+    "in_fours",
     "largest_of_four",
     "magnitude",
     "narrowed",
     "packed_bytes",
+    "pairs_to_bf16",
     "put",
     "raise_flag",
     "spread",
     "store_rest",
     "tile",
     "to_bf16",
+    "vectors",
     "with_first",
     "word_share",
     "words",
-    "zeros",
 ]
 
 SPAN = tl.constexpr(256)
@@ -69,6 +72,17 @@ INF = tl.constexpr(0x7F800000)
 BF16_LARGEST = tl.constexpr(0x7F7F0000)
 BF16_MAX = tl.constexpr(float.fromhex("0x1.fep127"))  # the same as a number
 QUIET_NAN = tl.constexpr(0x7FC00000)
+
+_BOUNDED = tl.constexpr(
+    """{
+    .reg .b32 %both, %bound;
+    cvt.rn.bf16x2.f32 %both, $2, $1;
+    mov.b32 %bound, 0x7F7F7F7F;
+    min.bf16x2 %both, %both, %bound;
+    mov.b32 %bound, 0xFF7FFF7F;
+    max.bf16x2 $0, %both, %bound;
+    }"""
+)
 
 
 @triton.jit
@@ -119,25 +133,42 @@ def to_bf16(x):
     """fp32 to bf16, half to even; what is too large takes the largest."""
     if INTERPRETED:
         y = (narrowed(x) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    else:  # two bounds, and a conversion for two elements
+    else:
         largest: tl.constexpr = BF16_MAX
         y = tl.minimum(tl.maximum(x, -largest), largest).to(tl.bfloat16)
     return y
 
 
 @triton.jit
-def tile(ELEMENTS: tl.constexpr, VECTOR: tl.constexpr):  # noqa: N803
-    """Places of a program's elements, (rows, spans, lanes, VECTOR); VECTOR is 4, or 8 where a type has 16 bits."""
-    lanes: tl.constexpr = ROW // VECTOR
-    row = tl.arange(0, ROWS)[:, None, None, None] * ROW
-    span = tl.arange(0, ELEMENTS // SPAN)[None, :, None, None] * SPAN
-    lane = tl.arange(0, lanes)[None, None, :, None] * VECTOR
-    return span + row + lane + tl.arange(0, VECTOR)[None, None, None, :]
+def pairs_to_bf16(x):
+    """Likewise, where each thread has pairs: two operations bound both of a pair, where `to_bf16` takes four."""
+    if INTERPRETED:
+        y = to_bf16(x)
+    else:
+        y = tl.inline_asm_elementwise(_BOUNDED, "=r,r,r", [x], tl.bfloat16, is_pure=True, pack=2)
+    return y
 
 
 @triton.jit
-def zeros(ELEMENTS: tl.constexpr):  # noqa: N803
-    return tl.zeros([ROWS, ELEMENTS // SPAN, LANES, 4], tl.float32)
+def vectors(ELEMENTS: tl.constexpr, VECTOR: tl.constexpr, UNIT: tl.constexpr = 1):  # noqa: N803
+    """Places of a program's vectors, (rows, spans, lanes, 1), in UNIT elements, which divide a row. VECTOR is 4, or 8
+    where a type has 16 bits."""
+    lanes: tl.constexpr = ROW // VECTOR
+    row = tl.arange(0, ROWS)[:, None, None, None] * (ROW // UNIT)
+    span = tl.arange(0, ELEMENTS // SPAN)[None, :, None, None] * (SPAN // UNIT)
+    return span + (row + tl.arange(0, lanes)[None, None, :, None] * VECTOR // UNIT)
+
+
+@triton.jit
+def tile(ELEMENTS: tl.constexpr, VECTOR: tl.constexpr):  # noqa: N803
+    """Places of a program's elements, (rows, spans, lanes, VECTOR)."""
+    return vectors(ELEMENTS, VECTOR) + tl.arange(0, VECTOR)[None, None, None, :]
+
+
+@triton.jit
+def in_fours(x):
+    """What is one tile's, as (rows, spans, lanes, 4), wherever vectors end."""
+    return tl.reshape(x, [ROWS, x.shape[1], LANES, 4])
 
 
 @triton.jit
@@ -173,10 +204,20 @@ def count_in(numel, pid, ELEMENTS: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def fetch(base, at, count, WHOLE: tl.constexpr):  # noqa: N803
-    """fp32 (rows, spans, 8, 4) of what stands at ``base + at``; zero from ``count`` on, where not WHOLE."""
-    x = tl.load(base + at) if WHOLE else tl.load(base + at, mask=at < count, other=0.0)
-    return tl.reshape(x.to(tl.float32), [ROWS, at.shape[1], LANES, 4])
+def fetch(base, at, count, PAIRED: tl.constexpr, WHOLE: tl.constexpr):  # noqa: N803
+    """fp32 (rows, spans, lanes, 4) of what stands at ``base + at``; zero from ``count`` on, where not WHOLE.
+
+    PAIRED: whole tiles of bf16 are widened from words of two, where taking a half out costs an instruction more; a
+    kernel that also loads fp32 would then give the two to different threads.
+    """
+    if PAIRED and WHOLE and base.dtype.element_ty == tl.bfloat16:
+        each: tl.constexpr = at.shape[3] // 2
+        pairs = vectors(at.numel, at.shape[3], 2) + tl.arange(0, each)[None, None, None, :]
+        pair = tl.load(base.to(tl.pointer_type(tl.int32)) + pairs)
+        x = as_float(tl.reshape(tl.join(pair << 16, pair & -65536), at.shape))
+    else:
+        x = tl.load(base + at) if WHOLE else tl.load(base + at, mask=at < count, other=0.0)
+    return in_fours(x.to(tl.float32))
 
 
 @triton.jit
@@ -192,20 +233,20 @@ def put(base, at, x, count, WHOLE: tl.constexpr):  # noqa: N803
 @triton.jit
 def compensated(  # noqa: PLR0917
     x, e_in, decay, at, count,
-    HAS_IN: tl.constexpr, DECAYED: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
+    PAIRED: tl.constexpr, HAS_IN: tl.constexpr, DECAYED: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     """``x + decay * e_in``, each operation rounded; x is fp32 already."""
     if HAS_IN:
-        e = fetch(e_in, at, count, WHOLE)
+        e = fetch(e_in, at, count, PAIRED, WHOLE)
         x = x + (e * decay if DECAYED else e)
     return x
 
 
 @triton.jit
-def store_rest(base, at, rest, count, WHOLE: tl.constexpr):  # noqa: N803
-    """A residual in its own type, fp32 or bf16."""
+def store_rest(base, at, rest, count, SMALL: tl.constexpr, WHOLE: tl.constexpr):  # noqa: N803
+    """A residual in its own type, fp32 or bf16. SMALL: what is finite is below 2^127, so no bf16 is infinite."""
     if base.dtype.element_ty == tl.bfloat16:
-        rest = to_bf16(rest)
+        rest = rest.to(tl.bfloat16) if SMALL and not INTERPRETED else pairs_to_bf16(rest)
     put(base, at, rest, count, WHOLE)
 
 
@@ -217,11 +258,16 @@ def raise_flag(payload, flags, largest):
 
 
 @triton.jit
+def flags_of(payload):
+    return tl.load(payload.to(tl.pointer_type(tl.int32)) + FLAGS)
+
+
+@triton.jit
 def flagged(payloads, count, stride):
     """The flags of ``count`` payloads or-ed."""
     flags = 0
     for w in range(count):
-        flags |= tl.load((payloads + w * tl.cast(stride, tl.int64)).to(tl.pointer_type(tl.int32)) + FLAGS)
+        flags |= flags_of(payloads + w * tl.cast(stride, tl.int64))
     return flags
 
 

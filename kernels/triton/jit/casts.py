@@ -15,7 +15,7 @@ import triton.language as tl
 
 from hybridcomm.kernels.triton.jit import bits
 
-__all__ = ["add", "write"]
+__all__ = ["values", "write"]
 
 FP16_LARGEST = tl.constexpr(65504.0)
 FP16_LEAST_NORMAL = tl.constexpr((127 - 14) << 23)  # bits of fp32
@@ -66,7 +66,7 @@ def write(  # noqa: PLR0917
     bits.raise_flag(payload, flags, tl.max(tl.reshape(largest, [largest.numel]), 0))
     code, value = _coded(acc, MANTISSA)
     if HAS_OUT:
-        bits.store_rest(e_out, at, acc - value, count, WHOLE)
+        bits.store_rest(e_out, at, acc - value, count, MANTISSA == 7, WHOLE)
     a, b, c, d = bits.four(code.to(tl.uint32, bitcast=True))
     word = tl.join((a >> 16) + b, (c >> 16) + d).to(tl.int32, bitcast=True)
     local, word_at, place = _word_places(payload, pid, codes, ELEMENTS)
@@ -78,14 +78,12 @@ def write(  # noqa: PLR0917
 
 
 @triton.jit
-def add(  # noqa: PLR0917
-    x, payloads, pid, count, stride, inside, codes, weight,
-    ELEMENTS: tl.constexpr, MANTISSA: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
+def values(  # noqa: PLR0917
+    payload, pid, inside, codes, weight,
+    ELEMENTS: tl.constexpr, MANTISSA: tl.constexpr, VECTOR: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
-    """x plus ``weight`` times each payload's part of the tile, in the payloads' order, every operation rounded."""
-    for w in range(count):
-        local, _, place = _word_places(payloads + w * tl.cast(stride, tl.int64), pid, codes, ELEMENTS)
-        word = tl.load(place) if WHOLE else tl.load(place, mask=local < tl.cdiv(inside, 2), other=0)
-        code = tl.reshape(tl.join(word << 16, word & -65536), x.shape)
-        x = x + _values(code, MANTISSA) * weight
-    return x
+    """``weight`` times a payload's part of the tile, (rows, spans, lanes, VECTOR)."""
+    at = bits.tile(ELEMENTS, VECTOR)
+    place = payload.to(tl.pointer_type(tl.int16)) + codes * 8 + pid * ELEMENTS + at
+    code = tl.load(place) if WHOLE else tl.load(place, mask=at < inside, other=0)
+    return _values(code.to(tl.int32) << 16, MANTISSA) * weight

@@ -37,20 +37,42 @@ def _write(  # noqa: PLR0917
 
 
 @triton.jit
-def _add(  # noqa: PLR0917
-    x, payloads, pid, count, stride, inside, codes, weight,
-    ELEMENTS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
+def _values(  # noqa: PLR0917
+    payload, pid, inside, codes, weight,
+    ELEMENTS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr,  # noqa: N803
+    VECTOR: tl.constexpr, FIRST: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
+    """``weight`` times a payload's part of the tile, (rows, spans, lanes, VECTOR); FIRST: plus zero, as sums begin.
+
+    Each thread loads the codes of just the elements it has, so that nothing is exchanged between lanes.
+    """
     if BITS == 1:
-        x = sign1.add(x, payloads, pid, count, stride, inside, codes, weight, ELEMENTS, GROUP, WHOLE)
+        x = sign1.values(payload, pid, inside, codes, weight, ELEMENTS, GROUP, VECTOR, FIRST, WHOLE)
     elif BITS == 16:
-        x = casts.add(x, payloads, pid, count, stride, inside, codes, weight, ELEMENTS, MANTISSA, WHOLE)
+        x = casts.values(payload, pid, inside, codes, weight, ELEMENTS, MANTISSA, VECTOR, WHOLE)
     else:
-        x = quant.add(
-            x, payloads, pid, count, stride, inside, codes, weight,
-            ELEMENTS, GROUP, BITS, MANTISSA, WHOLE,
+        x = quant.values(
+            payload, pid, inside, codes, weight,
+            ELEMENTS, GROUP, BITS, MANTISSA, VECTOR, WHOLE,
         )  # fmt: skip
-    return x
+    return x + 0.0 if FIRST and BITS != 1 else x
+
+
+@triton.jit
+def _add(  # noqa: PLR0917
+    x, payloads, start, count, stride, pid, inside, codes, weight,
+    ELEMENTS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr,  # noqa: N803
+    VECTOR: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """x plus the payloads from number ``start`` on, in their order; and the flags of all, one at least, or-ed."""
+    flags = bits.flags_of(payloads)
+    for w in range(start, count):
+        payload = payloads + w * tl.cast(stride, tl.int64)
+        flags |= bits.flags_of(payload)
+        x += _values(
+            payload, pid, inside, codes, weight, ELEMENTS, GROUP, BITS, MANTISSA, VECTOR, False, WHOLE
+        )
+    return x, flags
 
 
 @triton.jit(do_not_specialize=["first", "codes"])
@@ -64,8 +86,9 @@ def encode_kernel(  # noqa: PLR0917
     count = bits.count_in(numel, pid, ELEMENTS)
     start = pid * ELEMENTS
     at = bits.tile(ELEMENTS, VECTOR)
-    acc = bits.fetch(grad + start, at, count, WHOLE)
-    acc = bits.compensated(acc, e_in + start, decay, at, count, HAS_IN, DECAYED, WHOLE)
+    paired: tl.constexpr = grad.dtype == e_in.dtype
+    acc = bits.fetch(grad + start, at, count, paired, WHOLE)
+    acc = bits.compensated(acc, e_in + start, decay, at, count, paired, HAS_IN, DECAYED, WHOLE)
     _write(
         acc, 0, e_out + start, payload, pid, at, count, codes,
         ELEMENTS, GROUP, BITS, MANTISSA, HAS_OUT, WHOLE,
@@ -83,17 +106,16 @@ def reencode_kernel(  # noqa: PLR0917
     inside = bits.count_in(numel, pid, ELEMENTS)
     start = pid * ELEMENTS
     at = bits.tile(ELEMENTS, VECTOR)
-    acc = _add(
-        bits.zeros(ELEMENTS), payloads, pid, count, stride, inside, codes, weight,
-        ELEMENTS, GROUP, BITS, MANTISSA, WHOLE,
+    acc = _values(payloads, pid, inside, codes, weight, ELEMENTS, GROUP, BITS, MANTISSA, VECTOR, True, WHOLE)
+    acc, flags = _add(
+        acc, payloads, 1, count, stride, pid, inside, codes, weight,
+        ELEMENTS, GROUP, BITS, MANTISSA, VECTOR, WHOLE,
     )  # fmt: skip
-    if (
-        BITS == 1 and not WHOLE
-    ):  # what is no element has a group's scale, but must not have a part in its mean
-        acc = tl.where(bits.tile(ELEMENTS, 4) < inside, acc, 0.0)
-    acc = bits.compensated(acc, e_in + start, decay, at, inside, HAS_IN, DECAYED, WHOLE)
+    if not WHOLE:  # what is no element may have a code or a scale, but must have no part in what is encoded
+        acc = tl.where(at < inside, acc, 0.0)
+    acc = bits.compensated(bits.in_fours(acc), e_in + start, decay, at, inside, True, HAS_IN, DECAYED, WHOLE)
     _write(
-        acc, bits.flagged(payloads, count, stride), e_out + start, payload, pid, at, inside, codes,
+        acc, flags, e_out + start, payload, pid, at, inside, codes,
         ELEMENTS, GROUP, BITS, MANTISSA, HAS_OUT, WHOLE,
     )  # fmt: skip
 
@@ -109,11 +131,10 @@ def decode_kernel(  # noqa: PLR0917
     inside = bits.count_in(numel, pid, ELEMENTS)
     out += pid * ELEMENTS
     at = bits.tile(ELEMENTS, 4)
-    if bits.flagged(payloads, count, stride) != 0:
-        bits.put(out, at, bits.as_float(at * 0 + bits.QUIET_NAN), inside, WHOLE)
-    else:
-        x = _add(
-            bits.fetch(out, at, inside, WHOLE), payloads, pid, count, stride, inside, codes, weight,
-            ELEMENTS, GROUP, BITS, MANTISSA, WHOLE,
-        )  # fmt: skip
-        bits.put(out, at, x, inside, WHOLE)
+    x, flags = _add(
+        bits.fetch(out, at, inside, False, WHOLE), payloads, 0, count, stride, pid, inside, codes, weight,
+        ELEMENTS, GROUP, BITS, MANTISSA, 4, WHOLE,
+    )  # fmt: skip
+    if flags != 0:
+        x = bits.as_float(at * 0 + bits.QUIET_NAN)
+    bits.put(out, at, x, inside, WHOLE)

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from hybridcomm.kernels.triton.jit import bits
 
-__all__ = ["add", "write"]
+__all__ = ["values", "write"]
 
 MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23, bits 0x4B400000: what is added to it is rounded to an integer
 
@@ -81,7 +81,8 @@ def write(  # noqa: PLR0917
     else:
         packed, value = _floats(acc, wide, MANTISSA)
     if HAS_OUT:
-        bits.store_rest(e_out, at, acc - value * bits.as_float(wide), count, WHOLE)
+        rest = acc - value * bits.as_float(wide)  # at most 2^125, a digit of the largest code
+        bits.store_rest(e_out, at, rest, count, True, WHOLE)
 
     scales = _store_scales(payload, scale_bits >> 23, pid, count, ELEMENTS, GROUP, WHOLE)
     codes_ = _store_codes(payload, packed, pid, count, codes, ELEMENTS, BITS, WHOLE)
@@ -142,37 +143,40 @@ def _store_codes(  # noqa: PLR0917
 
 
 @triton.jit
-def _values(packed, BITS: tl.constexpr, MANTISSA: tl.constexpr):  # noqa: N803
-    """What four codes are worth in units of the scale, (..., 4) of (...)."""
-    packed = packed[:, :, :, None]
-    j = tl.arange(0, 4)[None, None, None, :]
-    if MANTISSA == 0:  # the code plus 2^(BITS - 1) as the last digits of 2^23
-        packed = packed ^ (-0x7F7F7F80 if BITS == 8 else 0x8888)
-        code = (packed >> (j * BITS)) & ((1 << BITS) - 1)
-        value = bits.as_float(code | 0x4B000000) - (8388608.0 + (1 << (BITS - 1)))
-    else:
-        code = ((packed << (24 - 8 * j)) >> (MANTISSA + 1)) & (-0x80000000 | (0x7F << (23 - MANTISSA)))
-        value = bits.as_float(code) * 2.0 ** (120 if MANTISSA == 3 else 112)
-    return value
+def _codes(  # noqa: PLR0917
+    payload, pid, inside, codes,
+    ELEMENTS: tl.constexpr, BITS: tl.constexpr, VECTOR: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """A payload's codes of the tile, int32 with their sign, (rows, spans, lanes, VECTOR)."""
+    codes *= 16
+    if BITS == 8:
+        at = bits.tile(ELEMENTS, VECTOR)
+        place = payload.to(tl.pointer_type(tl.int8)) + codes + pid * ELEMENTS + at
+        byte = tl.load(place) if WHOLE else tl.load(place, mask=at < inside, other=0)
+        code = byte.to(tl.int32)
+    else:  # a vector's are a word
+        kind: tl.constexpr = tl.int16 if VECTOR == 4 else tl.int32
+        first = bits.vectors(ELEMENTS, VECTOR, VECTOR)
+        place = (payload + codes + pid * (ELEMENTS // 2)).to(tl.pointer_type(kind)) + first
+        word = tl.load(place) if WHOLE else tl.load(place, mask=first * VECTOR < inside, other=0)
+        code = (word.to(tl.int32) << (28 - 4 * tl.arange(0, VECTOR)[None, None, None, :])) >> 28
+    return code
 
 
 @triton.jit
-def add(  # noqa: PLR0917
-    x, payloads, pid, count, stride, inside, codes, weight,
-    ELEMENTS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
+def values(  # noqa: PLR0917
+    payload, pid, inside, codes, weight,
+    ELEMENTS: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr,  # noqa: N803
+    VECTOR: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
-    """x plus ``weight`` times each payload's part of the tile, in the payloads' order, every operation rounded."""
-    n: tl.constexpr = ELEMENTS // GROUP
-    j = tl.arange(0, n)
-    for w in range(count):
-        payload = payloads + w * tl.cast(stride, tl.int64)
-        local, _, place = _code_places(payload, pid, codes, ELEMENTS, BITS)
-        scales = payload + bits.SCALES + pid * n + j
-        if WHOLE:
-            packed, scale = tl.load(place), tl.load(scales)
-        else:
-            packed = tl.load(place, mask=local < tl.cdiv(inside, 4), other=0)
-            scale = tl.load(scales, mask=j < tl.cdiv(inside, GROUP), other=0)
-        value = _values(packed.to(tl.int32), BITS, MANTISSA)
-        x = x + value * bits.spread(bits.as_float(scale.to(tl.int32) << 23), ELEMENTS) * weight
-    return x
+    """``weight`` times a payload's part of the tile, (rows, spans, lanes, VECTOR), both operations rounded."""
+    first = bits.vectors(ELEMENTS, VECTOR)
+    scales = payload + bits.SCALES + pid * (ELEMENTS // GROUP) + first // GROUP
+    scale = tl.load(scales) if WHOLE else tl.load(scales, mask=first < inside, other=0)
+    code = _codes(payload, pid, inside, codes, ELEMENTS, BITS, VECTOR, WHOLE)
+    if MANTISSA == 0:
+        value = code.to(tl.float32)
+    else:
+        code = ((code << 24) >> (MANTISSA + 1)) & (-0x80000000 | (0x7F << (23 - MANTISSA)))
+        value = bits.as_float(code) * 2.0 ** (120 if MANTISSA == 3 else 112)
+    return value * bits.as_float(scale.to(tl.int32) << 23) * weight

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from hybridcomm.kernels.triton.jit import bits
 
-__all__ = ["add", "write"]
+__all__ = ["values", "write"]
 
 FIXED = tl.constexpr(22)  # as the oracle: bits of a magnitude that the mean takes in
 
@@ -33,17 +33,15 @@ def _exchange(x, BIT: tl.constexpr, LOW: tl.constexpr):  # noqa: N803
     first = tl.arange(0, 2)[None, None, :, None] == 0
     low: tl.constexpr = LOW
     kept = tl.where(first, low, ~low)
-    moved = tl.where(
-        first,
-        other << (4 * size),
-        (other.to(tl.uint32, bitcast=True) >> (4 * size)).to(tl.int32, bitcast=True),
-    )
+    up = other << (4 * size)
+    down = (other.to(tl.uint32, bitcast=True) >> (4 * size)).to(tl.int32, bitcast=True)
+    moved = up | down if BIT == 2 else tl.where(first, up, down)  # halves are swapped by one rotation
     return tl.reshape((pairs & kept) | (moved & ~kept), x.shape)
 
 
 @triton.jit
 def _transposed(x):
-    """Eight nibbles of eight lanes each, as a matrix; its own inverse."""
+    """Eight nibbles of eight lanes each, as a matrix."""
     return _exchange(_exchange(_exchange(x, 0, 0x0F0F0F0F), 1, 0x00FF00FF), 2, 0x0000FFFF)
 
 
@@ -57,14 +55,6 @@ def _packed(acc):
     nibble = (nibble << 1) | (a >> 31)
     row = tl.arange(0, bits.ROWS)[:, None, None]
     return _transposed(tl.sum(nibble.to(tl.int32, bitcast=True) << (4 * row), 0))
-
-
-@triton.jit
-def _sign_bits(words):
-    """The reverse: sign bits (rows, spans, lanes, 4) as those of fp32."""
-    row = tl.arange(0, bits.ROWS)[:, None, None, None]
-    nibbles = _transposed(words)[None, :, :, None]
-    return (nibbles << (31 - 4 * row - tl.arange(0, 4)[None, None, None, :])) & -0x80000000
 
 
 @triton.jit
@@ -91,7 +81,10 @@ def _mean_bits(acc, largest, count, ELEMENTS: tl.constexpr, GROUP: tl.constexpr,
         fixed = fixed.to(tl.int64)
     total = tl.sum(bits.groups(fixed, n), 1)
     if WHOLE:
-        whole = total // GROUP
+        unsigned: tl.constexpr = (
+            tl.uint64 if GROUP > 256 else tl.uint32
+        )  # divided by a shift, and nothing more
+        whole = total.to(unsigned, bitcast=True) // GROUP
     else:
         whole = _quotient(total, tl.minimum(tl.maximum(count - tl.arange(0, n) * GROUP, 1), GROUP))
     digits = bits.as_float(bits.as_bits(whole.to(tl.int32).to(tl.float32)) & -65536)
@@ -119,7 +112,7 @@ def write(  # noqa: PLR0917
     mean = _mean_bits(acc, largest, count, ELEMENTS, GROUP, WHOLE)
     if HAS_OUT:
         value = bits.as_float((bits.as_bits(acc) & -0x80000000) | bits.spread(mean, ELEMENTS))
-        bits.store_rest(e_out, at, acc - value, count, WHOLE)
+        bits.store_rest(e_out, at, acc - value, count, False, WHOLE)
 
     scale = mean >> 16
     j = tl.arange(0, n)
@@ -138,22 +131,25 @@ def write(  # noqa: PLR0917
 
 
 @triton.jit
-def add(  # noqa: PLR0917
-    x, payloads, pid, count, stride, inside, codes, weight,
-    ELEMENTS: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
+def values(  # noqa: PLR0917
+    payload, pid, inside, codes, weight,
+    ELEMENTS: tl.constexpr, GROUP: tl.constexpr, VECTOR: tl.constexpr, FIRST: tl.constexpr, WHOLE: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
-    """x plus ``weight`` times each payload's part of the tile, in the payloads' order, every operation rounded."""
-    n: tl.constexpr = ELEMENTS // GROUP
-    j = tl.arange(0, n)
-    for w in range(count):
-        payload = payloads + w * tl.cast(stride, tl.int64)
-        local, _, place = _word_places(payload, pid, codes, ELEMENTS)
-        scales = payload.to(tl.pointer_type(tl.int16)) + bits.SCALES // 2 + pid * n + j
-        if WHOLE:
-            word, scale = tl.load(place), tl.load(scales)
-        else:
-            word = tl.load(place, mask=local < tl.cdiv(inside, 32), other=0)
-            scale = tl.load(scales, mask=j < tl.cdiv(inside, GROUP), other=0)
-        value = bits.as_float(scale.to(tl.int32) << 16) * weight  # rounding knows no sign: it may come later
-        x = x + bits.as_float(_sign_bits(word) ^ bits.spread(bits.as_bits(value), ELEMENTS))
-    return x
+    """``weight`` times a payload's part of the tile, (rows, spans, lanes, VECTOR); FIRST: plus zero."""
+    first = bits.vectors(ELEMENTS, VECTOR)
+    # A byte has the signs of a vector, or of two.
+    place = payload + codes * 16 + pid * (ELEMENTS // 8) + bits.vectors(ELEMENTS, VECTOR, 8)
+    scales = payload.to(tl.pointer_type(tl.int16)) + bits.SCALES // 2
+    scales += pid * (ELEMENTS // GROUP) + first // GROUP
+    if WHOLE:
+        byte, scale = tl.load(place), tl.load(scales)
+    else:
+        byte = tl.load(place, mask=first < inside, other=0)
+        scale = tl.load(scales, mask=first < inside, other=0)
+    value = bits.as_float(scale.to(tl.int32) << 16) * weight  # rounding knows no sign: it may come later
+    sign = -0x80000000
+    if FIRST:  # plus zero only a negative zero becomes another number
+        sign = tl.where(value == 0.0, 0, sign)
+        value = tl.where(value == 0.0, 0.0, value)
+    left = 31 - (first & 7) - tl.arange(0, VECTOR)[None, None, None, :]
+    return bits.as_float(((byte.to(tl.int32) << left) & sign) ^ bits.as_bits(value))

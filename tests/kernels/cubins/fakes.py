@@ -14,7 +14,14 @@ __all__ = ["FIGURES", "KERNEL", "TOOLCHAIN", "make_artefacts", "make_sources"]
 
 TOOLCHAIN = {"ptxas": "12.9.86", "triton": "3.9.0"}
 FIGURES = Figures(
-    frame=0, local=0, instructions=4.0, pipes={"alu": 3.0, "lsu": 1.0}, loops=0, streams=(), forbidden=()
+    frame=0,
+    local=0,
+    instructions=4.0,
+    pipes={"alu": 3.0, "lsu": 1.0},
+    loops=0,
+    looped={},
+    streams=(),
+    forbidden=(),
 )
 KERNEL = DeviceKernel(
     name="double",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hybridcomm.kernels.cubins import executed, gate, sass, streams, tools
+from hybridcomm.kernels.cubins import executed, gate, roof, sass, streams, tools
 from hybridcomm.kernels.cubins.gpu import GPUS, occupancy
 from hybridcomm.kernels.cubins.manifest import Blob, Build, Stream
 from hybridcomm.kernels.device import DeviceKernel
@@ -76,6 +76,9 @@ def test_streams_are_judged_by_the_byte_budget() -> None:
     assert rules(kernel, with_streams(_stream(narrow=0.5, guarded=4.0))) == set()
     few = replace(kernel, budget=replace(kernel.budget, nbytes=0.5))
     assert rules(few, with_streams(_stream(wide=0.0, narrow=4.0))) == set(), "scattered, not streamed"
+    again = _stream(wide=0.0, guarded=0.5)
+    assert rules(kernel, with_streams(_stream(), again)) == set(), "looked at again, under a condition"
+    assert rules(kernel, with_streams(_stream(wide=3.0), again)) == {"wide"}, "which excuses nobody else"
     rare = replace(kernel, function="withdraw_kernel")
     assert rules(rare, with_streams(_stream(wide=0.0, narrow=4.0))) == set(), "normally nothing is moved"
     fixed = replace(kernel, elements=1 << 62)
@@ -87,7 +90,7 @@ def test_streams_are_judged_by_the_byte_budget() -> None:
 def test_in_loops_the_share_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executed, "read", lambda: {KERNEL.name: {90: 4.0}})
     kernel = replace(KERNEL, elements=1 << 16, budget=replace(KERNEL.budget, nbytes=4.5))
-    assert rules(kernel, with_streams(_stream(wide=1.0), loops=1)) == set()
+    assert rules(kernel, with_streams(_stream(wide=1.0, guarded=0.1), loops=1)) == set()
     assert rules(kernel, with_streams(_stream(wide=1.0, guarded=0.5), loops=1)) == {"wide"}
 
 
@@ -215,7 +218,41 @@ def test_only_what_runs_is_counted() -> None:
         "EXIT",
     ]
     assert code.loops == 1
+    assert [one.opcode for one in code.looped] == ["BRA.DIV", "LDG.E.128", "BRA"]
     assert [sass.pipe(one) for one in code.instructions[:3]] == ["alu", "issue", "lsu"]
+
+
+_NESTED = """
+        /*0000*/                   IADD3 R1, R2, R3, RZ ;
+.L_x_1:
+        /*0010*/                   FADD R1, R2, R3 ;
+        /*0020*/              @!P3 BRA `(.L_x_5) ;
+.L_x_2:
+        /*0030*/                   FMUL R1, R2, R3 ;
+        /*0040*/               @P1 BRA `(.L_x_2) ;
+        /*0050*/                   MOV R1, R2 ;
+        /*0060*/               @P2 BRA `(.L_x_1) ;
+.L_x_5:
+        /*0070*/                   STG.E R1, R2 ;
+        /*0080*/                   EXIT ;
+"""
+
+
+def test_loops_end_with_their_last_jump() -> None:
+    """What follows a loop, or is where one is left in its middle, runs once."""
+    code = sass.parse(_NESTED)
+    assert code.loops == 2
+    assert [one.base for one in code.looped] == ["FADD", "BRA", "FMUL", "BRA", "MOV", "BRA"]
+
+
+def test_instructions_in_loops_count_as_often_as_they_run() -> None:
+    figures = replace(FIGURES, loops=1, looped={"alu": 2.0})
+    kernel, build = replace(KERNEL, trips=4), replace(_BUILD, figures=figures)
+    assert roof.counted(kernel, build) == 4.0 + 3 * 2.0
+    assert rules(kernel, build) == set()
+    assert rules(replace(kernel, trips=5), build) == {"instructions"}
+    assert roof.counted(KERNEL, build) is None
+    assert rules(KERNEL, build) == set(), "the executor counts it"
 
 
 _PTX = """.visible .entry k(

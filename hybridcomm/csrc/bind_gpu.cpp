@@ -51,13 +51,12 @@ std::shared_ptr<GpuEngine> make_gpu_engine(int device, int streams, double timeo
   const py::gil_scoped_release no_gil;
   Cuda cuda = Cuda::load(SharedLibrary::open(kCuda));
   Nccl nccl = Nccl::load(SharedLibrary::open(nccl_search(std::move(nccl_files))));
-  // Peers that wait for this rank on the host hear of it, too.
-  const auto on_failure = [host] {
-    if (host != nullptr) host->abort();
-  };
+  HostSide side{[] {}, [] { return std::optional<Error>(); }};
+  // Peers that wait for this rank on the host hear of it, too, and this rank of them.
+  if (host != nullptr) side = {[host] { host->abort(); }, [host] { return host->listen(); }};
   return std::shared_ptr<GpuEngine>(
       new GpuEngine(std::move(cuda), std::move(nccl), GpuConfig{device, streams, timeout_s, watch_s},
-                    raise_pending_signals, on_failure),
+                    raise_pending_signals, std::move(side)),
       WithoutGil<GpuEngine>());
 }
 

@@ -18,6 +18,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -34,6 +35,13 @@ struct GpuConfig {
   int streams = 1;
   double timeout_s = 300;
   double watch_s = 0.1;  // how often the watchdog looks; 0: there is none
+};
+
+// The host's engine, as far as failures go. `failed`: called once, by whoever finds one here. `heard`: what it has failed
+// with, or a peer has told it; never waits. Both may be called from any thread.
+struct HostSide {
+  std::function<void()> failed;
+  std::function<std::optional<Error>()> heard;
 };
 
 // A program that was started.
@@ -56,10 +64,8 @@ class GpuWork {
 
 class GpuEngine {
  public:
-  // `interrupted` is called now and then in waits, and may throw; `on_failure` once, by whoever finds the failure.
-  // Raises Code::invalid: there is no such device.
-  GpuEngine(Cuda cuda, Nccl nccl, const GpuConfig& config, std::function<void()> interrupted,
-            std::function<void()> on_failure);
+  // `interrupted` is called now and then in waits, and may throw. Raises Code::invalid: there is no such device.
+  GpuEngine(Cuda cuda, Nccl nccl, const GpuConfig& config, std::function<void()> interrupted, HostSide host);
   ~GpuEngine();
   GpuEngine(const GpuEngine&) = delete;
   GpuEngine& operator=(const GpuEngine&) = delete;
@@ -111,7 +117,8 @@ class GpuEngine {
   std::shared_ptr<const Cuda> cuda_;
   std::shared_ptr<const Nccl> nccl_;
   GpuConfig config_;
-  std::function<void()> interrupted_, on_failure_;
+  std::function<void()> interrupted_;
+  HostSide host_;
   Comms comms_;
   std::shared_ptr<EventPool> pool_;
   CUcontext context_ = nullptr;

@@ -160,23 +160,24 @@ def _refused(rank: Rank) -> list[str]:
 
 def _fails(fault: Fault, *wanted: type[Exception]) -> Callable[[Rank], list[str]]:
     """Something befalls the last all-reduce on rank 0, which no host waits for: its watchdog has to see it, and raises
-    the first of what is wanted; the others raise any."""
+    the first of what is wanted; the others raise any. A rank may hear by the other's host that it gave up first."""
 
     def body(rank: Rank) -> list[str]:
         if rank.rank == 0:
             rank.torch.simulation.inject(fault, device=0, communicator=0, operation=2)
         tensor = rank.upload(numbers(64, rank.rank))
-        until = time.monotonic() + 10 * STALL_S
+        begin = time.monotonic()
+        until = begin + 10 * STALL_S
         try:
             work = [rank.device.allreduce(tensor, async_op=True) for _ in range(3)][-1]
             work.wait()
             while time.monotonic() < until and not work.is_completed():
                 time.sleep(0.005)
-        except wanted as error:
+        except (*wanted, AbortedError) as error:
+            late = fault is not Fault.HANGS and time.monotonic() - begin > 0.9 * STALL_S
             rank.torch.synchronize()  # which comes back: what is stuck was aborted
-            # Of what hangs, a rank may hear by its peer first.
-            good = fault is Fault.HANGS or rank.rank > 0 or isinstance(error, wanted[0])
-            return [] if good else [f"{type(error).__name__}, not {wanted[0].__name__}: {error}"]
+            good = fault is Fault.HANGS or rank.rank > 0 or isinstance(error, (wanted[0], AbortedError))
+            return [] if good and not late else [f"{type(error).__name__}, not {wanted[0].__name__}: {error}"]
         return [f"{' or '.join(kind.__name__ for kind in wanted)} is not raised"]
 
     return body
@@ -197,6 +198,24 @@ def _broken(rank: Rank) -> list[str]:
     except (AbortedError, PeerLostError):
         return ["not told as its own device's error"] if rank.rank == 1 else []
     return ["nothing is raised"]
+
+
+def _told(rank: Rank) -> list[str]:
+    """Rank 1's host gives up; rank 0's waits for nothing but its device, and must hear of it at once."""
+    tensor = rank.upload(numbers(64, rank.rank))
+    until = time.monotonic() + 2 * STALL_S
+    try:
+        rank.host.barrier()
+        if rank.rank == 1:
+            rank.host._engine.abort()
+        work = rank.device.allreduce(tensor, async_op=True) if rank.rank == 0 else None
+        while time.monotonic() < until and (work is None or not work.is_completed()):
+            rank.device._engine.check()
+            time.sleep(0.005)
+    except AbortedError:
+        return []
+    rank.device.abort()
+    return ["nobody says that rank 1 has given up"]
 
 
 _WATCHED = {"watch": 0.02, "stall_s": STALL_S}
@@ -225,6 +244,7 @@ SCENARIOS: dict[str, Scenario] = {
     "refused": Scenario(nodes=(1, 1), body=_refused, expected="misuse: ncclGroupEnd without ncclGroupStart"),
     "means": Scenario(nodes=(2, 2), body=means),
     "hangs": Scenario(nodes=(1, 1), body=_fails(Fault.HANGS, StallError, PeerLostError), options=_WATCHED),
+    "told": Scenario(nodes=(1, 1), body=_told, options={**_WATCHED, "stall_s": 10 * STALL_S}),
     "broken": Scenario(nodes=(1, 1), body=_broken, options={"stall_s": 5 * STALL_S}),
     "lost": Scenario(
         nodes=(1, 1), body=_fails(Fault.REMOTE_ERROR, PeerLostError, StallError), options=_WATCHED

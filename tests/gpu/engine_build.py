@@ -107,7 +107,7 @@ def install(module: Path) -> None:
         setattr(_C, name, getattr(made, name))
 
     def engine(*, host: Any, **options: Any) -> Any:
-        return made.GpuEngine(host=None if host is None else made.Host(host.abort), **options)
+        return made.GpuEngine(host=None if host is None else made.Host(host.abort, host.listen), **options)
 
     _C.GpuEngine = engine  # type: ignore[misc, assignment]
 

@@ -293,6 +293,18 @@ MUTANTS: dict[str, Mutant] = {
         ("hangs",),
         {"    failure_ = std::move(error);": ""},
     ),
+    "nobody listens to the host": Mutant(
+        "gpu_watch.cpp",
+        ("told",),
+        {
+            "  if (const std::optional<Error> heard = host_.heard()) return std::make_exception_ptr(*heard);\n": ""
+        },
+    ),
+    "a failure is not told to the host": Mutant(
+        "gpu_watch.cpp",
+        ("broken",),
+        {"  host_.failed();  ": "  "},
+    ),
     "a lost device is kept to oneself": Mutant(
         "gpu_issue.cpp",
         ("broken",),
@@ -310,5 +322,6 @@ QUICK = (
     "the pending tail is put behind a head that needs its result",
     "groups are not grouped",
     "a failure of NCCL in the background is not heard",
+    "nobody listens to the host",
 )
 """Of them, those that every run of the tests plants."""

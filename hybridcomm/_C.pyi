@@ -166,6 +166,7 @@ class DeviceKind:
     reduce_scatter: DeviceKind
     all_gather: DeviceKind
     broadcast: DeviceKind
+    all_to_all: DeviceKind
     send: DeviceKind
     receive: DeviceKind
     __members__: dict[str, DeviceKind]

@@ -44,6 +44,7 @@ class DeviceCollectives:
     _programs: OrderedDict[tuple[Any, ...], tuple[_C.DeviceProgram, DevicePlan, Sequence[Any]]]
     _exchanges: OrderedDict[tuple[Any, ...], tuple[_C.DeviceProgram, DevicePlan, Sequence[Any]]]
     _streams: tuple[int, int, int]
+    _newer: frozenset[str]  # what NCCL has beyond 2.18, which is the same on all ranks
 
     if TYPE_CHECKING:
         _engine: _C.GpuEngine

@@ -64,6 +64,7 @@ class DeviceContext(DeviceAllreduce):
     ) -> None:
         self.host, self.provider, self.flat, self.debug = host, provider, flat, debug
         self._engine, self._comms, self._streams = engine, comms, streams
+        self._newer = frozenset(engine.newer)
         self._plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
         self._programs: OrderedDict[tuple[Any, ...], tuple[_C.DeviceProgram, DevicePlan, Sequence[Any]]] = (
             OrderedDict()

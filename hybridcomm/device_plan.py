@@ -28,7 +28,9 @@ START = -1
 STREAMS = ("codec", "intra", "inter")
 """Kernels; NCCL inside nodes; NCCL between nodes, and of all ranks."""
 
-COLLECTIVES = ("all_reduce", "reduce", "reduce_scatter", "all_gather", "broadcast", "send", "receive")
+COLLECTIVES = (
+    "all_reduce", "reduce", "reduce_scatter", "all_gather", "broadcast", "all_to_all", "send", "receive"
+)  # fmt: skip
 """Kinds of operations that are NCCL's; the others are "launch", "copy" and "fill"."""
 
 

@@ -107,6 +107,7 @@ void bind_programs(py::module_& module) {
       .value("reduce_scatter", DeviceKind::reduce_scatter)
       .value("all_gather", DeviceKind::all_gather)
       .value("broadcast", DeviceKind::broadcast)
+      .value("all_to_all", DeviceKind::all_to_all)
       .value("send", DeviceKind::send)
       .value("receive", DeviceKind::receive);
   module.attr("DEVICE_START") = kStart;

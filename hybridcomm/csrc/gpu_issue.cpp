@@ -241,6 +241,9 @@ ncclResult_t GpuEngine::call_nccl(const DeviceOp& op, ncclRedOp_t reduction) {
       return nccl.ncclAllGather(from, to, op.count, op.dtype, comm, stream);
     case DeviceKind::broadcast:
       return nccl.ncclBroadcast(from, to, op.count, op.dtype, op.peer, comm, stream);
+    case DeviceKind::all_to_all:
+      if (nccl.ncclAlltoAll == nullptr) return ncclInvalidUsage;
+      return nccl.ncclAlltoAll(from, to, op.count, op.dtype, comm, stream);
     case DeviceKind::send:
       return nccl.ncclSend(from, op.count, op.dtype, op.peer, comm, stream);
     case DeviceKind::receive:

@@ -21,6 +21,7 @@ enum class DeviceKind : uint8_t {
   reduce_scatter,  // `count` elements of the result
   all_gather,      // `count` elements of the input
   broadcast,       // from `peer`
+  all_to_all,      // `count` elements to each; NCCL 2.28
   send,            // to `peer`
   receive,         // from `peer`
 };

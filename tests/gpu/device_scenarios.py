@@ -35,7 +35,7 @@ from hybridcomm.selftest.verbs import means, messages
 from hybridcomm.topology import Topology
 from tests.gpu.device_lanes import lanes
 from tests.gpu.device_ranks import Rank, gradient, run_devices
-from tests.gpu.device_verbs import coalesced, verbs
+from tests.gpu.device_verbs import all_to_alls, coalesced, verbs
 from tests.gpu.simulated import Fault, sim_library
 
 __all__ = ["EAGER", "SCENARIOS", "Scenario", "wrongs"]
@@ -220,6 +220,8 @@ def _told(rank: Rank) -> list[str]:
 
 _WATCHED = {"watch": 0.02, "stall_s": STALL_S}
 
+_NEWEST = {"nccl": 23007}
+
 SCENARIOS: dict[str, Scenario] = {
     "buckets": Scenario(nodes=(2, 2), body=buckets),
     "buckets of unequal nodes": Scenario(nodes=(2, 1), body=buckets),
@@ -228,6 +230,9 @@ SCENARIOS: dict[str, Scenario] = {
     "uneven shards": Scenario(nodes=(2, 2), body=uneven),
     "messages": Scenario(nodes=(2, 1), body=messages),
     "verbs": Scenario(nodes=(2, 2), body=verbs),
+    "verbs of the newest NCCL": Scenario(nodes=(2, 2), body=verbs, options=_NEWEST),
+    "all-to-alls": Scenario(nodes=(2, 1), body=all_to_alls),
+    "all-to-alls of the newest NCCL": Scenario(nodes=(2, 1), body=all_to_alls, options=_NEWEST),
     "coalesced": Scenario(nodes=(2, 1), body=coalesced),
     "pipeline": Scenario(nodes=(1, 1, 1), body=lanes("1f1b")),
     "split backward": Scenario(nodes=(2, 1), body=lanes("zb-h1")),

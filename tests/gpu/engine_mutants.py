@@ -168,6 +168,16 @@ MUTANTS: dict[str, Mutant] = {
         ("messages",),
         {"nccl.ncclSend(from, op.count,": "nccl.ncclSend(from, op.count - 1,"},
     ),
+    "an all-to-all takes one element too few": Mutant(
+        "gpu_issue.cpp",
+        ("all-to-alls of the newest NCCL",),
+        {"nccl.ncclAlltoAll(from, to, op.count,": "nccl.ncclAlltoAll(from, to, op.count - 1,"},
+    ),
+    "an all-to-all takes the whole for a part": Mutant(
+        "gpu_issue.cpp",
+        ("all-to-alls of the newest NCCL",),
+        {"nccl.ncclAlltoAll(from, to, op.count,": "nccl.ncclAlltoAll(from, to, op.count * 3,"},
+    ),
     "a sum is no mean": Mutant(
         "gpu_issue.cpp",
         ("unequal", "buckets"),

@@ -174,8 +174,19 @@ class DeviceContext(DeviceAllreduce):
     def empty(self, *size: Any, dtype: Any = None) -> torch.Tensor:
         """A tensor on the device, not cleared, in memory that NCCL knows: registered where this NCCL can.
 
-        ``size`` as `torch.empty` takes it; default dtype float32.
+        ``size`` as `torch.empty` takes it; default dtype float32. Any rank may call it alone.
         """
+        return self._empty(size, dtype, ())
+
+    def bucket(self, numel: int, *, dtype: Any = None) -> torch.Tensor:
+        """As `empty`, by all ranks together: of as many elements, and in the same order, on each.
+
+        So the memory can be one symmetric window of NCCL's (2.27), through which ranks of a node reach each other's and
+        copy engines take the place of kernels (``copy_engines=``).
+        """
+        return self._empty((numel,), dtype, sorted(self._comms.values()))
+
+    def _empty(self, size: tuple[Any, ...], dtype: Any, windows: Sequence[int]) -> torch.Tensor:
         import torch
 
         shape = torch.Size(
@@ -183,7 +194,7 @@ class DeviceContext(DeviceAllreduce):
         )
         dtype = torch.float32 if dtype is None else dtype
         nbytes = shape.numel() * dtype.itemsize
-        memory = self._engine.allocate(max(nbytes, 1))
+        memory = self._engine.allocate(max(nbytes, 1), windows)
         flat = self.provider.wrap(memory.address, memory.nbytes, memory)[:nbytes]
         return flat.view(dtype).view(shape)
 

@@ -177,7 +177,8 @@ void bind_gpu(py::module_& module) {
       .def_property_readonly("captured", &GpuWork::captured);
   py::class_<GpuMemory, std::unique_ptr<GpuMemory, WithoutGil<GpuMemory>>>(module, "GpuMemory")
       .def_property_readonly("address", &GpuMemory::address)
-      .def_property_readonly("nbytes", &GpuMemory::nbytes);
+      .def_property_readonly("nbytes", &GpuMemory::nbytes)
+      .def_property_readonly("windows", &GpuMemory::windows);
   py::class_<GpuEngine, std::shared_ptr<GpuEngine>> engine(module, "GpuEngine");
   engine
       .def(py::init(&make_gpu_engine), py::kw_only(), py::arg("device"), py::arg("streams"),
@@ -223,10 +224,11 @@ void bind_gpu(py::module_& module) {
       .def("done", &GpuEngine::done, py::arg("work"), py::call_guard<py::gil_scoped_release>())
       .def(
           "allocate",
-          [](const std::shared_ptr<GpuEngine>& gpu, size_t nbytes) {
-            return std::unique_ptr<GpuMemory, WithoutGil<GpuMemory>>(new GpuMemory(gpu, nbytes));
+          [](const std::shared_ptr<GpuEngine>& gpu, size_t nbytes, const std::vector<int>& windows) {
+            return std::unique_ptr<GpuMemory, WithoutGil<GpuMemory>>(new GpuMemory(gpu, nbytes, windows));
           },
-          py::arg("nbytes"), py::call_guard<py::gil_scoped_release>())
+          py::arg("nbytes"), py::arg("windows") = std::vector<int>(),
+          py::call_guard<py::gil_scoped_release>())
       .def(
           "fail",
           [](GpuEngine& gpu, const std::string& why) {

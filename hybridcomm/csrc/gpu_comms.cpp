@@ -208,6 +208,10 @@ void Comms::close() {
   }
   for (const auto& [comm, handle] : registered_) nccl_.ncclCommDeregister(at(comm), handle);
   registered_.clear();
+  for (const auto& [comm, window] : windows_) {
+    if (window != nullptr) nccl_.ncclCommWindowDeregister(at(comm), window);
+  }
+  windows_.clear();
   for (const auto& [key, op] : means_) nccl_.ncclRedOpDestroy(op, at(std::get<0>(key)));
   means_.clear();
   for (auto comm = comms.rbegin(); comm != comms.rend(); ++comm) {  // children first
@@ -238,6 +242,30 @@ void Comms::deregister_buffer(int comm, void* handle) {
   if (aborted_ || found == registered_.end()) return;  // whoever has said goodbye did it
   nccl_.ncclCommDeregister(at(comm), handle);
   registered_.erase(found);
+}
+
+ncclWindow_t Comms::register_window(int comm, void* data, size_t nbytes) {
+  if (nccl_.ncclCommWindowRegister == nullptr) return nullptr;
+  ncclResult_t result = ncclSuccess;
+  auto made = windows_.end();
+  {
+    const auto held = hold();
+    made = windows_.emplace(windows_.end(), comm, nullptr);
+    result = nccl_.ncclCommWindowRegister(at(comm), data, nbytes, &made->second, kNcclWindowSymmetric);
+  }
+  settle(comm, result, "ncclCommWindowRegister");
+  const std::lock_guard lock(mutex_);
+  const ncclWindow_t window = made->second;
+  if (window == nullptr) windows_.erase(made);
+  return window;
+}
+
+void Comms::deregister_window(int comm, ncclWindow_t window) {
+  const std::lock_guard lock(mutex_);
+  const auto found = std::find(windows_.begin(), windows_.end(), std::make_pair(comm, window));
+  if (aborted_ || found == windows_.end()) return;
+  nccl_.ncclCommWindowDeregister(at(comm), window);
+  windows_.erase(found);
 }
 
 }  // namespace hybridcomm::gpu

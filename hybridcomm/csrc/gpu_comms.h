@@ -7,6 +7,7 @@
 #include <atomic>
 #include <exception>
 #include <functional>
+#include <list>
 #include <map>
 #include <mutex>
 #include <string>
@@ -69,6 +70,10 @@ class Comms {
 
   void* register_buffer(int comm, void* data, size_t nbytes);  // null: this NCCL cannot
   void deregister_buffer(int comm, void* handle);
+  // As a symmetric window, of memory that is NCCL's own and as large on all ranks, which call it together. Null: this NCCL,
+  // or this communicator, has none. Taking one back is a matter of this rank alone.
+  ncclWindow_t register_window(int comm, void* data, size_t nbytes);
+  void deregister_window(int comm, ncclWindow_t window);
 
  private:
   ncclConfig_t config() const;
@@ -85,6 +90,8 @@ class Comms {
   mutable std::mutex mutex_;  // of the list, which the watchdog reads
   std::vector<ncclComm_t> comms_;
   std::vector<std::pair<int, void*>> registered_;  // (communicator, handle)
+  // Likewise; a list, since NCCL writes a handle when a window is made, be that after an error here.
+  std::list<std::pair<int, ncclWindow_t>> windows_;
   std::map<std::tuple<int, int32_t, uint32_t>, ncclRedOp_t> means_;
   std::atomic<bool> aborted_{false};
 };

@@ -80,6 +80,9 @@ class GpuEngine {
   // A kernel's function of an image, cubin or PTX; loaded once.
   int load(const std::string& image, const std::string& symbol, unsigned shared_nbytes);
 
+  // As Comms::register_window, between programs. A rank that fails in it ends everything: the others wait for it.
+  ncclWindow_t register_window(int comm, void* data, size_t nbytes);
+
   // Issues the program's head behind what `producer` holds, then the tail of the one before.
   std::shared_ptr<GpuWork> start(std::shared_ptr<const DeviceProgram> program, CUstream producer);
   // `consumer` goes on when it is done; issues its tail, if that is still to come.

@@ -155,6 +155,18 @@ void GpuEngine::wait(const std::shared_ptr<GpuWork>& work, CUstream consumer) tr
   throw;
 }
 
+ncclWindow_t GpuEngine::register_window(int comm, void* data, size_t nbytes) {
+  const std::lock_guard lock(issuing_);
+  check();
+  make_current();
+  try {
+    return comms_.register_window(comm, data, nbytes);
+  } catch (...) {
+    fail_by_current();
+    throw;
+  }
+}
+
 void GpuEngine::issue(GpuWork& work, size_t begin, size_t end) {
   const DeviceProgram& program = *work.program_;
   for (size_t first = begin; first < end;) {

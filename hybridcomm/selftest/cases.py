@@ -144,6 +144,7 @@ def _under_way() -> tuple[Case, ...]:
         ("two streams", under_way.streams, 0),
         ("CUDA graphs", under_way.captured, 3),
         ("memory that NCCL knows", under_way.in_known_memory, 0),
+        ("memory that all ranks allocate together", under_way.in_windows, 0),
     )
     return (
         *(Case(name=name, body=body, against=HOST, nodes=2) for name, body in compressed),

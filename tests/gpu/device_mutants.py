@@ -346,6 +346,13 @@ MUTANTS: dict[str, Planted] = {
         "all-to-alls",
         lambda: mock.patch.object(_C.GpuEngine, "newer", property(lambda _: ["ncclAlltoAll"])),
     ),
+    "what one rank allocates alone is a window": Planted(
+        "windows", methods(DeviceContext, "empty", lambda _, self, *size: self.bucket(*size))
+    ),
+    "a rank's bucket is shorter": Planted(
+        "windows",
+        methods(DeviceContext, "bucket", lambda real, self, n: real(self, n + 16 * (self.rank == 1))),
+    ),
     "a dropped receive": Planted("pipeline", methods(DeviceContext, "batch", drops_a_receive)),
     "swapped sends": Planted("pipeline", methods(Lanes, "start", swaps_sends)),
     "a buffer is received into again too early": Planted("split backward", methods(Lanes, "room", one_room)),

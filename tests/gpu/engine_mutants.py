@@ -213,6 +213,34 @@ MUTANTS: dict[str, Mutant] = {
         ("memory",),
         {"  nccl_.ncclCommDeregister(at(comm), handle);\n  registered_.erase(found);": ""},
     ),
+    "windows are left": Mutant(
+        "gpu_memory.cpp",
+        ("windows",),
+        {
+            "  for (const auto& [comm, window] : windows_) engine_->comms().deregister_window(comm, window);\n": ""
+        },
+    ),
+    "windows are left to the end": Mutant(
+        "gpu_comms.cpp",
+        ("reducer of the newest NCCL", "windows"),
+        {
+            "    if (window != nullptr) nccl_.ncclCommWindowDeregister(at(comm), window);": "    (void)window, (void)comm;"
+        },
+    ),
+    "a window is of CUDA's memory": Mutant(
+        "gpu_memory.cpp",
+        ("windows",),
+        {
+            "    const ncclResult_t result = nccl.ncclMemAlloc(&data, nbytes);": "    CUdeviceptr plain = 0;\n"
+            "    const ncclResult_t result = engine_->cuda().cuMemAlloc_v2(&plain, nbytes);\n"
+            "    data = reinterpret_cast<void*>(plain);"
+        },
+    ),
+    "a window counts as made before it is": Mutant(
+        "gpu_comms.cpp",
+        ("windows",),
+        {'  settle(comm, result, "ncclCommWindowRegister");\n': "  (void)result;\n"},
+    ),
     # -- kernels and memory ------------------------------------------------------------------------------------
     "a fill writes ones": Mutant(
         "gpu_issue.cpp",

@@ -69,6 +69,7 @@ def sim_library() -> ctypes.CDLL:
         "sim_inject": (None, (ctypes.c_int, ctypes.c_long, ctypes.c_long, ctypes.c_int)),
         "sim_refuse": (None, (ctypes.c_int, ctypes.c_char_p, ctypes.c_long, ctypes.c_int)),
         "sim_nccl_version": (None, (ctypes.c_int,)),
+        "sim_symmetric": (None, (ctypes.c_int,)),
         "sim_register_image": (
             None,
             (
@@ -233,6 +234,10 @@ class Simulation:
     def nccl_version(self, version: int) -> None:
         """What ncclGetVersion says (22703: 2.27.3); newer calls are refused. Stays for later rounds."""
         sim_library().sim_nccl_version(version)
+
+    def symmetric(self, yes: bool) -> None:
+        """Whether communicators have windows; else registering one succeeds, and gives none. Stays for later rounds."""
+        sim_library().sim_symmetric(yes)
 
     def publish(self) -> None:
         """What this thread knows, those know that `learn` it, and threads that come later."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from hybridcomm.device_context import DeviceContext
+from hybridcomm.reducer import Reducer
 from hybridcomm.selftest.rank import numbers
 from hybridcomm.topology import Topology
 from tests.gpu.device_ranks import NCCL, Rank, run_devices
+from tests.gpu.simulated import Simulation
 
 pytestmark = pytest.mark.xdist_group("gpu-engine")
 
@@ -53,3 +58,70 @@ def test_an_all_to_all_of_unequal_parts_stays_sends_and_receives() -> None:
     results, reports = run_devices(Topology.virtual(2, 1), body, nccl=NEWEST)
     assert reports == []
     assert all(set(made) == {"send", "receive"} for made in results)
+
+
+@pytest.mark.parametrize(
+    ("version", "symmetric", "windows"),
+    [
+        (NCCL, True, False),
+        (21903, True, False),
+        (22703, True, True),
+        (NEWEST, True, True),
+        (NEWEST, False, False),
+    ],
+)
+def test_memory_that_all_ranks_allocate_becomes_windows_where_nccl_has_them(
+    version: int, symmetric: bool, windows: bool
+) -> None:
+    """One in every communicator that the rank is in; what one rank allocates alone becomes none."""
+
+    def body(rank: Rank) -> tuple[int, int, int]:
+        engine, comms = rank.device._engine, sorted(rank.device._comms.values())
+        rank.torch.simulation.symmetric(symmetric)
+        together = engine.allocate(4096, comms)
+        alone = engine.allocate(4096) if rank.rank == 1 else None
+        return together.windows, 0 if alone is None else alone.windows, len(comms)
+
+    results, reports = run_devices(Topology.virtual(2, 2), body, nccl=version)
+    with Simulation() as simulation:
+        simulation.symmetric(True)
+    assert reports == []
+    assert results == [(3 * windows, 0, 3)] * 4
+
+
+def test_the_buckets_of_a_reducer_are_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[tuple[int, int]] = []
+
+    def body(rank: Rank) -> int:
+        module = torch.nn.Linear(64, 64)
+        rank.torch.place(module)
+        made = Reducer(module, ctx=rank.device)
+        made.close()
+        rank.torch.synchronize()
+        return len(made.layouts)
+
+    real = DeviceContext._empty
+
+    def noted(self: DeviceContext, size: Any, dtype: Any, windows: Any) -> Any:
+        found.append((self.rank, len(windows)))
+        return real(self, size, dtype, windows)
+
+    monkeypatch.setattr(DeviceContext, "_empty", noted)
+    results, reports = run_devices(Topology.virtual(2, 2), body, nccl=NEWEST)
+    assert reports == []
+    assert sorted(found) == sorted((rank, 3) for rank in range(4) for _ in range(results[rank]))
+
+
+@pytest.mark.parametrize("aborts", [False, True])
+def test_windows_outlive_their_communicators_to_no_harm(aborts: bool) -> None:
+    """Closed, or aborted, before the memory goes: nothing is asked of communicators that are no more."""
+
+    def body(rank: Rank) -> None:
+        tensor = rank.device.bucket(1024)
+        if aborts:
+            rank.device.abort()
+        rank.device.close()
+        del tensor
+
+    _, reports = run_devices(Topology.virtual(2, 1), body, nccl=NEWEST)
+    assert reports == []

@@ -98,6 +98,26 @@ bool Communicators::same(const Meeting& meeting) {
   return true;
 }
 
+// Ranks must use symmetric windows at one offset: what all reach of each other. A gathered part, or a scattered one, is a
+// rank's own place.
+void Communicators::check_windows(const Meeting& meeting) {
+  const Kind kind = meeting.come.front().part.kind;
+  const bool reads = kind == Kind::all_reduce || kind == Kind::reduce_scatter || kind == Kind::all_to_all;
+  const bool writes = kind == Kind::all_reduce || kind == Kind::all_gather || kind == Kind::all_to_all;
+  long from = -1, to = -1;
+  for (const Meeting::Come& each : meeting.come) {
+    const Part& part = each.part;
+    if (part.comm == nullptr) continue;
+    const long source = reads ? in_window(*part.comm, part.from) : -1;
+    const long target = writes ? in_window(*part.comm, part.to) : -1;
+    if ((from >= 0 && source >= 0 && from != source) || (to >= 0 && target >= 0 && to != target)) {
+      misuse(text_of(part) + ": at another offset of its window than other ranks");
+    }
+    from = source >= 0 ? source : from;
+    to = target >= 0 ? target : to;
+  }
+}
+
 bool Communicators::may_touch(const Meeting& meeting) {
   bool sound = true;
   for (const Meeting::Come& each : meeting.come) {
@@ -115,6 +135,7 @@ void Communicators::meet(Meeting& meeting) {
   for (const Meeting::Come& each : meeting.come) meeting.clock.join(each.clock);
   meeting.met = true;
   const bool alike = same(meeting);
+  if (alike) check_windows(meeting);
   if (alike && may_touch(meeting)) return move(meeting);
   for (const Meeting::Come& each : meeting.come) {
     if (!alike && each.part.comm != nullptr) each.part.comm->failure = ncclInvalidUsage;

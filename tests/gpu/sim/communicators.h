@@ -154,6 +154,7 @@ class Communicators {
   std::string missing(const Running& running) const;
   void meet(Meeting& meeting);
   bool same(const Meeting& meeting);
+  void check_windows(const Meeting& meeting);
   bool may_touch(const Meeting& meeting);
 
   std::map<std::string, std::shared_ptr<Clique>> cliques_;

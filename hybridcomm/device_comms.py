@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from hybridcomm.groups import Grouping
     from hybridcomm.topology import Topology
 
-__all__ = ["check_alike", "compare", "connect", "groups_of", "keeps_order"]
+__all__ = ["check_alike", "compare", "connect", "groups_of", "keeps_order", "uses_copy_engines"]
 
 _TEXT_NBYTES = 512
+_COPY_ENGINES = "HYBRIDCOMM_COPY_ENGINES"
 _ORDER_SINCE = 22602
 """NCCL's version from which it can order communicators."""
 
@@ -82,6 +83,14 @@ def keeps_order(engine: _C.GpuEngine) -> bool:
     return engine.nccl_version >= _ORDER_SINCE and os.environ.get("NCCL_LAUNCH_ORDER_IMPLICIT") == "1"
 
 
+def uses_copy_engines(asked: bool | None) -> bool:
+    """``asked``, else what HYBRIDCOMM_COPY_ENGINES says; raises `UnsupportedError` where that is neither 0 nor 1."""
+    text = os.environ.get(_COPY_ENGINES, "") or "0"
+    if asked is None and text not in ("0", "1"):
+        raise UnsupportedError(f"{_COPY_ENGINES}={text}: set it to 1 or 0, alike on every rank")
+    return text == "1" if asked is None else asked
+
+
 def check_alike(host: Grouping, facts: Sequence[str]) -> None:
     """Raises `UnsupportedError`, on all ranks, naming those whose facts are not rank 0's."""
     text = "; ".join(facts).encode()[:_TEXT_NBYTES]
@@ -92,7 +101,7 @@ def check_alike(host: Grouping, facts: Sequence[str]) -> None:
     if others:
         raise UnsupportedError(
             f"rank 0 has {said[0]}, but {', '.join(others[:8])}: install the same NCCL, and the same kind of GPU, "
-            "on every rank, and start all with the same NCCL_LAUNCH_ORDER_IMPLICIT"
+            f"on every rank, and start all with the same NCCL_LAUNCH_ORDER_IMPLICIT and {_COPY_ENGINES}"
         )
 
 

@@ -89,6 +89,7 @@ class DeviceContext(DeviceAllreduce):
         watch: float = _WATCH_S,
         debug: bool = False,
         stopwatch: Stopwatch | None = None,
+        copy_engines: bool | None = None,
     ) -> DeviceContext:
         """Loads CUDA and NCCL, and connects this rank's device to the others'; all ranks of ``host`` call it.
 
@@ -97,7 +98,9 @@ class DeviceContext(DeviceAllreduce):
         s between looks of the watchdog, which ends everything with a typed error where NCCL failed in the background,
         or something was not done within the context's timeout; 0: none. ``debug``: before each call ranks compare what
         they are about to do, which makes the host wait, and raise `PlanMismatchError` where they differ. ``stopwatch``:
-        what ``compress="auto"`` measures with (default: the provider's events).
+        what ``compress="auto"`` measures with (default: the provider's events). ``copy_engines``: NCCL moves what lies
+        in windows, as the Reducer's buckets do, by them where it can, and so leaves the processors to the computation
+        (its NCCL_CTA_POLICY_ZERO, from 2.28 on); None: as HYBRIDCOMM_COPY_ENGINES says, else not.
 
         Raises `UnsupportedError`, on all ranks, where one has no such device or a library is missing or too old, or
         ranks differ in it.
@@ -113,10 +116,12 @@ class DeviceContext(DeviceAllreduce):
                 watch_s=watch,
                 nccl_files=[str(path) for path in nccl_files()],
                 host=host._engine,
+                copy_engines=device_comms.uses_copy_engines(copy_engines),
             )
             facts = [f"NCCL {engine.nccl_version}", f"sm_{engine.compute_capability}", *engine.newer]
             side_by_side = device_comms.keeps_order(engine)
             facts += ["launches in order"] if side_by_side else []
+            facts += ["copy engines"] if engine.copy_engines else []
         except Exception as error:
             device_comms.check_alike(host, [f"no GPU ({error})"])  # the others must not wait for this rank
             raise
@@ -168,7 +173,7 @@ class DeviceContext(DeviceAllreduce):
             f"GPU {self.provider.ordinal} (sm_{gpu.compute_capability}), CUDA driver {gpu.cuda_version}, NCCL "
             f"{gpu.nccl_version} ({gpu.nccl_path}; {', '.join(gpu.newer) or 'nothing beyond 2.18'}); without compress= "
             "tensors go flat, by NCCL's own algorithms; with it hierarchically, compressed between nodes; stages in "
-            f"nodes run {beside} those between them"
+            f"nodes run {beside} those between them{', windows go by copy engines' * gpu.copy_engines}"
         )
 
     def empty(self, *size: Any, dtype: Any = None) -> torch.Tensor:

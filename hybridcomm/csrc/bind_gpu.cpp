@@ -47,7 +47,7 @@ Search nccl_search(std::vector<std::string> files) {
 
 std::shared_ptr<GpuEngine> make_gpu_engine(int device, int streams, double timeout_s, double watch_s,
                                            std::vector<std::string> nccl_files,
-                                           const std::shared_ptr<Engine>& host) {
+                                           const std::shared_ptr<Engine>& host, bool copy_engines) {
   const py::gil_scoped_release no_gil;
   Cuda cuda = Cuda::load(SharedLibrary::open(kCuda));
   Nccl nccl = Nccl::load(SharedLibrary::open(nccl_search(std::move(nccl_files))));
@@ -55,8 +55,9 @@ std::shared_ptr<GpuEngine> make_gpu_engine(int device, int streams, double timeo
   // Peers that wait for this rank on the host hear of it, too, and this rank of them.
   if (host != nullptr) side = {[host] { host->abort(); }, [host] { return host->listen(); }};
   return std::shared_ptr<GpuEngine>(
-      new GpuEngine(std::move(cuda), std::move(nccl), GpuConfig{device, streams, timeout_s, watch_s},
-                    raise_pending_signals, std::move(side)),
+      new GpuEngine(std::move(cuda), std::move(nccl),
+                    GpuConfig{device, streams, timeout_s, watch_s, copy_engines}, raise_pending_signals,
+                    std::move(side)),
       WithoutGil<GpuEngine>());
 }
 
@@ -182,12 +183,14 @@ void bind_gpu(py::module_& module) {
   py::class_<GpuEngine, std::shared_ptr<GpuEngine>> engine(module, "GpuEngine");
   engine
       .def(py::init(&make_gpu_engine), py::kw_only(), py::arg("device"), py::arg("streams"),
-           py::arg("timeout_s"), py::arg("watch_s"), py::arg("nccl_files"), py::arg("host"))
+           py::arg("timeout_s"), py::arg("watch_s"), py::arg("nccl_files"), py::arg("host"),
+           py::arg("copy_engines") = false)
       .def_property_readonly("cuda_version", [](const GpuEngine& gpu) { return gpu.cuda().version; })
       .def_property_readonly("nccl_version", [](const GpuEngine& gpu) { return gpu.nccl().version; })
       .def_property_readonly("cuda_path", [](const GpuEngine& gpu) { return gpu.cuda().path; })
       .def_property_readonly("nccl_path", [](const GpuEngine& gpu) { return gpu.nccl().path; })
       .def_property_readonly("newer", [](const GpuEngine& gpu) { return gpu.nccl().newer(); })
+      .def_property_readonly("copy_engines", &GpuEngine::copy_engines)
       .def_property_readonly("compute_capability", &GpuEngine::compute_capability)
       .def(
           "load",

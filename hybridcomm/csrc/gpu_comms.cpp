@@ -51,8 +51,15 @@ Factor reciprocal(uint32_t divisor, int32_t dtype) {
 
 }  // namespace
 
-Comms::Comms(const Nccl& nccl, double timeout_s, std::function<void()> interrupted)
-    : nccl_(nccl), timeout_s_(timeout_s), interrupted_(std::move(interrupted)) {}
+Comms::Comms(const Nccl& nccl, double timeout_s, bool copy_engines, std::function<void()> interrupted)
+    : nccl_(nccl), timeout_s_(timeout_s), copy_engines_(copy_engines), interrupted_(std::move(interrupted)) {
+  if (copy_engines_ && nccl_.version < kNcclCtaPolicyZeroSince) {
+    throw Error(Code::invalid, "copy_engines=True (or HYBRIDCOMM_COPY_ENGINES=1): NCCL " +
+                                   std::to_string(nccl_.version) +
+                                   " cannot leave collectives to them, 2.28.3 can: install a newer one, such "
+                                   "as by pip install -U nvidia-nccl-cu12, or leave it out");
+  }
+}
 
 Comms::~Comms() { abort(); }
 
@@ -60,6 +67,7 @@ ncclConfig_t Comms::config() const {
   ncclConfig_t config;
   config.blocking = 0;
   config.version = static_cast<unsigned>(nccl_.version);
+  if (copy_engines_) config.CTAPolicy = kNcclCtaPolicyZero;
   return config;
 }
 

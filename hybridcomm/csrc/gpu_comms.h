@@ -36,8 +36,9 @@ class NcclGroup {
 
 class Comms {
  public:
-  // `interrupted` is called now and then in waits, and may throw.
-  Comms(const Nccl& nccl, double timeout_s, std::function<void()> interrupted);
+  // `copy_engines`: they take the place of kernels where they can (windows), and leave the processors to who computes.
+  // `interrupted` is called now and then in waits, and may throw. Raises Code::invalid: this NCCL is too old.
+  Comms(const Nccl& nccl, double timeout_s, bool copy_engines, std::function<void()> interrupted);
   ~Comms();
   Comms(const Comms&) = delete;
   Comms& operator=(const Comms&) = delete;
@@ -86,6 +87,7 @@ class Comms {
 
   const Nccl& nccl_;
   double timeout_s_;
+  bool copy_engines_;
   std::function<void()> interrupted_;
   mutable std::mutex mutex_;  // of the list, which the watchdog reads
   std::vector<ncclComm_t> comms_;

@@ -25,7 +25,7 @@ GpuEngine::GpuEngine(Cuda cuda, Nccl nccl, const GpuConfig& config, std::functio
       config_(config),
       interrupted_(std::move(interrupted)),
       host_(std::move(host)),
-      comms_(*nccl_, config.timeout_s, interrupted_),
+      comms_(*nccl_, config.timeout_s, config.copy_engines, interrupted_),
       pool_(std::make_shared<EventPool>(cuda_)) {
   const int count = cuda_->device_count();
   if (config_.device < 0 || config_.device >= count) {

@@ -35,6 +35,7 @@ struct GpuConfig {
   int streams = 1;
   double timeout_s = 300;
   double watch_s = 0.1;  // how often the watchdog looks; 0: there is none
+  bool copy_engines = false;
 };
 
 // The host's engine, as far as failures go. `failed`: called once, by whoever finds one here. `heard`: what it has failed
@@ -73,6 +74,7 @@ class GpuEngine {
   const Cuda& cuda() const { return *cuda_; }
   const Nccl& nccl() const { return *nccl_; }
   Comms& comms() { return comms_; }
+  bool copy_engines() const { return config_.copy_engines; }
   void make_current() const;       // the device's context, on this thread
   int compute_capability() const;  // 80: 8.0
   bool capturing(CUstream stream) const;

@@ -201,6 +201,14 @@ def _broken(rank: Rank) -> list[str]:
     return ["nothing is raised"]
 
 
+def _copies(rank: Rank) -> list[str]:
+    """All communicators of the rank, divided ones too, leave windows to copy engines."""
+    rank.host.barrier()
+    found, comms = rank.torch.simulation.by_copy_engines(rank.rank), len(rank.device._comms)
+    wrong = [] if found == comms else [f"{found} of {comms} communicators go by copy engines"]
+    return wrong + in_windows(rank)
+
+
 def _told(rank: Rank) -> list[str]:
     """Rank 1's host gives up; rank 0's waits for nothing but its device, and must hear of it at once."""
     tensor = rank.upload(numbers(64, rank.rank))
@@ -245,6 +253,7 @@ SCENARIOS: dict[str, Scenario] = {
     "captured": Scenario(nodes=(1, 1), body=captured),
     "memory": Scenario(nodes=(2, 1), body=in_known_memory, options={"nccl": 22703}),
     "windows": Scenario(nodes=(2, 1), body=in_windows, options=_NEWEST),
+    "copy engines": Scenario(nodes=(2, 2), body=_copies, options={**_NEWEST, "copy_engines": True}),
     "reducer of the newest NCCL": Scenario(nodes=(2, 2), body=reducer, options=_NEWEST),
     "reducer": Scenario(nodes=(2, 1), body=reducer),
     "payloads": Scenario(nodes=(1, 1), body=_payloads),

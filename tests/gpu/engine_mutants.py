@@ -236,6 +236,20 @@ MUTANTS: dict[str, Mutant] = {
             "    data = reinterpret_cast<void*>(plain);"
         },
     ),
+    "divided communicators have kernels copy": Mutant(
+        "gpu_comms.cpp",
+        ("copy engines",),
+        {
+            "  ncclConfig_t wanted = config();\n  ncclComm_t comm = nullptr;\n  const ncclResult_t result = nccl_.ncclCommSplit": ""
+            "  ncclConfig_t wanted = config();\n  wanted.CTAPolicy = kNcclUndefined;\n  ncclComm_t comm = nullptr;\n"
+            "  const ncclResult_t result = nccl_.ncclCommSplit"
+        },
+    ),
+    "copy engines are not asked for": Mutant(
+        "gpu_comms.cpp",
+        ("copy engines",),
+        {"  if (copy_engines_) config.CTAPolicy = kNcclCtaPolicyZero;\n": ""},
+    ),
     "a window counts as made before it is": Mutant(
         "gpu_comms.cpp",
         ("windows",),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hybridcomm.device_context import DeviceContext
+from hybridcomm.errors import UnsupportedError
 from hybridcomm.reducer import Reducer
 from hybridcomm.selftest.rank import numbers
 from hybridcomm.topology import Topology
@@ -16,6 +17,7 @@ from tests.gpu.simulated import Simulation
 
 pytestmark = pytest.mark.xdist_group("gpu-engine")
 
+TWO = Topology.virtual(2, 1)
 NEWEST, BEFORE_ALL_TO_ALL = 23007, 22707
 
 
@@ -125,3 +127,54 @@ def test_windows_outlive_their_communicators_to_no_harm(aborts: bool) -> None:
 
     _, reports = run_devices(Topology.virtual(2, 1), body, nccl=NEWEST)
     assert reports == []
+
+
+def raised(rank: Rank, **options: Any) -> str:
+    """What connecting raises; or how many of the rank's communicators leave windows to copy engines."""
+    try:
+        device = rank.host.connect_device(provider=rank.torch, watch=0, **options)
+    except UnsupportedError as error:
+        return str(error)
+    rank.host.barrier()
+    found = rank.torch.simulation.by_copy_engines(rank.rank)
+    rank.host.barrier()
+    return f"{found} {'copy engines' in device.describe()}"
+
+
+@pytest.mark.parametrize(
+    ("asked", "said", "found"),
+    [
+        (None, "", "0 False"),
+        (None, "0", "0 False"),
+        (None, "1", "3 True"),
+        (True, "", "3 True"),
+        (False, "1", "0 False"),
+    ],
+)
+def test_copy_engines_are_asked_for_by_argument_or_environment(
+    monkeypatch: pytest.MonkeyPatch, asked: bool | None, said: str, found: str
+) -> None:
+    monkeypatch.setenv("HYBRIDCOMM_COPY_ENGINES", said)
+    results, reports = run_devices(
+        Topology.virtual(2, 2), lambda rank: raised(rank, copy_engines=asked), nccl=NEWEST, connect=False
+    )
+    assert reports == []
+    assert results == [found] * 4
+
+
+@pytest.mark.parametrize(("version", "said"), [(22707, "1"), (NEWEST, "yes")])
+def test_copy_engines_that_cannot_be_had_are_refused(
+    monkeypatch: pytest.MonkeyPatch, version: int, said: str
+) -> None:
+    """By every rank, with what to do; nothing is silently left out."""
+    monkeypatch.setenv("HYBRIDCOMM_COPY_ENGINES", said)
+    results, _ = run_devices(TWO, raised, nccl=version, connect=False)
+    want = "2.28.3" if said == "1" else "set it to 1 or 0"
+    assert all(want in text and "HYBRIDCOMM_COPY_ENGINES" in text for text in results), results
+
+
+def test_ranks_that_contradict_each_other_over_copy_engines_are_named() -> None:
+    results, _ = run_devices(
+        TWO, lambda rank: raised(rank, copy_engines=rank.rank == 1), nccl=NEWEST, connect=False
+    )
+    assert all("rank 1 has" in text and "copy engines" in text for text in results), results

@@ -1,5 +1,6 @@
 #include "communicators.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "broker.h"
@@ -41,7 +42,7 @@ std::shared_ptr<Clique> Communicators::clique(const std::string& id, int size) {
   return found;
 }
 
-Comm* Communicators::join(const std::shared_ptr<Clique>& clique, int rank, bool blocking) {
+Comm* Communicators::join(const std::shared_ptr<Clique>& clique, int rank, bool blocking, int policy) {
   const int device = world().here().device;
   Comm made;
   made.clique = clique;
@@ -49,6 +50,11 @@ Comm* Communicators::join(const std::shared_ptr<Clique>& clique, int rank, bool 
   made.device = device;
   made.ordinal = made_[device]++;
   made.blocking = blocking;
+  made.policy = policy;
+  for (const Comm* other : clique->members) {
+    if (other->policy == policy) continue;
+    world().reports.add(Finding::mismatch, "ranks of a communicator with different CTA policies");
+  }
   comms_.push_back(std::move(made));
   clique->members.push_back(&comms_.back());
   ++clique->joined;
@@ -300,7 +306,13 @@ bool Communicators::wished(Clique& clique, int rank, long number, size_t wanted)
   return true;
 }
 
-Comm* Communicators::child(Comm& comm, long number) {
+int Communicators::by_copy_engines(int device) const {
+  return static_cast<int>(std::count_if(comms_.begin(), comms_.end(), [device](const Comm& comm) {
+    return comm.live && comm.device == device && comm.policy == kNcclCtaPolicyZero;
+  }));
+}
+
+Comm* Communicators::child(Comm& comm, long number, int policy) {
   const auto& wishes = comm.clique->wishes[number];
   const auto [color, key] = wishes.at(comm.rank);
   if (color == kNcclNoColor) return nullptr;
@@ -316,7 +328,7 @@ Comm* Communicators::child(Comm& comm, long number) {
     made->name = comm.clique->name + " " + std::to_string(number) + " " + std::to_string(color);
   }
   const auto self = std::find(members.begin(), members.end(), std::pair(key, comm.rank));
-  return join(made, static_cast<int>(self - members.begin()), comm.blocking);
+  return join(made, static_cast<int>(self - members.begin()), comm.blocking, policy);
 }
 
 ncclResult_t Communicators::state(Comm& comm) {

@@ -137,13 +137,13 @@ void bind_communicators(py::class_<GpuEngine, std::shared_ptr<GpuEngine>>& engin
   engine.def("unique_id", [](GpuEngine& gpu) { return py::bytes(gpu.comms().unique_id()); })
       .def(
           "join",
-          [](GpuEngine& gpu, const py::bytes& unique_id, int rank, int size) {
-            const std::string id = unique_id;
+          [](GpuEngine& gpu, const py::bytes& unique_ids, int rank, int size) {
+            const std::string ids = unique_ids;
             const py::gil_scoped_release no_gil;
             gpu.make_current();
-            return gpu.comms().join(id, rank, size);
+            return gpu.comms().join(ids, rank, size);
           },
-          py::arg("unique_id"), py::arg("rank"), py::arg("size"))
+          py::arg("unique_ids"), py::arg("rank"), py::arg("size"))
       .def(
           "split",
           [](GpuEngine& gpu, int parent, std::optional<int> color, int key) {

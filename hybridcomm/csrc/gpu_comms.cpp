@@ -103,16 +103,25 @@ int Comms::add(ncclComm_t comm) {
   return static_cast<int>(comms_.size()) - 1;
 }
 
-int Comms::join(const std::string& unique_id, int rank, int size) {
-  ncclUniqueId id;
-  if (unique_id.size() != sizeof id.internal) throw Error(Code::invalid, "unique_id: 128 bytes are wanted");
-  std::copy(unique_id.begin(), unique_id.end(), id.internal);
+int Comms::join(const std::string& unique_ids, int rank, int size) {
+  const size_t count = unique_ids.size() / sizeof(ncclUniqueId);
+  if (count == 0 || unique_ids.size() % sizeof(ncclUniqueId) != 0)
+    throw Error(Code::invalid, "unique_ids: 128 bytes are wanted for each");
+  if (count > 1 && nccl_.ncclCommInitRankScalable == nullptr)
+    throw Error(Code::invalid, "unique_ids: this NCCL takes one alone; 2.23.4 takes several");
+  std::vector<ncclUniqueId> ids(count);
+  for (size_t i = 0; i < count; ++i)
+    unique_ids.copy(ids[i].internal, sizeof(ncclUniqueId), i * sizeof(ncclUniqueId));
   ncclConfig_t wanted = config();
   ncclComm_t comm = nullptr;
-  const ncclResult_t result = nccl_.ncclCommInitRankConfig(&comm, size, id, rank, &wanted);
-  if (comm == nullptr) fail(nullptr, result, "ncclCommInitRankConfig");
+  const char* call = count == 1 ? "ncclCommInitRankConfig" : "ncclCommInitRankScalable";
+  const ncclResult_t result =
+      count == 1
+          ? nccl_.ncclCommInitRankConfig(&comm, size, ids[0], rank, &wanted)
+          : nccl_.ncclCommInitRankScalable(&comm, size, rank, static_cast<int>(count), ids.data(), &wanted);
+  if (comm == nullptr) fail(nullptr, result, call);
   const int index = add(comm);  // first, so that an abort finds it
-  settle(comm, result, "ncclCommInitRankConfig");
+  settle(comm, result, call);
   return index;
 }
 

@@ -45,7 +45,8 @@ class Comms {
 
   std::string unique_id() const;
   // Each returns the index of a communicator. Raises Code::bootstrap where the others do not come in time.
-  int join(const std::string& unique_id, int rank, int size);
+  // `unique_ids`: one, or several one behind the other, among whose makers NCCL shares the ranks out.
+  int join(const std::string& unique_ids, int rank, int size);
   // Collective on `parent`; -1: this rank has no part in it (color kNcclNoColor).
   int split(int parent, int color, int key);
 

@@ -276,6 +276,10 @@ def looks_at_its_own(real: Any, self: DeviceContext, wanted: Any, given: Any) ->
     return len({part.numel() for part in (*wanted, *given)}) == 1
 
 
+def other_roots(real: Any, engine: Any, host: Any, roots: Any) -> Any:
+    return real(engine, host, [root + (root > 0 and host.rank == 1) for root in roots])
+
+
 def swaps_sends(real: Any, self: Lanes) -> None:
     """The first stage's second value goes from where its third will be."""
     if self.rank.rank == 0:
@@ -345,6 +349,9 @@ MUTANTS: dict[str, Planted] = {
     "an older NCCL is taken for one with all-to-all": Planted(
         "all-to-alls",
         lambda: mock.patch.object(_C.GpuEngine, "newer", property(lambda _: ["ncclAlltoAll"])),
+    ),
+    "the last rank of a share is its root on one rank": Planted(
+        "several roots", methods(device_comms, "_unique_ids", other_roots)
     ),
     "what one rank allocates alone is a window": Planted(
         "windows", methods(DeviceContext, "empty", lambda _, self, *size: self.bucket(*size))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hybridcomm import device_comms
 from hybridcomm.errors import AbortedError, DeviceError, HybridCommError, PeerLostError, StallError
 from hybridcomm.kernels import parse, reference
 from hybridcomm.residual import Residual
@@ -209,6 +210,13 @@ def _copies(rank: Rank) -> list[str]:
     return wrong + in_windows(rank)
 
 
+def _rooted(rank: Rank) -> list[str]:
+    """Ranks that meet at two roots, and then do what those of one do."""
+    rank.device._comms = device_comms.connect(rank.device._engine, rank.host, per_root=2)
+    roots = rank.torch.simulation.roots()
+    return ([] if roots == 2 else [f"{roots} roots"]) + messages(rank)
+
+
 def _told(rank: Rank) -> list[str]:
     """Rank 1's host gives up; rank 0's waits for nothing but its device, and must hear of it at once."""
     tensor = rank.upload(numbers(64, rank.rank))
@@ -253,6 +261,7 @@ SCENARIOS: dict[str, Scenario] = {
     "captured": Scenario(nodes=(1, 1), body=captured),
     "memory": Scenario(nodes=(2, 1), body=in_known_memory, options={"nccl": 22703}),
     "windows": Scenario(nodes=(2, 1), body=in_windows, options=_NEWEST),
+    "several roots": Scenario(nodes=(2, 1), body=_rooted, options=_NEWEST),
     "copy engines": Scenario(nodes=(2, 2), body=_copies, options={**_NEWEST, "copy_engines": True}),
     "reducer of the newest NCCL": Scenario(nodes=(2, 2), body=reducer, options=_NEWEST),
     "reducer": Scenario(nodes=(2, 1), body=reducer),

@@ -191,7 +191,7 @@ MUTANTS: dict[str, Mutant] = {
     "a communicator counts as made before it is": Mutant(
         "gpu_comms.cpp",
         ("again", "messages"),
-        {'  settle(comm, result, "ncclCommInitRankConfig");\n': ""},
+        {"  settle(comm, result, call);\n": ""},
     ),
     "one mean for all communicators": Mutant(
         "gpu_comms.cpp",
@@ -249,6 +249,16 @@ MUTANTS: dict[str, Mutant] = {
         "gpu_comms.cpp",
         ("copy engines",),
         {"  if (copy_engines_) config.CTAPolicy = kNcclCtaPolicyZero;\n": ""},
+    ),
+    "the first of several roots takes all": Mutant(
+        "gpu_comms.cpp",
+        ("several roots",),
+        {"  const size_t count = unique_ids.size() / sizeof(ncclUniqueId);": "  const size_t count = 1;"},
+    ),
+    "every root's id is the first's": Mutant(
+        "gpu_comms.cpp",
+        ("several roots",),
+        {"sizeof(ncclUniqueId), i * sizeof(ncclUniqueId));": "sizeof(ncclUniqueId), 0);"},
     ),
     "a window counts as made before it is": Mutant(
         "gpu_comms.cpp",

@@ -70,6 +70,7 @@ def sim_library() -> ctypes.CDLL:
         "sim_refuse": (None, (ctypes.c_int, ctypes.c_char_p, ctypes.c_long, ctypes.c_int)),
         "sim_nccl_version": (None, (ctypes.c_int,)),
         "sim_symmetric": (None, (ctypes.c_int,)),
+        "sim_roots": (ctypes.c_int, ()),
         "sim_by_copy_engines": (ctypes.c_int, (ctypes.c_int,)),
         "sim_register_image": (
             None,
@@ -243,6 +244,10 @@ class Simulation:
     def by_copy_engines(self, device: int) -> int:
         """How many of the device's communicators leave collectives to copy engines where they can."""
         return int(sim_library().sim_by_copy_engines(device))
+
+    def roots(self) -> int:
+        """How many ids the last ncclCommInitRankScalable was given."""
+        return int(sim_library().sim_roots())
 
     def publish(self) -> None:
         """What this thread knows, those know that `learn` it, and threads that come later."""

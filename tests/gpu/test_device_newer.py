@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
+from hybridcomm import device_comms
 from hybridcomm.device_context import DeviceContext
 from hybridcomm.errors import UnsupportedError
 from hybridcomm.reducer import Reducer
-from hybridcomm.selftest.rank import numbers
+from hybridcomm.selftest.rank import differ, numbers, total
 from hybridcomm.topology import Topology
 from tests.gpu.device_ranks import NCCL, Rank, run_devices
-from tests.gpu.simulated import Simulation
+from tests.gpu.simulated import Simulation, sim_library
 
 pytestmark = pytest.mark.xdist_group("gpu-engine")
 
@@ -178,3 +180,34 @@ def test_ranks_that_contradict_each_other_over_copy_engines_are_named() -> None:
         TWO, lambda rank: raised(rank, copy_engines=rank.rank == 1), nccl=NEWEST, connect=False
     )
     assert all("rank 1 has" in text and "copy engines" in text for text in results), results
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7, 128, 129, 300, 1000])
+@pytest.mark.parametrize("per_root", [1, 2, 128])
+def test_roots_have_equal_shares_of_at_most_so_many_ranks(world: int, per_root: int) -> None:
+    roots = device_comms.roots_of(world, per_root)
+    shares = [end - begin for begin, end in pairwise([*roots, world])]
+    assert roots[0] == 0
+    assert max(shares) <= per_root
+    assert max(shares) - min(shares) <= 1
+    assert sorted(shares, reverse=True) == shares  # as NCCL shares ranks out
+
+
+@pytest.mark.parametrize(
+    ("version", "per_root", "roots"),
+    [(NCCL, 1, 0), (22304, 2, 2), (NEWEST, 1, 3), (NEWEST, 3, 0), (NEWEST, 128, 0)],
+)
+def test_ranks_meet_at_several_roots_where_there_are_many(version: int, per_root: int, roots: int) -> None:
+    """0: the call of one id is taken, which older ones have, too."""
+
+    def body(rank: Rank) -> list[str]:
+        rank.device._comms = device_comms.connect(rank.device._engine, rank.host, per_root=per_root)
+        tensor = rank.upload(numbers(64, rank.rank))
+        rank.device.allreduce(tensor)
+        return list(differ("a sum", rank.download(tensor), total(rank, 64)))
+
+    before = sim_library().sim_roots()
+    results, reports = run_devices(Topology.from_sizes((2, 1)), body, nccl=version)
+    assert results == [[]] * 3
+    assert reports == []
+    assert sim_library().sim_roots() == (roots or before)

@@ -7,6 +7,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <set>
+#include <string>
 
 #include "arithmetic.h"
 
@@ -22,6 +24,7 @@ using sim::world;
 namespace {
 
 int made = 0;
+int roots = 0;
 int version = nccl_version(2, 18, 5);
 
 struct Call {
@@ -87,12 +90,12 @@ int policy_of(const ncclConfig_t* config) {
   return -1;
 }
 
-ncclResult_t initialise(const char* what, ncclComm_t* comm, int ranks, const ncclUniqueId& id, int rank,
+ncclResult_t initialise(const char* what, ncclComm_t* comm, int ranks, const std::string& id, int rank,
                         const ncclConfig_t* config) {
   auto lock = locked();
   if (rank < 0 || rank >= ranks || world().here().device < 0) return ncclInvalidArgument;
   if (sim::broken()) return ncclUnhandledCudaError;
-  const auto clique = communicators().clique(id.internal, ranks);
+  const auto clique = communicators().clique(id, ranks);
   if (clique->size != ranks) return misuse(std::string(what) + ": ranks say different sizes");
   const bool blocking = config == nullptr || config->blocking != 0;
   const int policy = policy_of(config);
@@ -200,6 +203,11 @@ EXPORT int sim_by_copy_engines(int device) {
   const auto lock = locked();
   return communicators().by_copy_engines(device);
 }
+// Of the last ncclCommInitRankScalable.
+EXPORT int sim_roots() {
+  const auto lock = locked();
+  return roots;
+}
 EXPORT ncclResult_t ncclGetVersion(int* says) {
   *says = version;
   return ncclSuccess;
@@ -226,16 +234,26 @@ EXPORT ncclResult_t ncclGetUniqueId(ncclUniqueId* id) {
 
 EXPORT ncclResult_t ncclCommInitRankConfig(ncclComm_t* comm, int ranks, ncclUniqueId id, int rank,
                                            ncclConfig_t* config) {
-  return initialise("ncclCommInitRankConfig", comm, ranks, id, rank, config);
+  return initialise("ncclCommInitRankConfig", comm, ranks, id.internal, rank, config);
 }
 EXPORT ncclResult_t ncclCommInitRankScalable(ncclComm_t* comm, int ranks, int rank, int count,
                                              ncclUniqueId* ids, ncclConfig_t* config) {
+  std::set<std::string> found;
+  std::string all;  // ranks that say other ids, or another order, do not meet
   {
     const auto lock = locked();
     if (!sim::has(nccl_version(2, 23, 4), "ncclCommInitRankScalable")) return ncclInvalidUsage;
+    if (count < 1 || count > ranks) return ncclInvalidArgument;
+    for (int i = 0; i < count; ++i) {
+      const std::string id = ids[i].internal;
+      all += (i == 0 ? "" : ", ") + id;
+      if (id.rfind("simulated", 0) != 0)
+        return misuse("ncclCommInitRankScalable: an id that nobody has made");
+      if (!found.insert(id).second) return misuse("ncclCommInitRankScalable: an id twice");
+    }
+    roots = count;
   }
-  if (count < 1 || count > ranks) return ncclInvalidArgument;
-  return initialise("ncclCommInitRankScalable", comm, ranks, ids[0], rank, config);
+  return initialise("ncclCommInitRankScalable", comm, ranks, all, rank, config);
 }
 
 namespace {

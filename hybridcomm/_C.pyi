@@ -198,6 +198,7 @@ def device_op(
     op: int = 0,
     divisor: int = 1,
     value: int = 0,
+    factor: float | None = None,
 ) -> DeviceOp: ...
 def device_launch(
     *,

@@ -15,6 +15,7 @@ import numpy as np
 from hybridcomm.collectives_copy import rows_by_rank
 from hybridcomm.device_collectives import DeviceCollectives, _buffers, _plan
 from hybridcomm.device_plan import START, Operation, Touch
+from hybridcomm.device_reduction import shared
 from hybridcomm.errors import DataTypeError, PlanMismatchError, UnsupportedError
 from hybridcomm.stream_provider import view_of
 
@@ -186,7 +187,7 @@ class DeviceExchanges(DeviceCollectives):
                 for i, call in enumerate(calls)
             ]
             counts = [call.numel for call in calls]
-            facts = f"grouped {kind} {counts} {dtype} {fields}"
+            facts = f"grouped {kind} {counts} {dtype} {shared(calls[0].fields)}"
             text = self._text(f"{len(calls)} coalesced {kind}", sum(counts), dtype)
             buffers = _buffers({f"{i}": t for i, t in enumerate(tensors)})
             program = self._remember(key, _plan(text, facts, operations, buffers), ())

@@ -63,7 +63,7 @@ std::shared_ptr<GpuEngine> make_gpu_engine(int device, int streams, double timeo
 
 DeviceOp make_op(DeviceKind kind, int stream, uint32_t step, std::vector<int> after, int group,
                  CUdeviceptr from, CUdeviceptr to, size_t count, int comm, int peer, int32_t dtype,
-                 int32_t op, uint32_t divisor, uint8_t value) {
+                 int32_t op, uint32_t divisor, uint8_t value, std::optional<double> factor) {
   DeviceOp made;
   made.kind = kind;
   made.stream = stream;
@@ -79,6 +79,7 @@ DeviceOp make_op(DeviceKind kind, int stream, uint32_t step, std::vector<int> af
   made.op = op;
   made.divisor = divisor;
   made.value = value;
+  made.factor = factor;
   return made;
 }
 
@@ -117,7 +118,8 @@ void bind_programs(py::module_& module) {
              py::arg("after"), py::arg("group") = kNoGroup, py::arg("source") = 0, py::arg("target") = 0,
              py::arg("count") = 0, py::arg("comm") = -1, py::arg("peer") = -1,
              py::arg("dtype") = static_cast<int32_t>(ncclFloat32),
-             py::arg("op") = static_cast<int32_t>(ncclSum), py::arg("divisor") = 1, py::arg("value") = 0);
+             py::arg("op") = static_cast<int32_t>(ncclSum), py::arg("divisor") = 1, py::arg("value") = 0,
+             py::arg("factor") = std::optional<double>());
   module.def("device_launch", &make_launch, py::kw_only(), py::arg("stream"), py::arg("step"),
              py::arg("after"), py::arg("function"), py::arg("blocks"), py::arg("threads"),
              py::arg("shared_nbytes"), py::arg("arguments"));

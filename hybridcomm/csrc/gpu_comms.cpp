@@ -10,43 +10,41 @@ namespace {
 
 constexpr auto kPoll = std::chrono::microseconds(50);
 
-// 1 / divisor in the element type's own bits, which NCCL reads from the host.
+constexpr size_t kReductions = 256;  // that are kept
+
+#include "half_impl.h"
+
+// A factor in the element type's own bits, which NCCL reads from the host.
 struct Factor {
   alignas(8) unsigned char bytes[8] = {};
 };
 
-uint16_t half_bits(float value, int exponent_bits) {
-  uint32_t word = 0;
-  std::memcpy(&word, &value, sizeof word);
-  if (exponent_bits == 8) return static_cast<uint16_t>((word + 0x7FFF + ((word >> 16) & 1)) >> 16);
-  // fp16, half to even; 1 / divisor is at most 1, and what is below its normal numbers is scaled there.
-  const uint32_t fraction = (word & 0x7FFFFF) | 0x800000;
-  const int exponent = static_cast<int>(word >> 23) - 127;
-  const int shift = 13 + std::max(0, -14 - exponent);
-  if (shift > 24) return 0;
-  const uint32_t kept = fraction >> shift;
-  const uint32_t rest = fraction & ((1U << shift) - 1);
-  const uint32_t middle = 1U << (shift - 1);
-  const uint32_t up = rest > middle || (rest == middle && (kept & 1)) ? 1 : 0;
-  const uint32_t biased = exponent < -14 ? 0 : static_cast<uint32_t>(exponent + 15 - 1) << 10;
-  return static_cast<uint16_t>(biased + kept + up);
+template <class T>
+Factor as_bits(T value) {
+  Factor factor;
+  std::memcpy(factor.bytes, &value, sizeof value);
+  return factor;
 }
 
-Factor reciprocal(uint32_t divisor, int32_t dtype) {
-  Factor factor;
-  const double exact = 1.0 / divisor;
-  const auto single = static_cast<float>(exact);
-  if (dtype == ncclFloat64) {
-    std::memcpy(factor.bytes, &exact, sizeof exact);
-  } else if (dtype == ncclFloat32) {
-    std::memcpy(factor.bytes, &single, sizeof single);
-  } else if (dtype == ncclFloat16 || dtype == ncclBfloat16) {
-    const uint16_t bits = half_bits(single, dtype == ncclBfloat16 ? 8 : 5);
-    std::memcpy(factor.bytes, &bits, sizeof bits);
-  } else {
-    throw Error(Code::invalid, "a mean of integers: sum them, and divide by the world size");
+Factor factor_of(double value, int32_t dtype) {
+  switch (dtype) {
+    case ncclFloat64:
+      return as_bits(value);
+    case ncclFloat32:
+      return as_bits(static_cast<float>(value));
+    case ncclFloat16:
+      return as_bits(narrow_fp16(static_cast<float>(value)));
+    case ncclBfloat16:
+      return as_bits(narrow_bf16(static_cast<float>(value)));
+    case ncclInt64:
+    case ncclUint64:
+      return as_bits(static_cast<int64_t>(value));
+    case ncclInt32:
+    case ncclUint32:
+      return as_bits(static_cast<uint32_t>(static_cast<int64_t>(value)));
+    default:
+      return as_bits(static_cast<uint8_t>(static_cast<int64_t>(value)));
   }
-  return factor;
 }
 
 }  // namespace
@@ -139,15 +137,30 @@ int Comms::split(int parent, int color, int key) {
 
 ncclRedOp_t Comms::mean_of(int comm, int32_t dtype, uint32_t divisor) {
   if (divisor == 1) return ncclSum;
-  const auto key = std::make_tuple(comm, dtype, divisor);
-  const auto found = means_.find(key);
-  if (found != means_.end()) return found->second;
-  Factor factor = reciprocal(divisor, dtype);
+  if (dtype < ncclFloat16)
+    throw Error(Code::invalid, "a mean of integers: sum them, and divide by the world size");
+  return scaled_sum(comm, dtype, 1.0 / divisor);
+}
+
+ncclRedOp_t Comms::scaled_sum(int comm, int32_t dtype, double factor) {
+  uint64_t bits = 0;  // which are ordered, as factors that are no numbers are not
+  std::memcpy(&bits, &factor, sizeof bits);
+  const auto key = std::make_tuple(comm, dtype, bits);
+  const auto found = reductions_.find(key);
+  if (found != reductions_.end()) return found->second;
+  Factor scalar = factor_of(factor, dtype);
   ncclRedOp_t op = ncclSum;
   const ncclResult_t result =
-      nccl_.ncclRedOpCreatePreMulSum(&op, factor.bytes, dtype, ncclScalarHostImmediate, at(comm));
+      nccl_.ncclRedOpCreatePreMulSum(&op, scalar.bytes, dtype, ncclScalarHostImmediate, at(comm));
   settle(at(comm), result, "ncclRedOpCreatePreMulSum");
-  return means_[key] = op;
+  return reductions_[key] = op;
+}
+
+void Comms::trim_reductions() {
+  if (reductions_.size() <= kReductions) return;
+  const auto held = hold();
+  for (const auto& [key, op] : reductions_) nccl_.ncclRedOpDestroy(op, at(std::get<0>(key)));
+  reductions_.clear();
 }
 
 void Comms::settle(int comm, ncclResult_t result, const char* call) { settle(at(comm), result, call); }
@@ -229,8 +242,8 @@ void Comms::close() {
     if (window != nullptr) nccl_.ncclCommWindowDeregister(at(comm), window);
   }
   windows_.clear();
-  for (const auto& [key, op] : means_) nccl_.ncclRedOpDestroy(op, at(std::get<0>(key)));
-  means_.clear();
+  for (const auto& [key, op] : reductions_) nccl_.ncclRedOpDestroy(op, at(std::get<0>(key)));
+  reductions_.clear();
   for (auto comm = comms.rbegin(); comm != comms.rend(); ++comm) {  // children first
     settle(*comm, nccl_.ncclCommFinalize(*comm), "ncclCommFinalize");
   }

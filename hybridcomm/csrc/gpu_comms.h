@@ -52,8 +52,11 @@ class Comms {
 
   ncclComm_t at(int comm) const { return comms_.at(static_cast<size_t>(comm)); }
   int count() const { return static_cast<int>(comms_.size()); }
-  // The sum of inputs times 1 / divisor, for elements of `dtype`; made once.
+  // The sum of inputs times 1 / divisor, or times this rank's own factor, for elements of `dtype`; made once.
   ncclRedOp_t mean_of(int comm, int32_t dtype, uint32_t divisor);
+  ncclRedOp_t scaled_sum(int comm, int32_t dtype, double factor);
+  // While none of them is about to be used: factors that change with every step must not gather for ever.
+  void trim_reductions();
 
   // While this is held nobody aborts, so that calls may take communicators. Raises Code::aborted where that is over.
   std::unique_lock<std::mutex> hold() const;
@@ -95,7 +98,7 @@ class Comms {
   std::vector<std::pair<int, void*>> registered_;  // (communicator, handle)
   // Likewise; a list, since NCCL writes a handle when a window is made, be that after an error here.
   std::list<std::pair<int, ncclWindow_t>> windows_;
-  std::map<std::tuple<int, int32_t, uint32_t>, ncclRedOp_t> means_;
+  std::map<std::tuple<int, int32_t, uint64_t>, ncclRedOp_t> reductions_;
   std::atomic<bool> aborted_{false};
 };
 

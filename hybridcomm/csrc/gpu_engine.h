@@ -105,6 +105,7 @@ class GpuEngine {
   void wait_for(GpuWork& work, const DeviceOp& op);
   void issue_one(const DeviceOp& op);
   void issue_nccl(const DeviceProgram& program, size_t first, size_t behind);
+  ncclRedOp_t reduction_of(const DeviceOp& op);
   ncclResult_t call_nccl(const DeviceOp& op, ncclRedOp_t reduction);
   void launch(const DeviceOp& op);
   void fail_by_current();

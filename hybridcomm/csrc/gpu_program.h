@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -49,7 +50,10 @@ struct DeviceOp {
   int peer = -1;
   int32_t dtype = ncclFloat32;
   int32_t op = ncclSum;
-  uint32_t divisor = 1;  // of a sum: what goes in is multiplied by 1 / divisor (ncclRedOpCreatePreMulSum)
+  // Of a sum: what goes in is multiplied by 1 / divisor, or by this rank's own factor (ncclRedOpCreatePreMulSum). A factor
+  // of 1 is one, too: ranks must all call a sum of products.
+  uint32_t divisor = 1;
+  std::optional<double> factor;
 };
 
 // Device memory that a program touches, [begin, end).

@@ -72,6 +72,13 @@ def conformance(codecs: Sequence[str], *, numel: int, seeds: Sequence[int]) -> t
         ),
         Case(name="messages and verbs in one order", body=verbs.messages, against=SUMS, ranks=2),
         Case(name="means by every communicator", body=verbs.means, against=BOUND),
+        Case(
+            name="sums by a factor of each rank's own",
+            body=verbs.scaled,
+            against=HOST,
+            ranks=2,
+            most=verbs.NARROW_RANKS,
+        ),
         Case(name="groups", body=verbs.groups, against=f"{HOST}, {SUMS}"),
         Case(name="the host waits", body=verbs.awaited, against=SUMS),
         *(

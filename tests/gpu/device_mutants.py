@@ -197,8 +197,8 @@ def ends_nothing(real: Any, self: DeviceContext) -> None:
 _left: list[Any] = []
 
 
-def one_key(real: Any, self: DeviceContext, key: Any, *given: Any) -> Any:
-    return real(self, key[:1], *given)
+def one_key(real: Any, self: DeviceContext, key: Any, *given: Any, **named: Any) -> Any:
+    return real(self, key[:1], *given, **named)
 
 
 def in_firing_order(real: Any, self: Reducer) -> None:
@@ -276,10 +276,6 @@ def looks_at_its_own(real: Any, self: DeviceContext, wanted: Any, given: Any) ->
     return len({part.numel() for part in (*wanted, *given)}) == 1
 
 
-def other_roots(real: Any, engine: Any, host: Any, roots: Any) -> Any:
-    return real(engine, host, [root + (root > 0 and host.rank == 1) for root in roots])
-
-
 def swaps_sends(real: Any, self: Lanes) -> None:
     """The first stage's second value goes from where its third will be."""
     if self.rank.rank == 0:
@@ -351,7 +347,10 @@ MUTANTS: dict[str, Planted] = {
         lambda: mock.patch.object(_C.GpuEngine, "newer", property(lambda _: ["ncclAlltoAll"])),
     ),
     "the last rank of a share is its root on one rank": Planted(
-        "several roots", methods(device_comms, "_unique_ids", other_roots)
+        "several roots",
+        methods(
+            device_comms, "_unique_ids", lambda real, gpu, ctx, _: real(gpu, ctx, [0, 2 - (ctx.rank == 1)])
+        ),
     ),
     "what one rank allocates alone is a window": Planted(
         "windows", methods(DeviceContext, "empty", lambda _, self, *size: self.bucket(*size))

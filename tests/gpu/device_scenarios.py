@@ -33,7 +33,7 @@ from hybridcomm.selftest.under_way import (
     unequal,
     uneven,
 )
-from hybridcomm.selftest.verbs import means, messages
+from hybridcomm.selftest.verbs import means, messages, scaled
 from hybridcomm.topology import Topology
 from tests.gpu.device_lanes import lanes
 from tests.gpu.device_ranks import Rank, gradient, run_devices
@@ -269,6 +269,7 @@ SCENARIOS: dict[str, Scenario] = {
     "closed": Scenario(nodes=(2, 1), body=_closed),
     "refused": Scenario(nodes=(1, 1), body=_refused, expected="misuse: ncclGroupEnd without ncclGroupStart"),
     "means": Scenario(nodes=(2, 2), body=means),
+    "scaled": Scenario(nodes=(2, 1), body=scaled),
     "hangs": Scenario(nodes=(1, 1), body=_fails(Fault.HANGS, StallError, PeerLostError), options=_WATCHED),
     "told": Scenario(nodes=(1, 1), body=_told, options={**_WATCHED, "stall_s": 10 * STALL_S}),
     "broken": Scenario(nodes=(1, 1), body=_broken, options={"stall_s": 5 * STALL_S}),

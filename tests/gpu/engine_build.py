@@ -44,7 +44,9 @@ class Build:
         made = cls(folder=folder)
         made.source.mkdir(parents=True)
         names = [*_CSRC.glob("gpu_*"), *(_CSRC / f"bind_{each}.cpp" for each in ("gpu", "errors"))]
-        names += [_CSRC / each for each in ("bindings.h", "common.h", "common.cpp", "signals.h")]
+        names += [
+            _CSRC / each for each in ("bindings.h", "common.h", "common.cpp", "half_impl.h", "signals.h")
+        ]
         for path in [*names, *_OWN.iterdir()]:
             shutil.copy(path, made.source)
         sources = sorted(made.source.glob("*.cpp"), key=lambda path: not path.name.startswith("bind_"))

@@ -3,18 +3,13 @@
 # ruff: noqa: E501  (what is changed stands as the formatter of the source has it)
 from __future__ import annotations
 
-from typing import NamedTuple
+from tests.gpu.engine_mutants_newer import NEWER, Mutant
 
 __all__ = ["MUTANTS", "QUICK", "Mutant"]
 
 
-class Mutant(NamedTuple):
-    file: str
-    scenarios: tuple[str, ...]
-    changes: dict[str, str]
-
-
 MUTANTS: dict[str, Mutant] = {
+    **NEWER,
     # -- waits -------------------------------------------------------------------------------------------------
     "operations do not wait for those of other streams": Mutant(
         "gpu_issue.cpp",
@@ -168,16 +163,6 @@ MUTANTS: dict[str, Mutant] = {
         ("messages",),
         {"nccl.ncclSend(from, op.count,": "nccl.ncclSend(from, op.count - 1,"},
     ),
-    "an all-to-all takes one element too few": Mutant(
-        "gpu_issue.cpp",
-        ("all-to-alls of the newest NCCL",),
-        {"nccl.ncclAlltoAll(from, to, op.count,": "nccl.ncclAlltoAll(from, to, op.count - 1,"},
-    ),
-    "an all-to-all takes the whole for a part": Mutant(
-        "gpu_issue.cpp",
-        ("all-to-alls of the newest NCCL",),
-        {"nccl.ncclAlltoAll(from, to, op.count,": "nccl.ncclAlltoAll(from, to, op.count * 3,"},
-    ),
     "a sum is no mean": Mutant(
         "gpu_issue.cpp",
         ("unequal", "buckets"),
@@ -186,7 +171,7 @@ MUTANTS: dict[str, Mutant] = {
     "one mean for all dtypes": Mutant(
         "gpu_comms.cpp",
         ("means",),
-        {"std::make_tuple(comm, dtype, divisor)": "std::make_tuple(comm, 0, divisor)"},
+        {"std::make_tuple(comm, dtype, bits)": "std::make_tuple(comm, 0, bits)"},
     ),
     "a communicator counts as made before it is": Mutant(
         "gpu_comms.cpp",
@@ -196,7 +181,7 @@ MUTANTS: dict[str, Mutant] = {
     "one mean for all communicators": Mutant(
         "gpu_comms.cpp",
         ("means",),
-        {"std::make_tuple(comm, dtype, divisor)": "std::make_tuple(0, dtype, divisor)"},
+        {"std::make_tuple(comm, dtype, bits)": "std::make_tuple(0, dtype, bits)"},
     ),
     "communicators are ordered by color": Mutant(
         "gpu_comms.cpp",
@@ -212,58 +197,6 @@ MUTANTS: dict[str, Mutant] = {
         "gpu_comms.cpp",
         ("memory",),
         {"  nccl_.ncclCommDeregister(at(comm), handle);\n  registered_.erase(found);": ""},
-    ),
-    "windows are left": Mutant(
-        "gpu_memory.cpp",
-        ("windows",),
-        {
-            "  for (const auto& [comm, window] : windows_) engine_->comms().deregister_window(comm, window);\n": ""
-        },
-    ),
-    "windows are left to the end": Mutant(
-        "gpu_comms.cpp",
-        ("reducer of the newest NCCL", "windows"),
-        {
-            "    if (window != nullptr) nccl_.ncclCommWindowDeregister(at(comm), window);": "    (void)window, (void)comm;"
-        },
-    ),
-    "a window is of CUDA's memory": Mutant(
-        "gpu_memory.cpp",
-        ("windows",),
-        {
-            "    const ncclResult_t result = nccl.ncclMemAlloc(&data, nbytes);": "    CUdeviceptr plain = 0;\n"
-            "    const ncclResult_t result = engine_->cuda().cuMemAlloc_v2(&plain, nbytes);\n"
-            "    data = reinterpret_cast<void*>(plain);"
-        },
-    ),
-    "divided communicators have kernels copy": Mutant(
-        "gpu_comms.cpp",
-        ("copy engines",),
-        {
-            "  ncclConfig_t wanted = config();\n  ncclComm_t comm = nullptr;\n  const ncclResult_t result = nccl_.ncclCommSplit": ""
-            "  ncclConfig_t wanted = config();\n  wanted.CTAPolicy = kNcclUndefined;\n  ncclComm_t comm = nullptr;\n"
-            "  const ncclResult_t result = nccl_.ncclCommSplit"
-        },
-    ),
-    "copy engines are not asked for": Mutant(
-        "gpu_comms.cpp",
-        ("copy engines",),
-        {"  if (copy_engines_) config.CTAPolicy = kNcclCtaPolicyZero;\n": ""},
-    ),
-    "the first of several roots takes all": Mutant(
-        "gpu_comms.cpp",
-        ("several roots",),
-        {"  const size_t count = unique_ids.size() / sizeof(ncclUniqueId);": "  const size_t count = 1;"},
-    ),
-    "every root's id is the first's": Mutant(
-        "gpu_comms.cpp",
-        ("several roots",),
-        {"sizeof(ncclUniqueId), i * sizeof(ncclUniqueId));": "sizeof(ncclUniqueId), 0);"},
-    ),
-    "a window counts as made before it is": Mutant(
-        "gpu_comms.cpp",
-        ("windows",),
-        {'  settle(comm, result, "ncclCommWindowRegister");\n': "  (void)result;\n"},
     ),
     # -- kernels and memory ------------------------------------------------------------------------------------
     "a fill writes ones": Mutant(

@@ -155,6 +155,16 @@ EXPORT ncclResult_t ncclRedOpCreatePreMulSum(ncclRedOp_t* op, void* scalar, nccl
     float value;
     std::memcpy(&value, &bits, sizeof(value));
     factor = static_cast<double>(value);
+  } else if (sim::size_of(type) == 1) {
+    factor = static_cast<double>(*static_cast<const int8_t*>(scalar));
+  } else if (sim::size_of(type) == 4) {
+    int32_t value;
+    std::memcpy(&value, scalar, sizeof(value));
+    factor = static_cast<double>(value);
+  } else if (sim::size_of(type) == 8) {
+    int64_t value;
+    std::memcpy(&value, scalar, sizeof(value));
+    factor = static_cast<double>(value);
   } else {
     return ncclInvalidArgument;
   }
@@ -163,7 +173,14 @@ EXPORT ncclResult_t ncclRedOpCreatePreMulSum(ncclRedOp_t* op, void* scalar, nccl
   *op = ncclAvg + static_cast<int>(comm->factors.size());
   return ncclSuccess;
 }
-EXPORT ncclResult_t ncclRedOpDestroy(ncclRedOp_t, ncclComm_t) { return ncclSuccess; }
+EXPORT ncclResult_t ncclRedOpDestroy(ncclRedOp_t op, ncclComm_t handle) {
+  const auto lock = locked();
+  Comm* comm = communicators().find(handle);
+  const auto own = static_cast<size_t>(op - (ncclAvg + 1));
+  if (comm == nullptr || op <= ncclAvg || own >= comm->factors.size()) return ncclInvalidArgument;
+  comm->factor_types[own] = -1;  // no call's
+  return ncclSuccess;
+}
 EXPORT ncclResult_t ncclAlltoAll(const void* from, void* to, size_t count, ncclDataType_t type,
                                  ncclComm_t comm, CUstream stream) {
   {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -24,12 +25,16 @@ AT_ONCE_S = 5.0
 """Far below the timeout, and far above a watch period on a busy machine."""
 
 
-def waits(rank: Rank) -> tuple[str, str, float]:
-    """What ends the wait for an all-reduce that rank 2 does not come to, and after how many seconds; rank 2's own GPU
-    has nothing to do."""
+def waits(rank: Rank, gives_up: Callable[[], None]) -> tuple[str, str, float]:
+    """What ends the wait for an all-reduce that rank 2 does not come to, and after how many seconds; rank 2 gives up,
+    and its own GPU has nothing to do."""
     begin = time.monotonic()
     tensor = rank.upload(torch.ones(4096))
     try:
+        rank.host.barrier()  # which a rank may still be in when it hears of it
+        if rank.rank == 2:
+            time.sleep(0.2)  # the others are in their all-reduce
+            gives_up()
         work = None if rank.rank == 2 else rank.device.allreduce(tensor, async_op=True)
         while work is None or not work.is_completed():
             rank.device._engine.check()
@@ -44,11 +49,7 @@ def test_an_abort_of_a_host_is_heard_by_ranks_that_wait_for_their_devices(nodes:
     """Whichever of NCCL and the host tells a rank first: it is the aborting rank that is named."""
 
     def body(rank: Rank) -> tuple[str, str, float]:
-        rank.host.barrier()
-        if rank.rank == 2:
-            time.sleep(0.2)  # the others are in their all-reduce
-            rank.host._engine.abort()
-        return waits(rank)
+        return waits(rank, rank.host._engine.abort)
 
     results, _ = run_devices(
         Topology.from_sizes(nodes), body, watch=WATCH_S, stall_s=STALL_S, return_exceptions=True
@@ -63,12 +64,12 @@ def test_a_failed_collective_of_the_host_ends_what_waits_on_the_device() -> None
     """On the rank itself, too: its own host's error, which no call of the device asks for."""
 
     def body(rank: Rank) -> tuple[str, str, float]:
-        rank.host.barrier()
-        if rank.rank == 2:
+        def gives_up() -> None:
             rank.host._engine.abort()
             with pytest.raises(AbortedError):
                 rank.host.barrier()
-        return waits(rank)
+
+        return waits(rank, gives_up)
 
     results, _ = run_devices(
         Topology.virtual(3, 1), body, watch=WATCH_S, stall_s=STALL_S, return_exceptions=True

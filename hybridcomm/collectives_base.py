@@ -99,8 +99,8 @@ class CollectivesBase:
         """(canonical name, factor) of ``op``, which must be one that ``dtype`` takes."""
         name, factor = reduction.resolve(op)
         reduction.check(name, dtype)
-        if factor is not None and dtype.startswith(("int", "uint")) and factor != int(factor):
-            raise UnsupportedError(f"premul_sum({factor}) of {dtype}: an integer tensor needs a whole factor")
+        if factor is not None:
+            reduction.check_factor(factor, dtype)
         return name, factor
 
     def _program(

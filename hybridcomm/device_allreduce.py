@@ -11,6 +11,7 @@ from hybridcomm import compress as compressors
 from hybridcomm.device_coalesce import GroupedCall
 from hybridcomm.device_exchanges import DeviceExchanges
 from hybridcomm.device_plan import Buffer
+from hybridcomm.device_reduction import factor_of
 from hybridcomm.errors import UnsupportedError
 from hybridcomm.lower_device import Places, lower_device
 from hybridcomm.plan_wire import sent_nbytes
@@ -83,7 +84,7 @@ class DeviceAllreduce(DeviceExchanges):
         name, factor = reduction.resolve(op)
         reduction.check(name, dtype)
         if factor is not None:
-            raise UnsupportedError("op=premul_sum on a GPU: multiply the tensor first")
+            factor, flat = factor_of(factor, tensor, dtype), True  # NCCL multiplies what goes into one call
         if self._batch is not None:
             plain = compress is None and residual is None and not async_op and stream is None
             fields = self._reduction(op, tensor)
@@ -102,7 +103,9 @@ class DeviceAllreduce(DeviceExchanges):
         pair = self._staged(plan, codec, residual, residual_key, spans)
         where = (tensor.data_ptr(), *(() if pair is None else (each.data_ptr() for each in pair)))
         decay = 1.0 if residual is None else residual.decay
-        program = self._program((key, residual_key, where, decay), plan, tensor, codec, pair, decay)
+        program = self._program(
+            (key, residual_key, where, decay, factor), plan, tensor, codec, pair, decay=decay, factor=factor
+        )
         return self._start(
             program, [t, tensor, *(pair or ())], async_op, stream, residual_key, sent_nbytes(plan, self.rank)
         )
@@ -183,7 +186,9 @@ class DeviceAllreduce(DeviceExchanges):
         tensor: torch.Tensor,
         codec: Compressor | None,
         pair: tuple[torch.Tensor, torch.Tensor] | None,
+        *,
         decay: float,
+        factor: float | None,
     ) -> tuple[_C.DeviceProgram, DevicePlan, Sequence[Any]]:
         found = self._programs.get(key)
         if found is not None:
@@ -208,6 +213,6 @@ class DeviceAllreduce(DeviceExchanges):
         buffer = Buffer("tensor", tensor.data_ptr(), tensor.numel() * tensor.element_size())
         places = Places(tensor=buffer, comms=self._comms)
         text = f"rank {self.rank}: {plan.collective} of {plan.numel:,} {plan.dtype} ({plan.compressor})"
-        lowered = lower_device(plan, self.rank, places, payloads, name=text)
+        lowered = lower_device(plan, self.rank, places, payloads, name=text, factor=factor)
         kept: Sequence[Any] = () if payloads is None else payloads.kept
         return self._remember(key, lowered, kept)

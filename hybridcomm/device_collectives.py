@@ -11,9 +11,9 @@ import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hybridcomm import reduction
 from hybridcomm.device_coalesce import GroupedCall
 from hybridcomm.device_plan import START, Buffer, DevicePlan, Operation, Touch, nccl_type
+from hybridcomm.device_reduction import fields_of, shared
 from hybridcomm.errors import DataTypeError, GroupError, UnsupportedError
 from hybridcomm.stream_provider import view_of
 
@@ -44,6 +44,7 @@ class DeviceCollectives:
     _programs: OrderedDict[tuple[Any, ...], tuple[_C.DeviceProgram, DevicePlan, Sequence[Any]]]
     _exchanges: OrderedDict[tuple[Any, ...], tuple[_C.DeviceProgram, DevicePlan, Sequence[Any]]]
     _streams: tuple[int, int, int]
+    _newer: frozenset[str]  # what NCCL has beyond 2.18, which is the same on all ranks
 
     if TYPE_CHECKING:
         _engine: _C.GpuEngine
@@ -242,7 +243,7 @@ class DeviceCollectives:
                 comm=self._comms[tuple(range(self.host.world_size))],
                 **fields,
             )
-            facts = f"{kind} {count} {dtype} {sorted(fields.items())}"
+            facts = f"{kind} {count} {dtype} {shared(fields)}"
             program = self._remember(
                 key, _plan(self._text(kind, count, dtype), facts, [operation], buffers), ()
             )
@@ -298,7 +299,7 @@ class DeviceCollectives:
                     )
                 )
             sizes = [target.numel() for _, _, target, _ in calls]
-            facts = f"{kind} {sizes} {calls[0][2].dtype} {sorted(fields.items())}"
+            facts = f"{kind} {sizes} {calls[0][2].dtype} {shared(fields)}"
             buffers = _buffers({f"{i}": t for i, t in enumerate(tensors)})
             made = _plan(self._text(kind, sum(sizes), ""), facts, operations, buffers)
             program = self._remember((*key, *sorted(fields.items())), made, ())
@@ -349,13 +350,7 @@ class DeviceCollectives:
         return f"rank {self.host.rank}: {kind} of {count:,} {dtype}".rstrip()
 
     def _reduction(self, op: Op, tensor: torch.Tensor) -> dict[str, Any]:
-        name, factor = reduction.resolve(op)
-        reduction.check(name, self._dtype(tensor))
-        if factor is not None or name in ("band", "bor", "bxor"):
-            raise UnsupportedError(f"op={op!r} on a GPU: NCCL has sum, avg, min, max and product")
-        if name == "mean":
-            return {"op": "sum", "divisor": self.host.world_size}
-        return {"op": name}
+        return fields_of(op, tensor, self._dtype(tensor), self.host.world_size)
 
     def _check_rank(self, rank: int) -> None:
         if not 0 <= rank < self.host.world_size:

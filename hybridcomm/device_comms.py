@@ -21,9 +21,23 @@ if TYPE_CHECKING:
     from hybridcomm.groups import Grouping
     from hybridcomm.topology import Topology
 
-__all__ = ["check_alike", "compare", "connect", "groups_of", "keeps_order"]
+__all__ = [
+    "RANKS_PER_ROOT",
+    "check_alike",
+    "compare",
+    "connect",
+    "groups_of",
+    "keeps_order",
+    "uses_copy_engines",
+]
+
+RANKS_PER_ROOT = 128
+"""Of a communicator of all ranks: each connects to its root, one by one, before any communicates. torch's process group
+takes as many; NCCL itself recommends no number."""
 
 _TEXT_NBYTES = 512
+_ID_NBYTES = 128
+_COPY_ENGINES = "HYBRIDCOMM_COPY_ENGINES"
 _ORDER_SINCE = 22602
 """NCCL's version from which it can order communicators."""
 
@@ -52,17 +66,23 @@ def groups_of(topology: Topology) -> list[list[tuple[int, ...]]]:
     return rounds
 
 
-def connect(engine: _C.GpuEngine, host: Grouping) -> dict[tuple[int, ...], int]:
+def roots_of(world_size: int, per_root: int) -> list[int]:
+    """The ranks at which the others meet, at most ``per_root`` at each: the first of every share, as NCCL cuts them."""
+    count = -(-world_size // per_root)
+    return [i * (world_size // count) + min(i, world_size % count) for i in range(count)]
+
+
+def connect(
+    engine: _C.GpuEngine, host: Grouping, *, per_root: int = RANKS_PER_ROOT
+) -> dict[tuple[int, ...], int]:
     """The communicators that this rank is in, by their ranks; all ranks call it.
 
     Raises `BootstrapError`-like errors of the host where a rank does not come, `PeerLostError` where NCCL fails.
     """
     rank, world = host.rank, tuple(range(host.world_size))
-    unique = np.zeros(128, np.uint8)
-    if rank == 0:
-        unique[:] = np.frombuffer(engine.unique_id(), np.uint8)
-    host.broadcast(unique, 0)
-    comms = {world: engine.join(unique_id=unique.tobytes(), rank=rank, size=len(world))}
+    several = "ncclCommInitRankScalable" in engine.newer
+    ids = _unique_ids(engine, host, roots_of(len(world), per_root) if several else [0])
+    comms = {world: engine.join(unique_ids=ids, rank=rank, size=len(world))}
     for members in groups_of(host.topology):
         own = next((i for i, group in enumerate(members) if rank in group), None)
         key = 0 if own is None else members[own].index(rank)
@@ -70,6 +90,19 @@ def connect(engine: _C.GpuEngine, host: Grouping) -> dict[tuple[int, ...], int]:
         if own is not None:
             comms[members[own]] = made
     return comms
+
+
+def _unique_ids(engine: _C.GpuEngine, host: Grouping, roots: Sequence[int]) -> bytes:
+    """The ids of all roots, in their order: each is made where its root listens."""
+    own = np.zeros(_ID_NBYTES, np.uint8)
+    if host.rank in roots:
+        own[:] = np.frombuffer(engine.unique_id(), np.uint8)
+    if len(roots) == 1:
+        host.broadcast(own, roots[0])
+        return own.tobytes()
+    every = np.empty(_ID_NBYTES * host.world_size, np.uint8)
+    host.all_gather(every, own)
+    return every.reshape(-1, _ID_NBYTES)[list(roots)].tobytes()
 
 
 def keeps_order(engine: _C.GpuEngine) -> bool:
@@ -82,6 +115,14 @@ def keeps_order(engine: _C.GpuEngine) -> bool:
     return engine.nccl_version >= _ORDER_SINCE and os.environ.get("NCCL_LAUNCH_ORDER_IMPLICIT") == "1"
 
 
+def uses_copy_engines(asked: bool | None) -> bool:
+    """``asked``, else what HYBRIDCOMM_COPY_ENGINES says; raises `UnsupportedError` where that is neither 0 nor 1."""
+    text = os.environ.get(_COPY_ENGINES, "") or "0"
+    if asked is None and text not in ("0", "1"):
+        raise UnsupportedError(f"{_COPY_ENGINES}={text}: set it to 1 or 0, alike on every rank")
+    return text == "1" if asked is None else asked
+
+
 def check_alike(host: Grouping, facts: Sequence[str]) -> None:
     """Raises `UnsupportedError`, on all ranks, naming those whose facts are not rank 0's."""
     text = "; ".join(facts).encode()[:_TEXT_NBYTES]
@@ -92,7 +133,7 @@ def check_alike(host: Grouping, facts: Sequence[str]) -> None:
     if others:
         raise UnsupportedError(
             f"rank 0 has {said[0]}, but {', '.join(others[:8])}: install the same NCCL, and the same kind of GPU, "
-            "on every rank, and start all with the same NCCL_LAUNCH_ORDER_IMPLICIT"
+            f"on every rank, and start all with the same NCCL_LAUNCH_ORDER_IMPLICIT and {_COPY_ENGINES}"
         )
 
 

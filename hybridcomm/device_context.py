@@ -64,6 +64,7 @@ class DeviceContext(DeviceAllreduce):
     ) -> None:
         self.host, self.provider, self.flat, self.debug = host, provider, flat, debug
         self._engine, self._comms, self._streams = engine, comms, streams
+        self._newer = frozenset(engine.newer)
         self._plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
         self._programs: OrderedDict[tuple[Any, ...], tuple[_C.DeviceProgram, DevicePlan, Sequence[Any]]] = (
             OrderedDict()
@@ -88,6 +89,7 @@ class DeviceContext(DeviceAllreduce):
         watch: float = _WATCH_S,
         debug: bool = False,
         stopwatch: Stopwatch | None = None,
+        copy_engines: bool | None = None,
     ) -> DeviceContext:
         """Loads CUDA and NCCL, and connects this rank's device to the others'; all ranks of ``host`` call it.
 
@@ -96,7 +98,9 @@ class DeviceContext(DeviceAllreduce):
         s between looks of the watchdog, which ends everything with a typed error where NCCL failed in the background,
         or something was not done within the context's timeout; 0: none. ``debug``: before each call ranks compare what
         they are about to do, which makes the host wait, and raise `PlanMismatchError` where they differ. ``stopwatch``:
-        what ``compress="auto"`` measures with (default: the provider's events).
+        what ``compress="auto"`` measures with (default: the provider's events). ``copy_engines``: NCCL moves what lies
+        in windows, as the Reducer's buckets do, by them where it can, and so leaves the processors to the computation
+        (its NCCL_CTA_POLICY_ZERO, from 2.28 on); None: as HYBRIDCOMM_COPY_ENGINES says, else not.
 
         Raises `UnsupportedError`, on all ranks, where one has no such device or a library is missing or too old, or
         ranks differ in it.
@@ -112,10 +116,12 @@ class DeviceContext(DeviceAllreduce):
                 watch_s=watch,
                 nccl_files=[str(path) for path in nccl_files()],
                 host=host._engine,
+                copy_engines=device_comms.uses_copy_engines(copy_engines),
             )
             facts = [f"NCCL {engine.nccl_version}", f"sm_{engine.compute_capability}", *engine.newer]
             side_by_side = device_comms.keeps_order(engine)
             facts += ["launches in order"] if side_by_side else []
+            facts += ["copy engines"] if engine.copy_engines else []
         except Exception as error:
             device_comms.check_alike(host, [f"no GPU ({error})"])  # the others must not wait for this rank
             raise
@@ -167,14 +173,25 @@ class DeviceContext(DeviceAllreduce):
             f"GPU {self.provider.ordinal} (sm_{gpu.compute_capability}), CUDA driver {gpu.cuda_version}, NCCL "
             f"{gpu.nccl_version} ({gpu.nccl_path}; {', '.join(gpu.newer) or 'nothing beyond 2.18'}); without compress= "
             "tensors go flat, by NCCL's own algorithms; with it hierarchically, compressed between nodes; stages in "
-            f"nodes run {beside} those between them"
+            f"nodes run {beside} those between them{', windows go by copy engines' * gpu.copy_engines}"
         )
 
     def empty(self, *size: Any, dtype: Any = None) -> torch.Tensor:
         """A tensor on the device, not cleared, in memory that NCCL knows: registered where this NCCL can.
 
-        ``size`` as `torch.empty` takes it; default dtype float32.
+        ``size`` as `torch.empty` takes it; default dtype float32. Any rank may call it alone.
         """
+        return self._empty(size, dtype, ())
+
+    def bucket(self, numel: int, *, dtype: Any = None) -> torch.Tensor:
+        """As `empty`, by all ranks together: of as many elements, and in the same order, on each.
+
+        So the memory can be one symmetric window of NCCL's (2.27), through which ranks of a node reach each other's and
+        copy engines take the place of kernels (``copy_engines=``).
+        """
+        return self._empty((numel,), dtype, sorted(self._comms.values()))
+
+    def _empty(self, size: tuple[Any, ...], dtype: Any, windows: Sequence[int]) -> torch.Tensor:
         import torch
 
         shape = torch.Size(
@@ -182,7 +199,7 @@ class DeviceContext(DeviceAllreduce):
         )
         dtype = torch.float32 if dtype is None else dtype
         nbytes = shape.numel() * dtype.itemsize
-        memory = self._engine.allocate(max(nbytes, 1))
+        memory = self._engine.allocate(max(nbytes, 1), windows)
         flat = self.provider.wrap(memory.address, memory.nbytes, memory)[:nbytes]
         return flat.view(dtype).view(shape)
 

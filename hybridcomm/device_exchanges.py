@@ -15,6 +15,7 @@ import numpy as np
 from hybridcomm.collectives_copy import rows_by_rank
 from hybridcomm.device_collectives import DeviceCollectives, _buffers, _plan
 from hybridcomm.device_plan import START, Operation, Touch
+from hybridcomm.device_reduction import shared
 from hybridcomm.errors import DataTypeError, PlanMismatchError, UnsupportedError
 from hybridcomm.stream_provider import view_of
 
@@ -71,7 +72,8 @@ class DeviceExchanges(DeviceCollectives):
     ) -> Any:
         """Part r of ``t`` goes to rank r; parts lie in ``out`` by sender. ``out`` is not ``t``.
 
-        Split sizes count rows, as on hosts; None: equal parts.
+        Split sizes count rows, as on hosts; None: equal parts. Parts that are equal on all ranks are one call of NCCL's
+        where it has that (2.28), else its sends and receives.
         """
         if not self.takes(out):
             return self.host.all_to_all_single(
@@ -79,10 +81,15 @@ class DeviceExchanges(DeviceCollectives):
             )
         wanted = self._split(out, output_split_sizes, "output_split_sizes", "out")
         given = self._split(t, input_split_sizes, "input_split_sizes", "t")
+        equal = True
         if output_split_sizes is not None or input_split_sizes is not None:
-            self._agree_on_sizes(wanted, given)
+            equal = self._agree_on_sizes(wanted, given)
         elif [part.numel() for part in wanted] != [part.numel() for part in given]:
             raise UnsupportedError("all_to_all_single: without split sizes out and t must be of one size")
+        if equal and given[0].numel() and "ncclAlltoAll" in self._newer:
+            source, target = view_of(t, self.provider, "t"), view_of(out, self.provider, "out")
+            self._check_one_dtype([source, target])
+            return self._one("all_to_all", source, target, given[0].numel(), async_op, stream)
         return self._swap(wanted, given, async_op, stream, [out, t])
 
     # -- in common -----------------------------------------------------------------------------------------
@@ -118,14 +125,17 @@ class DeviceExchanges(DeviceCollectives):
         stream: Any,
         tensors: Sequence[Any],
     ) -> Any:
-        dtype = given[0].dtype
-        if any(part.dtype != dtype for part in (*wanted, *given)):
-            raise DataTypeError("all_to_all: all tensors must be of one dtype")
+        self._check_one_dtype([*wanted, *given])
         messages = []
         for peer, (into, part) in enumerate(zip(wanted, given, strict=True)):
             messages += [(False, into, peer)] if into.numel() else []
             messages += [(True, part, peer)] if part.numel() else []
         return self._messages(messages, async_op, stream, tensors, "all_to_all")
+
+    @staticmethod
+    def _check_one_dtype(tensors: Sequence[torch.Tensor]) -> None:
+        if any(each.dtype != tensors[0].dtype for each in tensors):
+            raise DataTypeError("all_to_all: all tensors must be of one dtype")
 
     def _split(self, whole: Any, sizes: Sequence[int] | None, name: str, what: str) -> list[torch.Tensor]:
         flat = view_of(whole, self.provider, what)
@@ -135,8 +145,9 @@ class DeviceExchanges(DeviceCollectives):
         ends = [0, *accumulate(size * row for size in sizes)]
         return [flat[begin:end] for begin, end in pairwise(ends)]
 
-    def _agree_on_sizes(self, wanted: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> None:
-        """Raises `PlanMismatchError`, on all ranks, where one expects other than it gets; hosts wait for it."""
+    def _agree_on_sizes(self, wanted: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> bool:
+        """Whether all parts of all ranks are equal. Raises `PlanMismatchError`, on all ranks, where one expects other
+        than it gets; hosts wait for it."""
         world = self.host.world_size
         own = np.array([part.numel() for part in (*given, *wanted)], np.int64)
         every = np.empty(own.size * world, np.int64)
@@ -147,6 +158,7 @@ class DeviceExchanges(DeviceCollectives):
             raise PlanMismatchError(
                 f"all_to_all: rank {i} sends {sent[i, j]} elements to rank {j}, which expects {expected[j, i]}"
             )
+        return bool((sent == sent[0, 0]).all())
 
     def _grouped(self, calls: Sequence[GroupedCall], tensors: Sequence[Any], async_op: bool) -> Any:
         """The calls of a coalescing block, as one NCCL group."""
@@ -175,7 +187,7 @@ class DeviceExchanges(DeviceCollectives):
                 for i, call in enumerate(calls)
             ]
             counts = [call.numel for call in calls]
-            facts = f"grouped {kind} {counts} {dtype} {fields}"
+            facts = f"grouped {kind} {counts} {dtype} {shared(calls[0].fields)}"
             text = self._text(f"{len(calls)} coalesced {kind}", sum(counts), dtype)
             buffers = _buffers({f"{i}": t for i, t in enumerate(tensors)})
             program = self._remember(key, _plan(text, facts, operations, buffers), ())

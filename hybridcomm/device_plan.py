@@ -28,7 +28,9 @@ START = -1
 STREAMS = ("codec", "intra", "inter")
 """Kernels; NCCL inside nodes; NCCL between nodes, and of all ranks."""
 
-COLLECTIVES = ("all_reduce", "reduce", "reduce_scatter", "all_gather", "broadcast", "send", "receive")
+COLLECTIVES = (
+    "all_reduce", "reduce", "reduce_scatter", "all_gather", "broadcast", "all_to_all", "send", "receive"
+)  # fmt: skip
 """Kinds of operations that are NCCL's; the others are "launch", "copy" and "fill"."""
 
 
@@ -58,7 +60,8 @@ class Operation:
 
     ``word``: of the route; ``step``: of the plan. ``group``: neighbours of one group (not -1) are one NCCL group.
     ``source``, ``target``: addresses; ``count``: elements of ``dtype``, or bytes ("copy", "fill"). ``comm``, ``peer``:
-    index of a communicator, and a rank in it. ``divisor``: of a sum. ``image``, ``blocks``, ``arguments``: of a launch.
+    index of a communicator, and a rank in it. ``divisor``, ``factor``: of a sum. ``image``, ``blocks``,
+    ``arguments``: of a launch.
     """
 
     kind: str
@@ -74,6 +77,7 @@ class Operation:
     dtype: str = "uint8"
     op: str = "sum"
     divisor: int = 1
+    factor: float | None = None
     comm: int = -1
     peer: int = -1
     image: Image | None = None
@@ -91,6 +95,7 @@ class Operation:
             return f"{head} {self.kind} {where} nbytes={self.count}"
         peer = f" peer={self.peer}" if self.peer >= 0 else ""
         mean = f" / {self.divisor}" if self.divisor != 1 else ""
+        mean += "" if self.factor is None else f" * {self.factor:g}"
         group = f" group={self.group}" if self.group >= 0 else ""
         return f"{head} {self.kind} {where} {self.count} {self.dtype}{mean} comm={self.comm}{peer}{group}"
 
@@ -178,11 +183,12 @@ class DevicePlan:
             dtype=dtypes(op.dtype) if op.kind in COLLECTIVES else 0,
             op=REDUCTIONS[op.op],
             divisor=op.divisor,
+            factor=op.factor,
         )
 
 
 REDUCTIONS = {"sum": 0, "product": 1, "max": 2, "min": 3}
-"""ncclRedOp_t; a mean is a sum with a divisor."""
+"""ncclRedOp_t; a mean is a sum with a divisor, a premul_sum one with this rank's factor."""
 
 NCCL_TYPES = {
     "int8": 0,

@@ -64,20 +64,34 @@ class Places:
 
 
 def lower_device(
-    plan: Plan, rank: int, places: Places, payloads: DevicePayloads | None = None, *, name: str = ""
+    plan: Plan,
+    rank: int,
+    places: Places,
+    payloads: DevicePayloads | None = None,
+    *,
+    name: str = "",
+    factor: float | None = None,
 ) -> DevicePlan:
     """The operations that make ``rank`` do its part of ``plan``; the same order on all ranks.
 
-    ``payloads``: kernels and memory of a compressed plan. Raises `UnsupportedError` for a step that GPUs cannot run.
+    ``payloads``: kernels and memory of a compressed plan. ``factor``: this rank's of a premul_sum, which has one
+    step, of all ranks. Raises `UnsupportedError` for a step that GPUs cannot run.
     """
-    return _DeviceLowering(plan, rank, places, payloads).lowered(
+    return _DeviceLowering(plan, rank, places, payloads, factor).lowered(
         name or f"{plan.collective} of {plan.numel:,}"
     )
 
 
 class _DeviceLowering:
-    def __init__(self, plan: Plan, rank: int, places: Places, payloads: DevicePayloads | None) -> None:
-        self.plan, self.rank, self.places, self._payloads = plan, rank, places, payloads
+    def __init__(
+        self,
+        plan: Plan,
+        rank: int,
+        places: Places,
+        payloads: DevicePayloads | None,
+        factor: float | None,
+    ) -> None:
+        self.plan, self.rank, self.places, self._payloads, self._factor = plan, rank, places, payloads, factor
         self.itemsize = policy.itemsize(plan.dtype)
         self.operations: list[Operation] = []
         self.done_by: dict[int, tuple[int, ...]] = {}
@@ -88,6 +102,10 @@ class _DeviceLowering:
         unknown = {step.op for step in steps} - set(PHASES)
         if unknown:
             raise UnsupportedError(f"{', '.join(sorted(unknown))}: no part of a plan on GPUs")
+        if (self._factor is not None) != (self.plan.op == "premul_sum"):
+            raise PlanError(f"a factor is a premul_sum's, and this is a plan of op={self.plan.op!r}")
+        if self._factor is not None and {step.op for step in steps} - {"allreduce_flat"}:
+            raise UnsupportedError("premul_sum on GPUs: in one step alone, of all ranks")
         tail = 0
         for phase in PHASES:
             if phase == _TAIL[0] or (phase == _TAIL[1] and not tail):
@@ -175,6 +193,7 @@ class _DeviceLowering:
                 dtype=self.plan.dtype,
                 op=_reduction(self.plan.op),
                 divisor=step.divisor,
+                factor=self._factor,
             )
             self.done_by[step.id] = (op,)
 
@@ -353,8 +372,8 @@ def _even(members: Sequence[Step]) -> bool:
 
 
 def _reduction(op: str) -> str:
-    if op in ("sum", "mean"):
+    if op in ("sum", "mean", "premul_sum"):
         return "sum"
     if op in ("min", "max", "product"):
         return op
-    raise UnsupportedError(f"op={op!r} on a GPU: NCCL has sum, avg, min, max and product")
+    raise UnsupportedError(f"op={op!r} on a GPU: NCCL has sum, avg, min, max, product and premul_sum")

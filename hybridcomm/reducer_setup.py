@@ -256,7 +256,8 @@ def mover(ctx: ContextLike, device: torch.device) -> TensorMover:
 
 def flat_buffer(ctx: ContextLike, layout: BucketLayout, moves: TensorMover) -> torch.Tensor:
     """The zeroed flat buffer of one bucket: in memory that the node's ranks share, or on the device."""
-    flat: torch.Tensor = ctx.empty(layout.numel, dtype=getattr(torch, layout.dtype))
+    make = getattr(ctx, "bucket", ctx.empty)  # all ranks come here, for the same buckets in the same order
+    flat: torch.Tensor = make(layout.numel, dtype=getattr(torch, layout.dtype))
     moves.zero(flat)
     return flat
 

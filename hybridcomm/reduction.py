@@ -12,7 +12,7 @@ from typing import Any
 
 from hybridcomm.errors import DataTypeError, UnsupportedError
 
-__all__ = ["Op", "PremulSum", "check", "premul_sum", "resolve"]
+__all__ = ["Op", "PremulSum", "check", "check_factor", "premul_sum", "resolve"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +57,12 @@ def resolve(op: Op) -> tuple[str, float | None]:
             f"op={op!r}: choose one of avg, {', '.join(_NAMES[:-1])} or premul_sum(factor)"
         )
     return name, None
+
+
+def check_factor(factor: float, dtype: str) -> None:
+    """Raises `UnsupportedError` for a fraction as the factor of integers."""
+    if dtype.startswith(("int", "uint")) and factor != int(factor):
+        raise UnsupportedError(f"premul_sum({factor}) of {dtype}: an integer tensor needs a whole factor")
 
 
 def check(op: str, dtype: str) -> None:

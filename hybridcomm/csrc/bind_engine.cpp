@@ -140,6 +140,12 @@ void bind_engine(py::module_& module) {
       .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>())
       .def("abort", &Engine::abort, py::call_guard<py::gil_scoped_release>())
       .def(
+          "listen",
+          [](Engine& engine) {
+            if (const std::optional<Error> heard = engine.listen()) throw Error(*heard);
+          },
+          py::call_guard<py::gil_scoped_release>())
+      .def(
           "allocate",
           [](const Engine& engine, size_t nbytes) -> std::unique_ptr<Arena::Block> {
             const auto& arena = engine.node().arena();

@@ -47,23 +47,23 @@ Search nccl_search(std::vector<std::string> files) {
 
 std::shared_ptr<GpuEngine> make_gpu_engine(int device, int streams, double timeout_s, double watch_s,
                                            std::vector<std::string> nccl_files,
-                                           const std::shared_ptr<Engine>& host) {
+                                           const std::shared_ptr<Engine>& host, bool copy_engines) {
   const py::gil_scoped_release no_gil;
   Cuda cuda = Cuda::load(SharedLibrary::open(kCuda));
   Nccl nccl = Nccl::load(SharedLibrary::open(nccl_search(std::move(nccl_files))));
-  // Peers that wait for this rank on the host hear of it, too.
-  const auto on_failure = [host] {
-    if (host != nullptr) host->abort();
-  };
+  HostSide side{[] {}, [] { return std::optional<Error>(); }};
+  // Peers that wait for this rank on the host hear of it, too, and this rank of them.
+  if (host != nullptr) side = {[host] { host->abort(); }, [host] { return host->listen(); }};
   return std::shared_ptr<GpuEngine>(
-      new GpuEngine(std::move(cuda), std::move(nccl), GpuConfig{device, streams, timeout_s, watch_s},
-                    raise_pending_signals, on_failure),
+      new GpuEngine(std::move(cuda), std::move(nccl),
+                    GpuConfig{device, streams, timeout_s, watch_s, copy_engines}, raise_pending_signals,
+                    std::move(side)),
       WithoutGil<GpuEngine>());
 }
 
 DeviceOp make_op(DeviceKind kind, int stream, uint32_t step, std::vector<int> after, int group,
                  CUdeviceptr from, CUdeviceptr to, size_t count, int comm, int peer, int32_t dtype,
-                 int32_t op, uint32_t divisor, uint8_t value) {
+                 int32_t op, uint32_t divisor, uint8_t value, std::optional<double> factor) {
   DeviceOp made;
   made.kind = kind;
   made.stream = stream;
@@ -79,6 +79,7 @@ DeviceOp make_op(DeviceKind kind, int stream, uint32_t step, std::vector<int> af
   made.op = op;
   made.divisor = divisor;
   made.value = value;
+  made.factor = factor;
   return made;
 }
 
@@ -108,6 +109,7 @@ void bind_programs(py::module_& module) {
       .value("reduce_scatter", DeviceKind::reduce_scatter)
       .value("all_gather", DeviceKind::all_gather)
       .value("broadcast", DeviceKind::broadcast)
+      .value("all_to_all", DeviceKind::all_to_all)
       .value("send", DeviceKind::send)
       .value("receive", DeviceKind::receive);
   module.attr("DEVICE_START") = kStart;
@@ -116,7 +118,8 @@ void bind_programs(py::module_& module) {
              py::arg("after"), py::arg("group") = kNoGroup, py::arg("source") = 0, py::arg("target") = 0,
              py::arg("count") = 0, py::arg("comm") = -1, py::arg("peer") = -1,
              py::arg("dtype") = static_cast<int32_t>(ncclFloat32),
-             py::arg("op") = static_cast<int32_t>(ncclSum), py::arg("divisor") = 1, py::arg("value") = 0);
+             py::arg("op") = static_cast<int32_t>(ncclSum), py::arg("divisor") = 1, py::arg("value") = 0,
+             py::arg("factor") = std::optional<double>());
   module.def("device_launch", &make_launch, py::kw_only(), py::arg("stream"), py::arg("step"),
              py::arg("after"), py::arg("function"), py::arg("blocks"), py::arg("threads"),
              py::arg("shared_nbytes"), py::arg("arguments"));
@@ -136,13 +139,13 @@ void bind_communicators(py::class_<GpuEngine, std::shared_ptr<GpuEngine>>& engin
   engine.def("unique_id", [](GpuEngine& gpu) { return py::bytes(gpu.comms().unique_id()); })
       .def(
           "join",
-          [](GpuEngine& gpu, const py::bytes& unique_id, int rank, int size) {
-            const std::string id = unique_id;
+          [](GpuEngine& gpu, const py::bytes& unique_ids, int rank, int size) {
+            const std::string ids = unique_ids;
             const py::gil_scoped_release no_gil;
             gpu.make_current();
-            return gpu.comms().join(id, rank, size);
+            return gpu.comms().join(ids, rank, size);
           },
-          py::arg("unique_id"), py::arg("rank"), py::arg("size"))
+          py::arg("unique_ids"), py::arg("rank"), py::arg("size"))
       .def(
           "split",
           [](GpuEngine& gpu, int parent, std::optional<int> color, int key) {
@@ -177,16 +180,19 @@ void bind_gpu(py::module_& module) {
       .def_property_readonly("captured", &GpuWork::captured);
   py::class_<GpuMemory, std::unique_ptr<GpuMemory, WithoutGil<GpuMemory>>>(module, "GpuMemory")
       .def_property_readonly("address", &GpuMemory::address)
-      .def_property_readonly("nbytes", &GpuMemory::nbytes);
+      .def_property_readonly("nbytes", &GpuMemory::nbytes)
+      .def_property_readonly("windows", &GpuMemory::windows);
   py::class_<GpuEngine, std::shared_ptr<GpuEngine>> engine(module, "GpuEngine");
   engine
       .def(py::init(&make_gpu_engine), py::kw_only(), py::arg("device"), py::arg("streams"),
-           py::arg("timeout_s"), py::arg("watch_s"), py::arg("nccl_files"), py::arg("host"))
+           py::arg("timeout_s"), py::arg("watch_s"), py::arg("nccl_files"), py::arg("host"),
+           py::arg("copy_engines") = false)
       .def_property_readonly("cuda_version", [](const GpuEngine& gpu) { return gpu.cuda().version; })
       .def_property_readonly("nccl_version", [](const GpuEngine& gpu) { return gpu.nccl().version; })
       .def_property_readonly("cuda_path", [](const GpuEngine& gpu) { return gpu.cuda().path; })
       .def_property_readonly("nccl_path", [](const GpuEngine& gpu) { return gpu.nccl().path; })
       .def_property_readonly("newer", [](const GpuEngine& gpu) { return gpu.nccl().newer(); })
+      .def_property_readonly("copy_engines", &GpuEngine::copy_engines)
       .def_property_readonly("compute_capability", &GpuEngine::compute_capability)
       .def(
           "load",
@@ -223,10 +229,11 @@ void bind_gpu(py::module_& module) {
       .def("done", &GpuEngine::done, py::arg("work"), py::call_guard<py::gil_scoped_release>())
       .def(
           "allocate",
-          [](const std::shared_ptr<GpuEngine>& gpu, size_t nbytes) {
-            return std::unique_ptr<GpuMemory, WithoutGil<GpuMemory>>(new GpuMemory(gpu, nbytes));
+          [](const std::shared_ptr<GpuEngine>& gpu, size_t nbytes, const std::vector<int>& windows) {
+            return std::unique_ptr<GpuMemory, WithoutGil<GpuMemory>>(new GpuMemory(gpu, nbytes, windows));
           },
-          py::arg("nbytes"), py::call_guard<py::gil_scoped_release>())
+          py::arg("nbytes"), py::arg("windows") = std::vector<int>(),
+          py::call_guard<py::gil_scoped_release>())
       .def(
           "fail",
           [](GpuEngine& gpu, const std::string& why) {

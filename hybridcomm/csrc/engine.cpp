@@ -253,10 +253,26 @@ void Engine::close() {
 void Engine::abort() {
   executor_->request_abort();
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (!broken_) broken_ = Error(Code::aborted, "the context was aborted on this rank", mesh_->rank());
+  const bool told = broken_.has_value();  // a second word would take the blame from the first
+  if (!told) broken_ = Error(Code::aborted, "the context was aborted on this rank", mesh_->rank());
   if (busy_) return;  // the running call notices, and tells the peers
   // With the mutex held, so that close() cannot take the connections away meanwhile.
-  if (!closing_) executor_->tell_abort(mesh_->rank(), Code::aborted);
+  if (!told && !closing_) executor_->tell_abort(mesh_->rank(), Code::aborted);
+}
+
+// With the mutex held, as in abort().
+std::optional<Error> Engine::listen() {
+  const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+  if (!lock || busy_ || closing_) return std::nullopt;
+  if (broken_) return broken_;
+  try {
+    executor_->listen();
+  } catch (const Error& error) {
+    executor_->tell_abort(error.rank, error.code);
+    broken_ = error;
+    changed_.notify_all();
+  }
+  return broken_;
 }
 
 }  // namespace hybridcomm

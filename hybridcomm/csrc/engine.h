@@ -72,6 +72,10 @@ class Engine : public std::enable_shared_from_this<Engine> {
   void close();
   // Makes the running and all later calls fail, here and on every peer.
   void abort();
+  // For whoever waits for the peers by other means than this engine: what it has failed with, or, where no call is under
+  // way to read them, what its control channels say. Nothing: all is well, or another thread is in here and hears of it
+  // itself. Waits for nobody, unless a peer is gone.
+  std::optional<Error> listen();
 
   // Of the collectives so far, in their order, on a set of ranks: whatever handles its callers hold. Not locked: the
   // caller sees to the order of calls, and so to this.

@@ -49,6 +49,8 @@ class Executor final : private Completion {
   // Tells every peer that this rank gives up, and on whose account.
   void tell_abort(int culprit, Code reason);
   void tell_bye();
+  // Between programs: raises what a peer has given up for, or that one is gone. What else was said is kept.
+  void listen();
   void request_abort() { abort_requested_.store(true); }
   Clock::duration timeout() const { return default_timeout_; }
   bool abort_requested() const { return abort_requested_.load(); }

@@ -14,7 +14,8 @@ constexpr uint32_t kRounds = 2;      // that must come back: one may have met a 
 }  // namespace
 
 std::string Executor::what() const {
-  return program_ == nullptr ? messages_.describe_waiting() : describe(program_->tag);
+  if (program_ != nullptr) return describe(program_->tag);
+  return messages_.active() ? messages_.describe_waiting() : "work on the GPU";
 }
 
 void Executor::look_up() {
@@ -58,6 +59,11 @@ void Executor::check_peers() {
     const bool lost = control.state() == ControlChannel::State::lost;
     if (control.aborted() || lost) blame(control.peer());
   }
+}
+
+void Executor::listen() {
+  program_ = nullptr;
+  check_peers();
 }
 
 // A point-to-point message that has not moved for the time of a timeout.

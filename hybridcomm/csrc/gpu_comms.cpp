@@ -10,49 +10,54 @@ namespace {
 
 constexpr auto kPoll = std::chrono::microseconds(50);
 
-// 1 / divisor in the element type's own bits, which NCCL reads from the host.
+constexpr size_t kReductions = 256;  // that are kept
+
+#include "half_impl.h"
+
+// A factor in the element type's own bits, which NCCL reads from the host.
 struct Factor {
   alignas(8) unsigned char bytes[8] = {};
 };
 
-uint16_t half_bits(float value, int exponent_bits) {
-  uint32_t word = 0;
-  std::memcpy(&word, &value, sizeof word);
-  if (exponent_bits == 8) return static_cast<uint16_t>((word + 0x7FFF + ((word >> 16) & 1)) >> 16);
-  // fp16, half to even; 1 / divisor is at most 1, and what is below its normal numbers is scaled there.
-  const uint32_t fraction = (word & 0x7FFFFF) | 0x800000;
-  const int exponent = static_cast<int>(word >> 23) - 127;
-  const int shift = 13 + std::max(0, -14 - exponent);
-  if (shift > 24) return 0;
-  const uint32_t kept = fraction >> shift;
-  const uint32_t rest = fraction & ((1U << shift) - 1);
-  const uint32_t middle = 1U << (shift - 1);
-  const uint32_t up = rest > middle || (rest == middle && (kept & 1)) ? 1 : 0;
-  const uint32_t biased = exponent < -14 ? 0 : static_cast<uint32_t>(exponent + 15 - 1) << 10;
-  return static_cast<uint16_t>(biased + kept + up);
+template <class T>
+Factor as_bits(T value) {
+  Factor factor;
+  std::memcpy(factor.bytes, &value, sizeof value);
+  return factor;
 }
 
-Factor reciprocal(uint32_t divisor, int32_t dtype) {
-  Factor factor;
-  const double exact = 1.0 / divisor;
-  const auto single = static_cast<float>(exact);
-  if (dtype == ncclFloat64) {
-    std::memcpy(factor.bytes, &exact, sizeof exact);
-  } else if (dtype == ncclFloat32) {
-    std::memcpy(factor.bytes, &single, sizeof single);
-  } else if (dtype == ncclFloat16 || dtype == ncclBfloat16) {
-    const uint16_t bits = half_bits(single, dtype == ncclBfloat16 ? 8 : 5);
-    std::memcpy(factor.bytes, &bits, sizeof bits);
-  } else {
-    throw Error(Code::invalid, "a mean of integers: sum them, and divide by the world size");
+Factor factor_of(double value, int32_t dtype) {
+  switch (dtype) {
+    case ncclFloat64:
+      return as_bits(value);
+    case ncclFloat32:
+      return as_bits(static_cast<float>(value));
+    case ncclFloat16:
+      return as_bits(narrow_fp16(static_cast<float>(value)));
+    case ncclBfloat16:
+      return as_bits(narrow_bf16(static_cast<float>(value)));
+    case ncclInt64:
+    case ncclUint64:
+      return as_bits(static_cast<int64_t>(value));
+    case ncclInt32:
+    case ncclUint32:
+      return as_bits(static_cast<uint32_t>(static_cast<int64_t>(value)));
+    default:
+      return as_bits(static_cast<uint8_t>(static_cast<int64_t>(value)));
   }
-  return factor;
 }
 
 }  // namespace
 
-Comms::Comms(const Nccl& nccl, double timeout_s, std::function<void()> interrupted)
-    : nccl_(nccl), timeout_s_(timeout_s), interrupted_(std::move(interrupted)) {}
+Comms::Comms(const Nccl& nccl, double timeout_s, bool copy_engines, std::function<void()> interrupted)
+    : nccl_(nccl), timeout_s_(timeout_s), copy_engines_(copy_engines), interrupted_(std::move(interrupted)) {
+  if (copy_engines_ && nccl_.version < kNcclCtaPolicyZeroSince) {
+    throw Error(Code::invalid, "copy_engines=True (or HYBRIDCOMM_COPY_ENGINES=1): NCCL " +
+                                   std::to_string(nccl_.version) +
+                                   " cannot leave collectives to them, 2.28.3 can: install a newer one, such "
+                                   "as by pip install -U nvidia-nccl-cu12, or leave it out");
+  }
+}
 
 Comms::~Comms() { abort(); }
 
@@ -60,6 +65,7 @@ ncclConfig_t Comms::config() const {
   ncclConfig_t config;
   config.blocking = 0;
   config.version = static_cast<unsigned>(nccl_.version);
+  if (copy_engines_) config.CTAPolicy = kNcclCtaPolicyZero;
   return config;
 }
 
@@ -95,16 +101,25 @@ int Comms::add(ncclComm_t comm) {
   return static_cast<int>(comms_.size()) - 1;
 }
 
-int Comms::join(const std::string& unique_id, int rank, int size) {
-  ncclUniqueId id;
-  if (unique_id.size() != sizeof id.internal) throw Error(Code::invalid, "unique_id: 128 bytes are wanted");
-  std::copy(unique_id.begin(), unique_id.end(), id.internal);
+int Comms::join(const std::string& unique_ids, int rank, int size) {
+  const size_t count = unique_ids.size() / sizeof(ncclUniqueId);
+  if (count == 0 || unique_ids.size() % sizeof(ncclUniqueId) != 0)
+    throw Error(Code::invalid, "unique_ids: 128 bytes are wanted for each");
+  if (count > 1 && nccl_.ncclCommInitRankScalable == nullptr)
+    throw Error(Code::invalid, "unique_ids: this NCCL takes one alone; 2.23.4 takes several");
+  std::vector<ncclUniqueId> ids(count);
+  for (size_t i = 0; i < count; ++i)
+    unique_ids.copy(ids[i].internal, sizeof(ncclUniqueId), i * sizeof(ncclUniqueId));
   ncclConfig_t wanted = config();
   ncclComm_t comm = nullptr;
-  const ncclResult_t result = nccl_.ncclCommInitRankConfig(&comm, size, id, rank, &wanted);
-  if (comm == nullptr) fail(nullptr, result, "ncclCommInitRankConfig");
+  const char* call = count == 1 ? "ncclCommInitRankConfig" : "ncclCommInitRankScalable";
+  const ncclResult_t result =
+      count == 1
+          ? nccl_.ncclCommInitRankConfig(&comm, size, ids[0], rank, &wanted)
+          : nccl_.ncclCommInitRankScalable(&comm, size, rank, static_cast<int>(count), ids.data(), &wanted);
+  if (comm == nullptr) fail(nullptr, result, call);
   const int index = add(comm);  // first, so that an abort finds it
-  settle(comm, result, "ncclCommInitRankConfig");
+  settle(comm, result, call);
   return index;
 }
 
@@ -122,15 +137,30 @@ int Comms::split(int parent, int color, int key) {
 
 ncclRedOp_t Comms::mean_of(int comm, int32_t dtype, uint32_t divisor) {
   if (divisor == 1) return ncclSum;
-  const auto key = std::make_tuple(comm, dtype, divisor);
-  const auto found = means_.find(key);
-  if (found != means_.end()) return found->second;
-  Factor factor = reciprocal(divisor, dtype);
+  if (dtype < ncclFloat16)
+    throw Error(Code::invalid, "a mean of integers: sum them, and divide by the world size");
+  return scaled_sum(comm, dtype, 1.0 / divisor);
+}
+
+ncclRedOp_t Comms::scaled_sum(int comm, int32_t dtype, double factor) {
+  uint64_t bits = 0;  // which are ordered, as factors that are no numbers are not
+  std::memcpy(&bits, &factor, sizeof bits);
+  const auto key = std::make_tuple(comm, dtype, bits);
+  const auto found = reductions_.find(key);
+  if (found != reductions_.end()) return found->second;
+  Factor scalar = factor_of(factor, dtype);
   ncclRedOp_t op = ncclSum;
   const ncclResult_t result =
-      nccl_.ncclRedOpCreatePreMulSum(&op, factor.bytes, dtype, ncclScalarHostImmediate, at(comm));
+      nccl_.ncclRedOpCreatePreMulSum(&op, scalar.bytes, dtype, ncclScalarHostImmediate, at(comm));
   settle(at(comm), result, "ncclRedOpCreatePreMulSum");
-  return means_[key] = op;
+  return reductions_[key] = op;
+}
+
+void Comms::trim_reductions() {
+  if (reductions_.size() <= kReductions) return;
+  const auto held = hold();
+  for (const auto& [key, op] : reductions_) nccl_.ncclRedOpDestroy(op, at(std::get<0>(key)));
+  reductions_.clear();
 }
 
 void Comms::settle(int comm, ncclResult_t result, const char* call) { settle(at(comm), result, call); }
@@ -208,8 +238,12 @@ void Comms::close() {
   }
   for (const auto& [comm, handle] : registered_) nccl_.ncclCommDeregister(at(comm), handle);
   registered_.clear();
-  for (const auto& [key, op] : means_) nccl_.ncclRedOpDestroy(op, at(std::get<0>(key)));
-  means_.clear();
+  for (const auto& [comm, window] : windows_) {
+    if (window != nullptr) nccl_.ncclCommWindowDeregister(at(comm), window);
+  }
+  windows_.clear();
+  for (const auto& [key, op] : reductions_) nccl_.ncclRedOpDestroy(op, at(std::get<0>(key)));
+  reductions_.clear();
   for (auto comm = comms.rbegin(); comm != comms.rend(); ++comm) {  // children first
     settle(*comm, nccl_.ncclCommFinalize(*comm), "ncclCommFinalize");
   }
@@ -238,6 +272,30 @@ void Comms::deregister_buffer(int comm, void* handle) {
   if (aborted_ || found == registered_.end()) return;  // whoever has said goodbye did it
   nccl_.ncclCommDeregister(at(comm), handle);
   registered_.erase(found);
+}
+
+ncclWindow_t Comms::register_window(int comm, void* data, size_t nbytes) {
+  if (nccl_.ncclCommWindowRegister == nullptr) return nullptr;
+  ncclResult_t result = ncclSuccess;
+  auto made = windows_.end();
+  {
+    const auto held = hold();
+    made = windows_.emplace(windows_.end(), comm, nullptr);
+    result = nccl_.ncclCommWindowRegister(at(comm), data, nbytes, &made->second, kNcclWindowSymmetric);
+  }
+  settle(comm, result, "ncclCommWindowRegister");
+  const std::lock_guard lock(mutex_);
+  const ncclWindow_t window = made->second;
+  if (window == nullptr) windows_.erase(made);
+  return window;
+}
+
+void Comms::deregister_window(int comm, ncclWindow_t window) {
+  const std::lock_guard lock(mutex_);
+  const auto found = std::find(windows_.begin(), windows_.end(), std::make_pair(comm, window));
+  if (aborted_ || found == windows_.end()) return;
+  nccl_.ncclCommWindowDeregister(at(comm), window);
+  windows_.erase(found);
 }
 
 }  // namespace hybridcomm::gpu

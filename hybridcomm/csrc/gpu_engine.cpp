@@ -19,13 +19,13 @@ Library of_device(Library library, int device) {
 }  // namespace
 
 GpuEngine::GpuEngine(Cuda cuda, Nccl nccl, const GpuConfig& config, std::function<void()> interrupted,
-                     std::function<void()> on_failure)
+                     HostSide host)
     : cuda_(std::make_shared<const Cuda>(of_device(std::move(cuda), config.device))),
       nccl_(std::make_shared<const Nccl>(of_device(std::move(nccl), config.device))),
       config_(config),
       interrupted_(std::move(interrupted)),
-      on_failure_(std::move(on_failure)),
-      comms_(*nccl_, config.timeout_s, interrupted_),
+      host_(std::move(host)),
+      comms_(*nccl_, config.timeout_s, config.copy_engines, interrupted_),
       pool_(std::make_shared<EventPool>(cuda_)) {
   const int count = cuda_->device_count();
   if (config_.device < 0 || config_.device >= count) {

@@ -18,6 +18,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -34,6 +35,14 @@ struct GpuConfig {
   int streams = 1;
   double timeout_s = 300;
   double watch_s = 0.1;  // how often the watchdog looks; 0: there is none
+  bool copy_engines = false;
+};
+
+// The host's engine, as far as failures go. `failed`: called once, by whoever finds one here. `heard`: what it has failed
+// with, or a peer has told it; never waits. Both may be called from any thread.
+struct HostSide {
+  std::function<void()> failed;
+  std::function<std::optional<Error>()> heard;
 };
 
 // A program that was started.
@@ -56,10 +65,8 @@ class GpuWork {
 
 class GpuEngine {
  public:
-  // `interrupted` is called now and then in waits, and may throw; `on_failure` once, by whoever finds the failure.
-  // Raises Code::invalid: there is no such device.
-  GpuEngine(Cuda cuda, Nccl nccl, const GpuConfig& config, std::function<void()> interrupted,
-            std::function<void()> on_failure);
+  // `interrupted` is called now and then in waits, and may throw. Raises Code::invalid: there is no such device.
+  GpuEngine(Cuda cuda, Nccl nccl, const GpuConfig& config, std::function<void()> interrupted, HostSide host);
   ~GpuEngine();
   GpuEngine(const GpuEngine&) = delete;
   GpuEngine& operator=(const GpuEngine&) = delete;
@@ -67,12 +74,16 @@ class GpuEngine {
   const Cuda& cuda() const { return *cuda_; }
   const Nccl& nccl() const { return *nccl_; }
   Comms& comms() { return comms_; }
+  bool copy_engines() const { return config_.copy_engines; }
   void make_current() const;       // the device's context, on this thread
   int compute_capability() const;  // 80: 8.0
   bool capturing(CUstream stream) const;
 
   // A kernel's function of an image, cubin or PTX; loaded once.
   int load(const std::string& image, const std::string& symbol, unsigned shared_nbytes);
+
+  // As Comms::register_window, between programs. A rank that fails in it ends everything: the others wait for it.
+  ncclWindow_t register_window(int comm, void* data, size_t nbytes);
 
   // Issues the program's head behind what `producer` holds, then the tail of the one before.
   std::shared_ptr<GpuWork> start(std::shared_ptr<const DeviceProgram> program, CUstream producer);
@@ -94,6 +105,7 @@ class GpuEngine {
   void wait_for(GpuWork& work, const DeviceOp& op);
   void issue_one(const DeviceOp& op);
   void issue_nccl(const DeviceProgram& program, size_t first, size_t behind);
+  ncclRedOp_t reduction_of(const DeviceOp& op);
   ncclResult_t call_nccl(const DeviceOp& op, ncclRedOp_t reduction);
   void launch(const DeviceOp& op);
   void fail_by_current();
@@ -111,7 +123,8 @@ class GpuEngine {
   std::shared_ptr<const Cuda> cuda_;
   std::shared_ptr<const Nccl> nccl_;
   GpuConfig config_;
-  std::function<void()> interrupted_, on_failure_;
+  std::function<void()> interrupted_;
+  HostSide host_;
   Comms comms_;
   std::shared_ptr<EventPool> pool_;
   CUcontext context_ = nullptr;

@@ -155,6 +155,18 @@ void GpuEngine::wait(const std::shared_ptr<GpuWork>& work, CUstream consumer) tr
   throw;
 }
 
+ncclWindow_t GpuEngine::register_window(int comm, void* data, size_t nbytes) {
+  const std::lock_guard lock(issuing_);
+  check();
+  make_current();
+  try {
+    return comms_.register_window(comm, data, nbytes);
+  } catch (...) {
+    fail_by_current();
+    throw;
+  }
+}
+
 void GpuEngine::issue(GpuWork& work, size_t begin, size_t end) {
   const DeviceProgram& program = *work.program_;
   for (size_t first = begin; first < end;) {
@@ -207,10 +219,11 @@ void GpuEngine::launch(const DeviceOp& op) {
 // One call, or the calls of one group. The watchdog aborts before or after them, not in between.
 void GpuEngine::issue_nccl(const DeviceProgram& program, size_t first, size_t behind) {
   std::set<int> comms;
+  comms_.trim_reductions();
   std::vector<ncclRedOp_t> reductions;  // made before, since that may have to wait
   for (size_t i = first; i < behind; ++i) {
     const DeviceOp& op = program.ops[i];
-    reductions.push_back(op.divisor == 1 ? op.op : comms_.mean_of(op.comm, op.dtype, op.divisor));
+    reductions.push_back(reduction_of(op));
     comms.insert(op.comm);
   }
   {
@@ -222,6 +235,11 @@ void GpuEngine::issue_nccl(const DeviceProgram& program, size_t first, size_t be
     comms_.check(program.ops[first].comm, group.end(), "ncclGroupEnd");
   }
   for (const int comm : comms) comms_.settle(comm, ncclInProgress, "an NCCL call");
+}
+
+ncclRedOp_t GpuEngine::reduction_of(const DeviceOp& op) {
+  if (op.factor) return comms_.scaled_sum(op.comm, op.dtype, *op.factor);
+  return op.divisor == 1 ? op.op : comms_.mean_of(op.comm, op.dtype, op.divisor);
 }
 
 ncclResult_t GpuEngine::call_nccl(const DeviceOp& op, ncclRedOp_t reduction) {
@@ -241,6 +259,9 @@ ncclResult_t GpuEngine::call_nccl(const DeviceOp& op, ncclRedOp_t reduction) {
       return nccl.ncclAllGather(from, to, op.count, op.dtype, comm, stream);
     case DeviceKind::broadcast:
       return nccl.ncclBroadcast(from, to, op.count, op.dtype, op.peer, comm, stream);
+    case DeviceKind::all_to_all:
+      if (nccl.ncclAlltoAll == nullptr) return ncclInvalidUsage;
+      return nccl.ncclAlltoAll(from, to, op.count, op.dtype, comm, stream);
     case DeviceKind::send:
       return nccl.ncclSend(from, op.count, op.dtype, op.peer, comm, stream);
     case DeviceKind::receive:

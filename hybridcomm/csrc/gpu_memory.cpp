@@ -1,8 +1,10 @@
 #include "gpu_memory.h"
 
+#include <algorithm>
+
 namespace hybridcomm::gpu {
 
-GpuMemory::GpuMemory(std::shared_ptr<GpuEngine> engine, size_t nbytes)
+GpuMemory::GpuMemory(std::shared_ptr<GpuEngine> engine, size_t nbytes, const std::vector<int>& windows)
     : engine_(std::move(engine)), nbytes_(nbytes) {
   engine_->make_current();
   const Nccl& nccl = engine_->nccl();
@@ -16,10 +18,7 @@ GpuMemory::GpuMemory(std::shared_ptr<GpuEngine> engine, size_t nbytes)
     }
     address_ = reinterpret_cast<CUdeviceptr>(data);
     try {
-      for (int comm = 0; comm < engine_->comms().count(); ++comm) {
-        void* handle = engine_->comms().register_buffer(comm, data, nbytes);
-        if (handle != nullptr) handles_.emplace_back(comm, handle);
-      }
+      make_known(data, windows);
     } catch (...) {
       release();
       throw;
@@ -30,10 +29,24 @@ GpuMemory::GpuMemory(std::shared_ptr<GpuEngine> engine, size_t nbytes)
   }
 }
 
+void GpuMemory::make_known(void* data, const std::vector<int>& windows) {
+  for (int comm = 0; comm < engine_->comms().count(); ++comm) {
+    const bool together = std::find(windows.begin(), windows.end(), comm) != windows.end();
+    const ncclWindow_t window = together ? engine_->register_window(comm, data, nbytes_) : nullptr;
+    if (window != nullptr) {
+      windows_.emplace_back(comm, window);
+      continue;
+    }
+    void* handle = engine_->comms().register_buffer(comm, data, nbytes_);
+    if (handle != nullptr) handles_.emplace_back(comm, handle);
+  }
+}
+
 GpuMemory::~GpuMemory() { release(); }
 
 void GpuMemory::release() {
   for (const auto& [comm, handle] : handles_) engine_->comms().deregister_buffer(comm, handle);
+  for (const auto& [comm, window] : windows_) engine_->comms().deregister_window(comm, window);
   try {
     engine_->make_current();
   } catch (const Error&) {

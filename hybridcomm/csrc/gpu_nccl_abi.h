@@ -56,7 +56,8 @@ enum : int32_t { ncclScalarDevice = 0, ncclScalarHostImmediate = 1 };
 constexpr int kNcclUndefined = INT_MIN;
 constexpr unsigned kNcclMagic = 0xcafebeef;
 constexpr int kNcclNoColor = -1;
-constexpr int kNcclCtaPolicyZero = 2;    // from 2.28 on
+constexpr int kNcclCtaPolicyZero = 2;
+constexpr int kNcclCtaPolicyZeroSince = nccl_version(2, 28, 3);
 constexpr int kNcclWindowSymmetric = 1;  // from 2.27 on
 
 // Fields are followed by the version that brought them.

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -21,6 +22,7 @@ enum class DeviceKind : uint8_t {
   reduce_scatter,  // `count` elements of the result
   all_gather,      // `count` elements of the input
   broadcast,       // from `peer`
+  all_to_all,      // `count` elements to each; NCCL 2.28
   send,            // to `peer`
   receive,         // from `peer`
 };
@@ -48,7 +50,10 @@ struct DeviceOp {
   int peer = -1;
   int32_t dtype = ncclFloat32;
   int32_t op = ncclSum;
-  uint32_t divisor = 1;  // of a sum: what goes in is multiplied by 1 / divisor (ncclRedOpCreatePreMulSum)
+  // Of a sum: what goes in is multiplied by 1 / divisor, or by this rank's own factor (ncclRedOpCreatePreMulSum). A factor
+  // of 1 is one, too: ranks must all call a sum of products.
+  uint32_t divisor = 1;
+  std::optional<double> factor;
 };
 
 // Device memory that a program touches, [begin, end).

@@ -10,11 +10,12 @@ void GpuEngine::fail(std::exception_ptr error) {
     failure_ = std::move(error);
     changed_.notify_all();
   }
+  host_.failed();  // first: an abort may take a while, and tells the peers less, if anything
   comms_.abort();  // what is stuck comes back, and the peers hear of it
-  on_failure_();
 }
 
-// Of what NCCL reports: CUDA's own error where the device is lost, which NCCL does not name.
+// Of what NCCL reports: CUDA's own error where the device is lost, and what the host has heard where it is a peer that
+// is gone, since NCCL says neither which nor why.
 std::exception_ptr GpuEngine::cause_of(const std::exception_ptr& error) const {
   try {
     const CUresult result = cuda_->cuStreamQuery(streams_.front());
@@ -22,12 +23,20 @@ std::exception_ptr GpuEngine::cause_of(const std::exception_ptr& error) const {
   } catch (const DeviceError& found) {
     if (found.lost) return std::current_exception();
   }
+  try {
+    std::rethrow_exception(error);
+  } catch (const Error& reported) {
+    const std::optional<Error> heard = host_.heard();
+    if (reported.code == Code::peer_lost && heard) return std::make_exception_ptr(*heard);
+  }
   return error;
 }
 
 // What is wrong, if anything is. Works that are over are forgotten.
 std::exception_ptr GpuEngine::look() {
   if (std::exception_ptr error = comms_.async_error()) return cause_of(error);
+  // A host that is idle, as its rank waits for the device alone, would not hear of a peer before the next call.
+  if (const std::optional<Error> heard = host_.heard()) return std::make_exception_ptr(*heard);
   const std::lock_guard lock(mutex_);
   if (capturing_) return nullptr;  // asking for an event would break another thread's capture
   while (!running_.empty() && !running_.front()->captured_) {

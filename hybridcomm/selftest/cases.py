@@ -72,6 +72,13 @@ def conformance(codecs: Sequence[str], *, numel: int, seeds: Sequence[int]) -> t
         ),
         Case(name="messages and verbs in one order", body=verbs.messages, against=SUMS, ranks=2),
         Case(name="means by every communicator", body=verbs.means, against=BOUND),
+        Case(
+            name="sums by a factor of each rank's own",
+            body=verbs.scaled,
+            against=HOST,
+            ranks=2,
+            most=verbs.NARROW_RANKS,
+        ),
         Case(name="groups", body=verbs.groups, against=f"{HOST}, {SUMS}"),
         Case(name="the host waits", body=verbs.awaited, against=SUMS),
         *(
@@ -144,6 +151,7 @@ def _under_way() -> tuple[Case, ...]:
         ("two streams", under_way.streams, 0),
         ("CUDA graphs", under_way.captured, 3),
         ("memory that NCCL knows", under_way.in_known_memory, 0),
+        ("memory that all ranks allocate together", under_way.in_windows, 0),
     )
     return (
         *(Case(name=name, body=body, against=HOST, nodes=2) for name, body in compressed),

@@ -17,8 +17,8 @@ from hybridcomm.selftest.rank import Rank, all_differ, differ, gradient, near, n
 from hybridcomm.selftest.reductions import same_residual
 
 __all__ = [
-    "CODEC", "SMALL", "again", "buckets", "captured", "in_known_memory", "overlap", "reducer", "streams", "two_stage",
-    "unequal", "uneven",
+    "CODEC", "SMALL", "again", "buckets", "captured", "in_known_memory", "in_windows", "overlap", "reducer", "streams",
+    "two_stage", "unequal", "uneven",
 ]  # fmt: skip
 
 CODEC = "topk:0.01"
@@ -203,6 +203,26 @@ def in_known_memory(rank: Rank) -> list[str]:
         if i == 0:
             wrong += all_differ(rank, [tensor], [want])
         del tensor
+    return wrong
+
+
+def in_windows(rank: Rank) -> list[str]:
+    """Buckets that all ranks allocate together, beside memory of one rank alone; the first is given back while a
+    collective of it is under way."""
+    wrong: list[str] = []
+    for i, compress in enumerate(("bf16", CODEC, None)):
+        numel = (i + 1) * SMALL
+        tensor = rank.device.bucket(numel)
+        alone = rank.device.empty(64) if rank.rank == i % rank.world else None
+        want = gradient(numel, rank.rank, i) if compress else numbers(numel, rank.rank)
+        put(rank, [tensor], [want])
+        work = rank.device.allreduce(tensor, compress=compress, flat=False, async_op=True)
+        if compress:
+            rank.host.allreduce(want, compress=compress)
+        if i > 0:
+            work.wait()
+            wrong += all_differ(rank, [tensor], [want if compress else total(rank, numel)])
+        del tensor, alone, work
     return wrong
 
 

@@ -8,10 +8,22 @@ import torch
 
 from hybridcomm.device_plan import NCCL_TYPES
 from hybridcomm.errors import GroupError
+from hybridcomm.reduction import premul_sum
 from hybridcomm.selftest.rank import Rank, all_differ, differ, gradient, near, numbers, total
 from hybridcomm.selftest.reductions import Body
 
-__all__ = ["DTYPES", "MOVED", "NARROW_RANKS", "awaited", "groups", "means", "messages", "moves", "reduces"]
+__all__ = [
+    "DTYPES",
+    "MOVED",
+    "NARROW_RANKS",
+    "awaited",
+    "groups",
+    "means",
+    "messages",
+    "moves",
+    "reduces",
+    "scaled",
+]
 
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int8", "uint8", "int32", "int64")
 """That NCCL can both move and sum."""
@@ -154,6 +166,33 @@ def means(rank: Rank) -> list[str]:
         wrong += near(what, rank.download(tensor), want, scale / world, world)
     own = slice(begin, begin + 1024)
     return wrong + list(near("a share", rank.download(part), want[own], scale[own] / world, world))
+
+
+def scaled(rank: Rank) -> list[str]:
+    """Sums of inputs that each rank has a factor of its own for, one of them 1: the host's bits, of every dtype. The
+    last tensor is rank 0's alone, whose products have to be rounded before they are summed."""
+    wrong: list[str] = []
+    for name in ("float32", "float64", "float16", "bfloat16", "int32", "int64", "int8", "uint8"):
+        dtype, numel = getattr(torch, name), 64 * rank.world
+        small = numbers(numel, rank.rank).abs().remainder(2)
+        odd = torch.arange(numel) % 60 + 2049 if rank.rank == 0 else torch.zeros(numel)
+        for values, mine in (
+            (small, 1.0),
+            (small, -1.0 - rank.rank % 2),
+            (odd, 0.75 if dtype.is_floating_point else 3.0),
+        ):
+            op = premul_sum(1.0 if rank.rank == rank.world - 1 else mine)
+            want, part = [values.to(dtype).clone() for _ in range(2)], torch.zeros(64).to(dtype)
+            tensors, own = [rank.upload(each) for each in want], rank.upload(part)
+            rank.host.reduce_scatter_tensor(part, want[0], op=op)
+            rank.device.reduce_scatter_tensor(own, tensors[0], op=op)
+            rank.host.allreduce(want[0], op=op)
+            rank.device.allreduce(tensors[0], op=op)
+            rank.host.reduce(want[1], 1, op=op)
+            rank.device.reduce(tensors[1], 1, op=op)
+            found = all_differ(rank, [*tensors, own], [*want, part])
+            wrong += [f"{name} by {op.factor}: {what}" for what in found]
+    return wrong
 
 
 def groups(rank: Rank) -> list[str]:

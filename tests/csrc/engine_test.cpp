@@ -175,6 +175,38 @@ void aborted(const Layout& layout) {
   });
 }
 
+// Another thread listens all the time: beside calls of all kinds to no effect, and when `last` gives up in the end, to
+// hear of it, of the right rank, on ranks that call nothing more. Each then gives up itself, which takes no blame.
+void listened(const Layout& layout, int last) {
+  with_ranks(layout, [&](int rank, Engine& engine) {
+    std::optional<Error> heard;
+    std::thread listener([&] {
+      const auto until = Clock::now() + std::chrono::seconds(10);
+      while (!heard && Clock::now() < until) {
+        heard = engine.listen();
+        std::this_thread::sleep_for(std::chrono::milliseconds(rank == (last + 1) % layout.world() ? 30 : 1));
+      }
+      engine.abort();
+    });
+    for (int number = 0; number < 20; ++number) {
+      Call call(layout, rank, number);
+      if (number % 2 == 0) engine.run(call.plan.program(), call.buffers(), kNobody);
+      if (number % 2 == 1) engine.submit(call.plan.program(), call.buffers())->wait(20);
+      call.verify(layout.world());
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));  // the others are out of their calls, too
+    if (rank == last) engine.abort();
+    listener.join();
+    const bool right = heard && heard->code == Code::aborted && heard->rank == last;
+    check(right, "rank " + std::to_string(rank) + " hears that rank " + std::to_string(last) +
+                     " gives up, not: " + (heard ? heard->what() : "nothing"));
+  });
+}
+
+void listening(const Layout& layout) {
+  for (int last = 0; last < layout.world(); ++last) listened(layout, last);
+}
+
 void left(const Layout& layout) {
   with_ranks(layout, [&](int rank, Engine& engine) {
     if (rank == 0) return;
@@ -216,9 +248,9 @@ int main() {
   using namespace hybridcomm::test;
   ::alarm(100);  // a hang is a failure
   for (const Layout layout : {Layout{2, 2}, Layout{1, 3}, Layout{2, 1}}) {
-    for (const auto test :
-         {blocking, mixed, references, withdrawn, mismatch, aborted, left, stalled, concurrent_close,
-          messages, messages_beside_full_slots, messages_abandoned, wrong_answers, crosswise, circle})
+    for (const auto test : {blocking, mixed, references, withdrawn, mismatch, aborted, listening, left,
+                            stalled, concurrent_close, messages, messages_beside_full_slots,
+                            messages_abandoned, wrong_answers, crosswise, circle})
       test(layout);
   }
   std::printf("%d failures\n", failures);

@@ -197,8 +197,8 @@ def ends_nothing(real: Any, self: DeviceContext) -> None:
 _left: list[Any] = []
 
 
-def one_key(real: Any, self: DeviceContext, key: Any, *given: Any) -> Any:
-    return real(self, key[:1], *given)
+def one_key(real: Any, self: DeviceContext, key: Any, *given: Any, **named: Any) -> Any:
+    return real(self, key[:1], *given, **named)
 
 
 def in_firing_order(real: Any, self: Reducer) -> None:
@@ -271,6 +271,11 @@ def drops_a_receive(real: Any, self: DeviceContext, given: Any, **named: Any) ->
     return real(self, given, **named)
 
 
+def looks_at_its_own(real: Any, self: DeviceContext, wanted: Any, given: Any) -> bool:
+    real(self, wanted, given)
+    return len({part.numel() for part in (*wanted, *given)}) == 1
+
+
 def swaps_sends(real: Any, self: Lanes) -> None:
     """The first stage's second value goes from where its third will be."""
     if self.rank.rank == 0:
@@ -334,6 +339,26 @@ MUTANTS: dict[str, Planted] = {
     ),
     "messages of a batch are not grouped": Planted("pipeline", lambda: messages(lambda _: {"group": -1})),
     "nobody waits for a message": Planted("split backward", methods(DeviceWork, "wait", lambda *_: True)),
+    "a rank takes its own parts for everybody's": Planted(
+        "all-to-alls of the newest NCCL", methods(DeviceContext, "_agree_on_sizes", looks_at_its_own)
+    ),
+    "an older NCCL is taken for one with all-to-all": Planted(
+        "all-to-alls",
+        lambda: mock.patch.object(_C.GpuEngine, "newer", property(lambda _: ["ncclAlltoAll"])),
+    ),
+    "the last rank of a share is its root on one rank": Planted(
+        "several roots",
+        methods(
+            device_comms, "_unique_ids", lambda real, gpu, ctx, _: real(gpu, ctx, [0, 2 - (ctx.rank == 1)])
+        ),
+    ),
+    "what one rank allocates alone is a window": Planted(
+        "windows", methods(DeviceContext, "empty", lambda _, self, *size: self.bucket(*size))
+    ),
+    "a rank's bucket is shorter": Planted(
+        "windows",
+        methods(DeviceContext, "bucket", lambda real, self, n: real(self, n + 16 * (self.rank == 1))),
+    ),
     "a dropped receive": Planted("pipeline", methods(DeviceContext, "batch", drops_a_receive)),
     "swapped sends": Planted("pipeline", methods(Lanes, "start", swaps_sends)),
     "a buffer is received into again too early": Planted("split backward", methods(Lanes, "room", one_room)),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hybridcomm import device_comms
 from hybridcomm.errors import AbortedError, DeviceError, HybridCommError, PeerLostError, StallError
 from hybridcomm.kernels import parse, reference
 from hybridcomm.residual import Residual
@@ -24,6 +25,7 @@ from hybridcomm.selftest.under_way import (
     buckets,
     captured,
     in_known_memory,
+    in_windows,
     overlap,
     reducer,
     streams,
@@ -31,11 +33,11 @@ from hybridcomm.selftest.under_way import (
     unequal,
     uneven,
 )
-from hybridcomm.selftest.verbs import means, messages
+from hybridcomm.selftest.verbs import means, messages, scaled
 from hybridcomm.topology import Topology
 from tests.gpu.device_lanes import lanes
 from tests.gpu.device_ranks import Rank, gradient, run_devices
-from tests.gpu.device_verbs import coalesced, verbs
+from tests.gpu.device_verbs import all_to_alls, coalesced, verbs
 from tests.gpu.simulated import Fault, sim_library
 
 __all__ = ["EAGER", "SCENARIOS", "Scenario", "wrongs"]
@@ -160,23 +162,24 @@ def _refused(rank: Rank) -> list[str]:
 
 def _fails(fault: Fault, *wanted: type[Exception]) -> Callable[[Rank], list[str]]:
     """Something befalls the last all-reduce on rank 0, which no host waits for: its watchdog has to see it, and raises
-    the first of what is wanted; the others raise any."""
+    the first of what is wanted; the others raise any. A rank may hear by the other's host that it gave up first."""
 
     def body(rank: Rank) -> list[str]:
         if rank.rank == 0:
             rank.torch.simulation.inject(fault, device=0, communicator=0, operation=2)
         tensor = rank.upload(numbers(64, rank.rank))
-        until = time.monotonic() + 10 * STALL_S
+        begin = time.monotonic()
+        until = begin + 10 * STALL_S
         try:
             work = [rank.device.allreduce(tensor, async_op=True) for _ in range(3)][-1]
             work.wait()
             while time.monotonic() < until and not work.is_completed():
                 time.sleep(0.005)
-        except wanted as error:
+        except (*wanted, AbortedError) as error:
+            late = fault is not Fault.HANGS and time.monotonic() - begin > 0.9 * STALL_S
             rank.torch.synchronize()  # which comes back: what is stuck was aborted
-            # Of what hangs, a rank may hear by its peer first.
-            good = fault is Fault.HANGS or rank.rank > 0 or isinstance(error, wanted[0])
-            return [] if good else [f"{type(error).__name__}, not {wanted[0].__name__}: {error}"]
+            good = fault is Fault.HANGS or rank.rank > 0 or isinstance(error, (wanted[0], AbortedError))
+            return [] if good and not late else [f"{type(error).__name__}, not {wanted[0].__name__}: {error}"]
         return [f"{' or '.join(kind.__name__ for kind in wanted)} is not raised"]
 
     return body
@@ -199,7 +202,42 @@ def _broken(rank: Rank) -> list[str]:
     return ["nothing is raised"]
 
 
+def _copies(rank: Rank) -> list[str]:
+    """All communicators of the rank, divided ones too, leave windows to copy engines."""
+    rank.host.barrier()
+    found, comms = rank.torch.simulation.by_copy_engines(rank.rank), len(rank.device._comms)
+    wrong = [] if found == comms else [f"{found} of {comms} communicators go by copy engines"]
+    return wrong + in_windows(rank)
+
+
+def _rooted(rank: Rank) -> list[str]:
+    """Ranks that meet at two roots, and then do what those of one do."""
+    rank.device._comms = device_comms.connect(rank.device._engine, rank.host, per_root=2)
+    roots = rank.torch.simulation.roots()
+    return ([] if roots == 2 else [f"{roots} roots"]) + messages(rank)
+
+
+def _told(rank: Rank) -> list[str]:
+    """Rank 1's host gives up; rank 0's waits for nothing but its device, and must hear of it at once."""
+    tensor = rank.upload(numbers(64, rank.rank))
+    until = time.monotonic() + 2 * STALL_S
+    try:
+        rank.host.barrier()
+        if rank.rank == 1:
+            rank.host._engine.abort()
+        work = rank.device.allreduce(tensor, async_op=True) if rank.rank == 0 else None
+        while time.monotonic() < until and (work is None or not work.is_completed()):
+            rank.device._engine.check()
+            time.sleep(0.005)
+    except AbortedError:
+        return []
+    rank.device.abort()
+    return ["nobody says that rank 1 has given up"]
+
+
 _WATCHED = {"watch": 0.02, "stall_s": STALL_S}
+
+_NEWEST = {"nccl": 23007}
 
 SCENARIOS: dict[str, Scenario] = {
     "buckets": Scenario(nodes=(2, 2), body=buckets),
@@ -209,6 +247,9 @@ SCENARIOS: dict[str, Scenario] = {
     "uneven shards": Scenario(nodes=(2, 2), body=uneven),
     "messages": Scenario(nodes=(2, 1), body=messages),
     "verbs": Scenario(nodes=(2, 2), body=verbs),
+    "verbs of the newest NCCL": Scenario(nodes=(2, 2), body=verbs, options=_NEWEST),
+    "all-to-alls": Scenario(nodes=(2, 1), body=all_to_alls),
+    "all-to-alls of the newest NCCL": Scenario(nodes=(2, 1), body=all_to_alls, options=_NEWEST),
     "coalesced": Scenario(nodes=(2, 1), body=coalesced),
     "pipeline": Scenario(nodes=(1, 1, 1), body=lanes("1f1b")),
     "split backward": Scenario(nodes=(2, 1), body=lanes("zb-h1")),
@@ -219,12 +260,18 @@ SCENARIOS: dict[str, Scenario] = {
     "host reads": Scenario(nodes=(1, 1), body=_host_reads),
     "captured": Scenario(nodes=(1, 1), body=captured),
     "memory": Scenario(nodes=(2, 1), body=in_known_memory, options={"nccl": 22703}),
+    "windows": Scenario(nodes=(2, 1), body=in_windows, options=_NEWEST),
+    "several roots": Scenario(nodes=(2, 1), body=_rooted, options=_NEWEST),
+    "copy engines": Scenario(nodes=(2, 2), body=_copies, options={**_NEWEST, "copy_engines": True}),
+    "reducer of the newest NCCL": Scenario(nodes=(2, 2), body=reducer, options=_NEWEST),
     "reducer": Scenario(nodes=(2, 1), body=reducer),
     "payloads": Scenario(nodes=(1, 1), body=_payloads),
     "closed": Scenario(nodes=(2, 1), body=_closed),
     "refused": Scenario(nodes=(1, 1), body=_refused, expected="misuse: ncclGroupEnd without ncclGroupStart"),
     "means": Scenario(nodes=(2, 2), body=means),
+    "scaled": Scenario(nodes=(2, 1), body=scaled),
     "hangs": Scenario(nodes=(1, 1), body=_fails(Fault.HANGS, StallError, PeerLostError), options=_WATCHED),
+    "told": Scenario(nodes=(1, 1), body=_told, options={**_WATCHED, "stall_s": 10 * STALL_S}),
     "broken": Scenario(nodes=(1, 1), body=_broken, options={"stall_s": 5 * STALL_S}),
     "lost": Scenario(
         nodes=(1, 1), body=_fails(Fault.REMOTE_ERROR, PeerLostError, StallError), options=_WATCHED

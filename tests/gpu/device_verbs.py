@@ -13,7 +13,7 @@ from hybridcomm.selftest.rank import all_differ, differ, numbers, total
 from hybridcomm.selftest.under_way import CODEC, SMALL
 from tests.gpu.device_ranks import Rank, gradient
 
-__all__ = ["coalesced", "verbs"]
+__all__ = ["all_to_alls", "coalesced", "verbs"]
 
 
 def verbs(rank: Rank) -> list[str]:
@@ -77,6 +77,27 @@ def _copies(rank: Rank, group: Any, root: int) -> list[str]:
         *every, *(every if me == root else []),
     ]  # fmt: skip
     return all_differ(rank, got, want)
+
+
+def all_to_alls(rank: Rank) -> list[str]:
+    """Equal parts, without split sizes and with them, twice under way together; then parts of which rank 0 alone has
+    equal ones, so that it must ask the others what they have."""
+    me, world = rank.rank, rank.world
+    equal, mixed = [6] * world, [[4 if 0 in (r, q) else 6 for q in range(world)] for r in range(world)]
+    wrong = []
+    for given in (None, equal, mixed):
+        rows = [list(equal) for _ in range(world)] if given is not mixed else mixed
+        sent = [numbers(sum(rows[r]), r) for r in range(world)]
+        split = rows[me] if given is not None else None  # what is sent is as much as what comes
+        outs = [rank.upload(torch.zeros(sum(rows[me]))) for _ in range(2)]
+        source = rank.upload(sent[me])
+        works = [rank.device.all_to_all_single(out, source, split, split, async_op=True) for out in outs]
+        for work in works:
+            work.wait()
+        starts = [sum(rows[r][:me]) for r in range(world)]
+        want = torch.cat([sent[r][starts[r] : starts[r] + rows[r][me]] for r in range(world)])
+        wrong += all_differ(rank, [*outs, source], [want, want, sent[me]])
+    return wrong
 
 
 def _messages(rank: Rank, group: Any) -> list[str]:

@@ -44,7 +44,9 @@ class Build:
         made = cls(folder=folder)
         made.source.mkdir(parents=True)
         names = [*_CSRC.glob("gpu_*"), *(_CSRC / f"bind_{each}.cpp" for each in ("gpu", "errors"))]
-        names += [_CSRC / each for each in ("bindings.h", "common.h", "common.cpp", "signals.h")]
+        names += [
+            _CSRC / each for each in ("bindings.h", "common.h", "common.cpp", "half_impl.h", "signals.h")
+        ]
         for path in [*names, *_OWN.iterdir()]:
             shutil.copy(path, made.source)
         sources = sorted(made.source.glob("*.cpp"), key=lambda path: not path.name.startswith("bind_"))
@@ -107,7 +109,7 @@ def install(module: Path) -> None:
         setattr(_C, name, getattr(made, name))
 
     def engine(*, host: Any, **options: Any) -> Any:
-        return made.GpuEngine(host=None if host is None else made.Host(host.abort), **options)
+        return made.GpuEngine(host=None if host is None else made.Host(host.abort, host.listen), **options)
 
     _C.GpuEngine = engine  # type: ignore[misc, assignment]
 

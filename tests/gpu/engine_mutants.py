@@ -3,18 +3,13 @@
 # ruff: noqa: E501  (what is changed stands as the formatter of the source has it)
 from __future__ import annotations
 
-from typing import NamedTuple
+from tests.gpu.engine_mutants_newer import NEWER, Mutant
 
 __all__ = ["MUTANTS", "QUICK", "Mutant"]
 
 
-class Mutant(NamedTuple):
-    file: str
-    scenarios: tuple[str, ...]
-    changes: dict[str, str]
-
-
 MUTANTS: dict[str, Mutant] = {
+    **NEWER,
     # -- waits -------------------------------------------------------------------------------------------------
     "operations do not wait for those of other streams": Mutant(
         "gpu_issue.cpp",
@@ -176,17 +171,17 @@ MUTANTS: dict[str, Mutant] = {
     "one mean for all dtypes": Mutant(
         "gpu_comms.cpp",
         ("means",),
-        {"std::make_tuple(comm, dtype, divisor)": "std::make_tuple(comm, 0, divisor)"},
+        {"std::make_tuple(comm, dtype, bits)": "std::make_tuple(comm, 0, bits)"},
     ),
     "a communicator counts as made before it is": Mutant(
         "gpu_comms.cpp",
         ("again", "messages"),
-        {'  settle(comm, result, "ncclCommInitRankConfig");\n': ""},
+        {"  settle(comm, result, call);\n": ""},
     ),
     "one mean for all communicators": Mutant(
         "gpu_comms.cpp",
         ("means",),
-        {"std::make_tuple(comm, dtype, divisor)": "std::make_tuple(0, dtype, divisor)"},
+        {"std::make_tuple(comm, dtype, bits)": "std::make_tuple(0, dtype, bits)"},
     ),
     "communicators are ordered by color": Mutant(
         "gpu_comms.cpp",
@@ -293,6 +288,18 @@ MUTANTS: dict[str, Mutant] = {
         ("hangs",),
         {"    failure_ = std::move(error);": ""},
     ),
+    "nobody listens to the host": Mutant(
+        "gpu_watch.cpp",
+        ("told",),
+        {
+            "  if (const std::optional<Error> heard = host_.heard()) return std::make_exception_ptr(*heard);\n": ""
+        },
+    ),
+    "a failure is not told to the host": Mutant(
+        "gpu_watch.cpp",
+        ("broken",),
+        {"  host_.failed();  ": "  "},
+    ),
     "a lost device is kept to oneself": Mutant(
         "gpu_issue.cpp",
         ("broken",),
@@ -310,5 +317,6 @@ QUICK = (
     "the pending tail is put behind a head that needs its result",
     "groups are not grouped",
     "a failure of NCCL in the background is not heard",
+    "nobody listens to the host",
 )
 """Of them, those that every run of the tests plants."""

@@ -69,6 +69,9 @@ def sim_library() -> ctypes.CDLL:
         "sim_inject": (None, (ctypes.c_int, ctypes.c_long, ctypes.c_long, ctypes.c_int)),
         "sim_refuse": (None, (ctypes.c_int, ctypes.c_char_p, ctypes.c_long, ctypes.c_int)),
         "sim_nccl_version": (None, (ctypes.c_int,)),
+        "sim_symmetric": (None, (ctypes.c_int,)),
+        "sim_roots": (ctypes.c_int, ()),
+        "sim_by_copy_engines": (ctypes.c_int, (ctypes.c_int,)),
         "sim_register_image": (
             None,
             (
@@ -233,6 +236,18 @@ class Simulation:
     def nccl_version(self, version: int) -> None:
         """What ncclGetVersion says (22703: 2.27.3); newer calls are refused. Stays for later rounds."""
         sim_library().sim_nccl_version(version)
+
+    def symmetric(self, yes: bool) -> None:
+        """Whether communicators have windows; else registering one succeeds, and gives none. Stays for later rounds."""
+        sim_library().sim_symmetric(yes)
+
+    def by_copy_engines(self, device: int) -> int:
+        """How many of the device's communicators leave collectives to copy engines where they can."""
+        return int(sim_library().sim_by_copy_engines(device))
+
+    def roots(self) -> int:
+        """How many ids the last ncclCommInitRankScalable was given."""
+        return int(sim_library().sim_roots())
 
     def publish(self) -> None:
         """What this thread knows, those know that `learn` it, and threads that come later."""

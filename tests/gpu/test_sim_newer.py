@@ -156,20 +156,60 @@ def test_registered_memory_is_forgotten_before_it_is_freed(sim: Simulation, bug:
         assert lines == ([BUGS[bug]] if bug else [])
 
 
-def test_windows_of_different_sizes_are_told(sim: Simulation) -> None:
+@pytest.mark.parametrize("by_size", [True, False])
+def test_windows_of_different_sizes_or_flags_are_told(sim: Simulation, by_size: bool) -> None:
+    def rank(number: int, identity: UniqueId) -> None:
+        device, memory, window = Device(number), ctypes.c_void_p(), ctypes.c_void_p()
+        assert sim_library().ncclMemAlloc(ctypes.byref(memory), ctypes.c_size_t(64)) == SUCCESS
+        comm = Communicator.join(identity, 2, number)
+        size, flags = ctypes.c_size_t(64 - 16 * number * by_size), number * (not by_size)
+        assert comm.call("ncclCommWindowRegister", memory, size, ctypes.byref(window), flags) == SUCCESS
+        assert comm.call("ncclCommWindowDeregister", window) == SUCCESS
+        comm.destroy()
+        assert sim_library().ncclMemFree(memory) == SUCCESS
+        assert device.ordinal == number
+
+    for lines in rounds(sim, rank, 2):
+        assert lines == ["mismatch: ncclCommWindowRegister of different sizes or flags"]
+
+
+@pytest.mark.parametrize("moved", [0, 1])
+def test_ranks_use_a_window_at_one_offset(sim: Simulation, moved: int) -> None:
+    def rank(number: int, identity: UniqueId) -> None:
+        device, memory, window = Device(number), ctypes.c_void_p(), ctypes.c_void_p()
+        stream, comm = device.stream(), Communicator.join(identity, 2, number)
+        whole = ctypes.c_size_t(64)
+        assert sim_library().ncclMemAlloc(ctypes.byref(memory), whole) == SUCCESS
+        assert comm.call("ncclCommWindowRegister", memory, whole, ctypes.byref(window), 1) == SUCCESS
+        assert device.cuda.cuMemsetD8Async(memory, 0, whole, stream) == 0
+        at = ctypes.c_void_p((memory.value or 0) + 16 * number * moved)
+        count = ctypes.c_size_t(4)
+        assert sim_library().ncclAllReduce(at, at, count, FLOAT32, 0, comm.handle, stream) == SUCCESS
+        device.wait(stream)
+        assert comm.call("ncclCommWindowDeregister", window) == SUCCESS
+        comm.destroy()
+        assert sim_library().ncclMemFree(memory) == SUCCESS
+        device.end(stream)
+
+    for lines in rounds(sim, rank, 2):
+        assert len(lines) == moved
+        assert all(line.endswith("at another offset of its window than other ranks") for line in lines)
+
+
+def test_a_window_is_of_memory_of_nccls_own(sim: Simulation) -> None:
     def rank(number: int, identity: UniqueId) -> None:
         device, values, window = Device(number), np.zeros(64, np.uint8), ctypes.c_void_p()
         sim.adopt(values, number)
         comm = Communicator.join(identity, 2, number)
-        size = ctypes.c_size_t(64 - 16 * number)
-        assert comm.call("ncclCommWindowRegister", at(values), size, ctypes.byref(window), 0) == SUCCESS
-        assert comm.call("ncclCommWindowDeregister", window) == SUCCESS
+        whole = ctypes.c_size_t(64)
+        assert comm.call("ncclCommWindowRegister", at(values), whole, ctypes.byref(window), 1) != SUCCESS
+        assert not window
         comm.destroy()
         sim.drop(values)
         assert device.ordinal == number
 
     for lines in rounds(sim, rank, 2):
-        assert lines == ["mismatch: ncclCommWindowRegister of different sizes"]
+        assert lines == ["misuse: a window of memory that is not ncclMemAlloc's"]
 
 
 @pytest.mark.parametrize("first", ["abort", "revoke"])

@@ -83,6 +83,11 @@ MUTANTS: dict[str, tuple[str, dict[str, str]]] = {
         "engine_messages.cpp",
         {"  helping_ = false;\n  hand_over();": "  helping_ = false;"},
     ),
+    "who listens hears nothing": ("engine.cpp", {"    executor_->listen();\n": ""}),
+    "who hears of another's failure and gives up takes the blame": (
+        "engine.cpp",
+        {"  if (!told && !closing_) executor_": "  if (!closing_) executor_"},
+    ),
     "nobody chases": ("executor_faults.cpp", {"if (++returned_ < kRounds) return;": "return;"}),
     "the lower rank waits for a link that nobody dials": (
         "mesh_meet.cpp",

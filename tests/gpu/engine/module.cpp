@@ -6,7 +6,7 @@
 
 PYBIND11_MODULE(_gpu, module) {
   pybind11::class_<hybridcomm::Engine, std::shared_ptr<hybridcomm::Engine>>(module, "Host")
-      .def(pybind11::init<const pybind11::object&>());
+      .def(pybind11::init<const pybind11::object&, const pybind11::object&>());
   hybridcomm::bind_errors(module);
   hybridcomm::bind_gpu(module);
 }

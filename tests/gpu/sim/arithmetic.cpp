@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace sim {
 namespace {
@@ -22,13 +23,32 @@ uint16_t to_bf16(float value) {
   return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
+// Integers wrap.
+template <class T, class Factor>
+T times(T value, Factor factor) {
+  if constexpr (std::is_integral_v<T>) {
+    return static_cast<T>(static_cast<uint64_t>(value) * static_cast<uint64_t>(static_cast<int64_t>(factor)));
+  } else {
+    return value * static_cast<T>(factor);
+  }
+}
+template <class T>
+T plus(T one, T other) {
+  if constexpr (std::is_integral_v<T>) {
+    return static_cast<T>(static_cast<uint64_t>(one) + static_cast<uint64_t>(other));
+  } else {
+    return one + other;
+  }
+}
+
 template <class Stored, class Wide, class Load, class Store>
 void reduce_as(unsigned char* out, const std::vector<const unsigned char*>& inputs, size_t count,
                ncclRedOp_t op, const std::vector<double>& factors, Load load, Store store) {
   const auto read = [&](size_t rank, size_t i) {
     Stored stored;
     std::memcpy(&stored, inputs[rank] + i * sizeof(Stored), sizeof(Stored));
-    return static_cast<Wide>(load(stored) * static_cast<Wide>(factors[rank]));
+    if (op <= ncclAvg) return load(stored);
+    return load(store(times<Wide>(load(stored), factors[rank])));  // a product is an element again
   };
   for (size_t i = 0; i < count; ++i) {
     Wide total = read(0, i);
@@ -39,9 +59,9 @@ void reduce_as(unsigned char* out, const std::vector<const unsigned char*>& inpu
       } else if (op == ncclMin) {
         total = std::min(total, next);
       } else if (op == ncclProd) {
-        total = static_cast<Wide>(total * next);
+        total = times<Wide>(total, next);
       } else {
-        total = static_cast<Wide>(total + next);
+        total = plus<Wide>(total, next);
       }
     }
     if (op == ncclAvg) total = static_cast<Wide>(total / static_cast<Wide>(inputs.size()));

@@ -1,5 +1,6 @@
 #include "communicators.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "broker.h"
@@ -41,7 +42,7 @@ std::shared_ptr<Clique> Communicators::clique(const std::string& id, int size) {
   return found;
 }
 
-Comm* Communicators::join(const std::shared_ptr<Clique>& clique, int rank, bool blocking) {
+Comm* Communicators::join(const std::shared_ptr<Clique>& clique, int rank, bool blocking, int policy) {
   const int device = world().here().device;
   Comm made;
   made.clique = clique;
@@ -49,6 +50,11 @@ Comm* Communicators::join(const std::shared_ptr<Clique>& clique, int rank, bool 
   made.device = device;
   made.ordinal = made_[device]++;
   made.blocking = blocking;
+  made.policy = policy;
+  for (const Comm* other : clique->members) {
+    if (other->policy == policy) continue;
+    world().reports.add(Finding::mismatch, "ranks of a communicator with different CTA policies");
+  }
   comms_.push_back(std::move(made));
   clique->members.push_back(&comms_.back());
   ++clique->joined;
@@ -98,6 +104,26 @@ bool Communicators::same(const Meeting& meeting) {
   return true;
 }
 
+// Ranks must use symmetric windows at one offset: what all reach of each other. A gathered part, or a scattered one, is a
+// rank's own place.
+void Communicators::check_windows(const Meeting& meeting) {
+  const Kind kind = meeting.come.front().part.kind;
+  const bool reads = kind == Kind::all_reduce || kind == Kind::reduce_scatter || kind == Kind::all_to_all;
+  const bool writes = kind == Kind::all_reduce || kind == Kind::all_gather || kind == Kind::all_to_all;
+  long from = -1, to = -1;
+  for (const Meeting::Come& each : meeting.come) {
+    const Part& part = each.part;
+    if (part.comm == nullptr) continue;
+    const long source = reads ? in_window(*part.comm, part.from) : -1;
+    const long target = writes ? in_window(*part.comm, part.to) : -1;
+    if ((from >= 0 && source >= 0 && from != source) || (to >= 0 && target >= 0 && to != target)) {
+      misuse(text_of(part) + ": at another offset of its window than other ranks");
+    }
+    from = source >= 0 ? source : from;
+    to = target >= 0 ? target : to;
+  }
+}
+
 bool Communicators::may_touch(const Meeting& meeting) {
   bool sound = true;
   for (const Meeting::Come& each : meeting.come) {
@@ -115,6 +141,7 @@ void Communicators::meet(Meeting& meeting) {
   for (const Meeting::Come& each : meeting.come) meeting.clock.join(each.clock);
   meeting.met = true;
   const bool alike = same(meeting);
+  if (alike) check_windows(meeting);
   if (alike && may_touch(meeting)) return move(meeting);
   for (const Meeting::Come& each : meeting.come) {
     if (!alike && each.part.comm != nullptr) each.part.comm->failure = ncclInvalidUsage;
@@ -279,7 +306,13 @@ bool Communicators::wished(Clique& clique, int rank, long number, size_t wanted)
   return true;
 }
 
-Comm* Communicators::child(Comm& comm, long number) {
+int Communicators::by_copy_engines(int device) const {
+  return static_cast<int>(std::count_if(comms_.begin(), comms_.end(), [device](const Comm& comm) {
+    return comm.live && comm.device == device && comm.policy == kNcclCtaPolicyZero;
+  }));
+}
+
+Comm* Communicators::child(Comm& comm, long number, int policy) {
   const auto& wishes = comm.clique->wishes[number];
   const auto [color, key] = wishes.at(comm.rank);
   if (color == kNcclNoColor) return nullptr;
@@ -295,7 +328,7 @@ Comm* Communicators::child(Comm& comm, long number) {
     made->name = comm.clique->name + " " + std::to_string(number) + " " + std::to_string(color);
   }
   const auto self = std::find(members.begin(), members.end(), std::pair(key, comm.rank));
-  return join(made, static_cast<int>(self - members.begin()), comm.blocking);
+  return join(made, static_cast<int>(self - members.begin()), comm.blocking, policy);
 }
 
 ncclResult_t Communicators::state(Comm& comm) {

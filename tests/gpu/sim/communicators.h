@@ -95,6 +95,7 @@ struct Comm {
   int rank, device;
   long ordinal;  // among those that were made on its device
   bool blocking;
+  int policy = 0;  // NCCL_CTA_POLICY_*
   bool live = true, aborted = false;
   bool told = false;  // that a peer is lost, where it waits for one
   hybridcomm::gpu::ncclResult_t failure = 0;
@@ -115,7 +116,7 @@ class Communicators {
   Communicators();
 
   std::shared_ptr<Clique> clique(const std::string& id, int size);
-  Comm* join(const std::shared_ptr<Clique>& clique, int rank, bool blocking);
+  Comm* join(const std::shared_ptr<Clique>& clique, int rank, bool blocking, int policy);
   Comm* find(void* handle);  // null (and a report) if it is none
   // Parts that one call or group of a thread makes on a stream: one operation. Captured, if the stream is.
   bool launch(Stream& stream, const std::vector<Part>& parts);
@@ -128,7 +129,9 @@ class Communicators {
   // Whether so many have said theirs.
   bool wished(Clique& clique, int rank, long number, size_t wanted);
   // This rank's part of what those with its color have made of it, in the order of their keys.
-  Comm* child(Comm& comm, long number);
+  Comm* child(Comm& comm, long number, int policy);
+  // Live ones on a device whose collectives go by copy engines where they can.
+  int by_copy_engines(int device) const;
   // What ncclCommGetAsyncError says.
   hybridcomm::gpu::ncclResult_t state(Comm& comm);
 
@@ -154,6 +157,7 @@ class Communicators {
   std::string missing(const Running& running) const;
   void meet(Meeting& meeting);
   bool same(const Meeting& meeting);
+  void check_windows(const Meeting& meeting);
   bool may_touch(const Meeting& meeting);
 
   std::map<std::string, std::shared_ptr<Clique>> cliques_;

@@ -7,6 +7,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <set>
+#include <string>
 
 #include "arithmetic.h"
 
@@ -22,6 +24,7 @@ using sim::world;
 namespace {
 
 int made = 0;
+int roots = 0;
 int version = nccl_version(2, 18, 5);
 
 struct Call {
@@ -77,15 +80,27 @@ ncclResult_t joined(std::unique_lock<std::mutex>& lock, const char* what, Comm* 
   return sim::wait_for(lock, what, [comm] { return comm->ready(); });
 }
 
-ncclResult_t initialise(const char* what, ncclComm_t* comm, int ranks, const ncclUniqueId& id, int rank,
+// NCCL_CTA_POLICY_* of a configuration, whose field came with 2.27 and is read by its version; -1: this NCCL refuses it.
+int policy_of(const ncclConfig_t* config) {
+  if (config == nullptr || config->version < static_cast<unsigned>(nccl_version(2, 27, 0))) return 0;
+  if (config->CTAPolicy == kNcclUndefined) return 0;
+  const int most = version >= kNcclCtaPolicyZeroSince ? kNcclCtaPolicyZero : 1;
+  if (config->CTAPolicy >= 0 && config->CTAPolicy <= most) return config->CTAPolicy;
+  misuse("a CTA policy that the version has not");
+  return -1;
+}
+
+ncclResult_t initialise(const char* what, ncclComm_t* comm, int ranks, const std::string& id, int rank,
                         const ncclConfig_t* config) {
   auto lock = locked();
   if (rank < 0 || rank >= ranks || world().here().device < 0) return ncclInvalidArgument;
   if (sim::broken()) return ncclUnhandledCudaError;
-  const auto clique = communicators().clique(id.internal, ranks);
+  const auto clique = communicators().clique(id, ranks);
   if (clique->size != ranks) return misuse(std::string(what) + ": ranks say different sizes");
   const bool blocking = config == nullptr || config->blocking != 0;
-  Comm* made_one = communicators().join(clique, rank, blocking);
+  const int policy = policy_of(config);
+  if (policy < 0) return ncclInvalidArgument;
+  Comm* made_one = communicators().join(clique, rank, blocking, policy);
   *comm = reinterpret_cast<ncclComm_t>(made_one);
   return joined(lock, what, made_one);
 }
@@ -183,6 +198,16 @@ EXPORT void sim_nccl_version(int says) {
   const auto lock = locked();
   version = says;
 }
+// How many of a device's communicators leave collectives to copy engines.
+EXPORT int sim_by_copy_engines(int device) {
+  const auto lock = locked();
+  return communicators().by_copy_engines(device);
+}
+// Of the last ncclCommInitRankScalable.
+EXPORT int sim_roots() {
+  const auto lock = locked();
+  return roots;
+}
 EXPORT ncclResult_t ncclGetVersion(int* says) {
   *says = version;
   return ncclSuccess;
@@ -209,31 +234,45 @@ EXPORT ncclResult_t ncclGetUniqueId(ncclUniqueId* id) {
 
 EXPORT ncclResult_t ncclCommInitRankConfig(ncclComm_t* comm, int ranks, ncclUniqueId id, int rank,
                                            ncclConfig_t* config) {
-  return initialise("ncclCommInitRankConfig", comm, ranks, id, rank, config);
+  return initialise("ncclCommInitRankConfig", comm, ranks, id.internal, rank, config);
 }
 EXPORT ncclResult_t ncclCommInitRankScalable(ncclComm_t* comm, int ranks, int rank, int count,
                                              ncclUniqueId* ids, ncclConfig_t* config) {
+  std::set<std::string> found;
+  std::string all;  // ranks that say other ids, or another order, do not meet
   {
     const auto lock = locked();
     if (!sim::has(nccl_version(2, 23, 4), "ncclCommInitRankScalable")) return ncclInvalidUsage;
+    if (count < 1 || count > ranks) return ncclInvalidArgument;
+    for (int i = 0; i < count; ++i) {
+      const std::string id = ids[i].internal;
+      all += (i == 0 ? "" : ", ") + id;
+      if (id.rfind("simulated", 0) != 0)
+        return misuse("ncclCommInitRankScalable: an id that nobody has made");
+      if (!found.insert(id).second) return misuse("ncclCommInitRankScalable: an id twice");
+    }
+    roots = count;
   }
-  if (count < 1 || count > ranks) return ncclInvalidArgument;
-  return initialise("ncclCommInitRankScalable", comm, ranks, ids[0], rank, config);
+  return initialise("ncclCommInitRankScalable", comm, ranks, all, rank, config);
 }
 
 namespace {
 
 // The handle is there when the parent's call has ended; the child may still be in progress then.
 ncclResult_t make(std::unique_lock<std::mutex>& lock, const char* what, Comm& comm, long number,
-                  size_t wanted, ncclComm_t* child) {
+                  size_t wanted, ncclComm_t* child, const ncclConfig_t* config) {
   *child = nullptr;
+  const int policy = policy_of(config);
+  if (policy < 0) return ncclInvalidArgument;
   const auto clique = comm.clique;
   const ncclResult_t result = sim::act(
       lock, comm, what,
       [clique, number, wanted, rank = comm.rank] {
         return communicators().wished(*clique, rank, number, wanted);
       },
-      [&comm, number, child] { *child = reinterpret_cast<ncclComm_t>(communicators().child(comm, number)); });
+      [&comm, number, child, policy] {
+        *child = reinterpret_cast<ncclComm_t>(communicators().child(comm, number, policy));
+      });
   if (result != ncclSuccess || *child == nullptr) return result;
   return joined(lock, what, reinterpret_cast<Comm*>(*child));
 }
@@ -241,17 +280,18 @@ ncclResult_t make(std::unique_lock<std::mutex>& lock, const char* what, Comm& co
 }  // namespace
 
 // All ranks have said their colors when the last one comes.
-EXPORT ncclResult_t ncclCommSplit(ncclComm_t handle, int color, int key, ncclComm_t* child, ncclConfig_t*) {
+EXPORT ncclResult_t ncclCommSplit(ncclComm_t handle, int color, int key, ncclComm_t* child,
+                                  ncclConfig_t* config) {
   auto lock = locked();
   ncclResult_t why;
   Comm* comm = sim::usable(handle, why);
   if (comm == nullptr) return why;
   const auto wanted = static_cast<size_t>(comm->clique->size);
   const long number = communicators().wish(*comm, color, key, wanted);
-  return make(lock, "ncclCommSplit", *comm, number, wanted, child);
+  return make(lock, "ncclCommSplit", *comm, number, wanted, child, config);
 }
 EXPORT ncclResult_t ncclCommShrink(ncclComm_t handle, int* excluded, int count, ncclComm_t* child,
-                                   ncclConfig_t*, int flags) {
+                                   ncclConfig_t* config, int flags) {
   auto lock = locked();
   if (!sim::has(nccl_version(2, 27, 3), "ncclCommShrink")) return ncclInvalidUsage;
   Comm* comm = communicators().find(handle);
@@ -263,7 +303,7 @@ EXPORT ncclResult_t ncclCommShrink(ncclComm_t handle, int* excluded, int count, 
   if (!comm->aborted && !at_rest(*comm)) return misuse("ncclCommShrink while operations are queued");
   const auto wanted = static_cast<size_t>(comm->clique->size - count);
   const long number = communicators().wish(*comm, 0, comm->rank, wanted);
-  return make(lock, "ncclCommShrink", *comm, number, wanted, child);
+  return make(lock, "ncclCommShrink", *comm, number, wanted, child, config);
 }
 
 EXPORT ncclResult_t ncclCommFinalize(ncclComm_t handle) {

@@ -21,6 +21,8 @@ hybridcomm::gpu::ncclResult_t act(std::unique_lock<std::mutex>& lock, Comm& comm
 // One call on a stream: now, or when the thread's group ends.
 hybridcomm::gpu::ncclResult_t call(hybridcomm::gpu::CUstream stream, hybridcomm::gpu::ncclComm_t handle,
                                    Part part);
+// Where an address lies in a window of the communicator; -1: in none.
+long in_window(const Comm& comm, const void* address);
 // Whether the version that is simulated has what came with `since`.
 bool has(int since, const char* name);
 // Whether operations of all communicators of a device run in the order of their calls.

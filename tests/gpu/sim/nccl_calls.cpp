@@ -1,6 +1,8 @@
 // libnccl's collectives, messages and registrations, on the simulated machine.
 #include <cstring>
+#include <iterator>
 #include <list>
+#include <map>
 
 #include "arithmetic.h"
 #include "nccl.h"
@@ -37,7 +39,9 @@ std::list<Registration>& registrations() {
     world().also_reset.push_back([made] { made->clear(); });
     world().also_finish.push_back([made] {
       size_t left = 0;
-      for (const Registration& each : *made) left += each.live && !world().broken(each.comm->device);
+      for (const Registration& each : *made) {  // an abort lets go of all that its communicator knows
+        left += each.live && !each.comm->aborted && !world().broken(each.comm->device);
+      }
       if (left != 0) world().reports.add(Finding::leak, std::to_string(left) + " registered buffers");
     });
     return made;
@@ -45,10 +49,29 @@ std::list<Registration>& registrations() {
   return *all;
 }
 
+// What ncclMemAlloc has given and not got back: address -> bytes.
+std::map<uintptr_t, size_t>& own_memory() {
+  static auto* const all = [] {
+    auto* made = new std::map<uintptr_t, size_t>;
+    world().also_reset.push_back([made] { made->clear(); });
+    return made;
+  }();
+  return *all;
+}
+
+bool symmetric = true;  // whether communicators have windows at all
+
 void* registered(const Comm& comm, void* buffer, size_t nbytes, bool window) {
   const auto begin = reinterpret_cast<uintptr_t>(buffer);
   if (!world().memory.readable(begin, nbytes)) {
     world().reports.add(Finding::stranger, "a buffer to register that is no device memory");
+    return nullptr;
+  }
+  const auto block = own_memory().upper_bound(begin);
+  const bool ours =
+      block != own_memory().begin() && begin + nbytes <= std::prev(block)->first + std::prev(block)->second;
+  if (window && !ours) {
+    misuse("a window of memory that is not ncclMemAlloc's");
     return nullptr;
   }
   registrations().push_back({&comm, begin, nbytes, window});
@@ -69,6 +92,15 @@ ncclResult_t forget(const Comm& comm, const void* handle, bool window) {
 }
 
 }  // namespace
+
+long sim::in_window(const Comm& comm, const void* address) {
+  const auto at = reinterpret_cast<uintptr_t>(address);
+  for (const Registration& each : registrations()) {
+    if (!each.live || !each.window || each.comm != &comm) continue;
+    if (at >= each.begin && at < each.begin + each.nbytes) return static_cast<long>(at - each.begin);
+  }
+  return -1;
+}
 
 EXPORT ncclResult_t ncclAllReduce(const void* from, void* to, size_t count, ncclDataType_t type,
                                   ncclRedOp_t op, ncclComm_t comm, CUstream stream) {
@@ -123,6 +155,16 @@ EXPORT ncclResult_t ncclRedOpCreatePreMulSum(ncclRedOp_t* op, void* scalar, nccl
     float value;
     std::memcpy(&value, &bits, sizeof(value));
     factor = static_cast<double>(value);
+  } else if (sim::size_of(type) == 1) {
+    factor = static_cast<double>(*static_cast<const int8_t*>(scalar));
+  } else if (sim::size_of(type) == 4) {
+    int32_t value;
+    std::memcpy(&value, scalar, sizeof(value));
+    factor = static_cast<double>(value);
+  } else if (sim::size_of(type) == 8) {
+    int64_t value;
+    std::memcpy(&value, scalar, sizeof(value));
+    factor = static_cast<double>(value);
   } else {
     return ncclInvalidArgument;
   }
@@ -131,7 +173,14 @@ EXPORT ncclResult_t ncclRedOpCreatePreMulSum(ncclRedOp_t* op, void* scalar, nccl
   *op = ncclAvg + static_cast<int>(comm->factors.size());
   return ncclSuccess;
 }
-EXPORT ncclResult_t ncclRedOpDestroy(ncclRedOp_t, ncclComm_t) { return ncclSuccess; }
+EXPORT ncclResult_t ncclRedOpDestroy(ncclRedOp_t op, ncclComm_t handle) {
+  const auto lock = locked();
+  Comm* comm = communicators().find(handle);
+  const auto own = static_cast<size_t>(op - (ncclAvg + 1));
+  if (comm == nullptr || op <= ncclAvg || own >= comm->factors.size()) return ncclInvalidArgument;
+  comm->factor_types[own] = -1;  // no call's
+  return ncclSuccess;
+}
 EXPORT ncclResult_t ncclAlltoAll(const void* from, void* to, size_t count, ncclDataType_t type,
                                  ncclComm_t comm, CUstream stream) {
   {
@@ -145,7 +194,9 @@ EXPORT ncclResult_t ncclMemAlloc(void** pointer, size_t nbytes) {
   const auto lock = locked();
   if (!sim::has(nccl_version(2, 19, 1), "ncclMemAlloc")) return ncclInvalidUsage;
   if (!sim::on_a_device() || sim::broken()) return ncclUnhandledCudaError;
-  *pointer = reinterpret_cast<void*>(world().memory.allocate(nbytes, world().here().device));
+  const uintptr_t begin = world().memory.allocate(nbytes, world().here().device);
+  own_memory()[begin] = nbytes;
+  *pointer = reinterpret_cast<void*>(begin);
   return ncclSuccess;
 }
 EXPORT ncclResult_t ncclMemFree(void* pointer) {
@@ -153,6 +204,7 @@ EXPORT ncclResult_t ncclMemFree(void* pointer) {
   if (!sim::has(nccl_version(2, 19, 1), "ncclMemFree")) return ncclInvalidUsage;
   if (sim::broken()) return ncclUnhandledCudaError;
   const auto begin = reinterpret_cast<uintptr_t>(pointer);
+  own_memory().erase(begin);
   return world().memory.release(begin, world().here().host->clock) ? ncclSuccess : ncclInvalidArgument;
 }
 EXPORT ncclResult_t ncclCommRegister(const ncclComm_t handle, void* buffer, size_t nbytes, void** to) {
@@ -168,26 +220,33 @@ EXPORT ncclResult_t ncclCommDeregister(const ncclComm_t handle, void* registrati
   const Comm* comm = communicators().find(handle);
   return comm == nullptr ? ncclInvalidArgument : forget(*comm, registration, false);
 }
-// All ranks register together, and the same number of bytes.
+EXPORT void sim_symmetric(int yes) {
+  const auto lock = locked();
+  symmetric = yes != 0;
+}
+// All ranks register together, and the same number of bytes by the same flags. The handle is there when all have.
 EXPORT ncclResult_t ncclCommWindowRegister(ncclComm_t handle, void* buffer, size_t nbytes,
-                                           ncclWindow_t* window, int) {
+                                           ncclWindow_t* window, int flags) {
   auto lock = locked();
   if (!sim::has(nccl_version(2, 27, 3), "ncclCommWindowRegister")) return ncclInvalidUsage;
   ncclResult_t why;
   Comm* comm = sim::usable(handle, why);
   if (comm == nullptr) return why;
-  *window = static_cast<ncclWindow_t>(registered(*comm, buffer, nbytes, true));
-  if (*window == nullptr) return ncclInvalidArgument;
+  *window = nullptr;
+  if (!symmetric) return ncclSuccess;
+  const auto made = static_cast<ncclWindow_t>(registered(*comm, buffer, nbytes, true));
+  if (made == nullptr) return ncclInvalidArgument;
   const auto clique = comm->clique;
   const auto wanted = static_cast<size_t>(clique->size);
-  const long number = communicators().wish(*comm, static_cast<int>(nbytes), 0, wanted);
+  const long number = communicators().wish(*comm, static_cast<int>(nbytes), flags, wanted);
   const auto all = [clique, number, wanted, rank = comm->rank] {
     return communicators().wished(*clique, rank, number, wanted);
   };
-  return sim::act(lock, *comm, "ncclCommWindowRegister", all, [clique, number] {
+  return sim::act(lock, *comm, "ncclCommWindowRegister", all, [clique, number, made, window] {
+    *window = made;
     for (const auto& [rank, wish] : clique->wishes[number]) {
-      if (wish.first != clique->wishes[number].begin()->second.first) {
-        world().reports.add(Finding::mismatch, "ncclCommWindowRegister of different sizes");
+      if (wish != clique->wishes[number].begin()->second) {
+        world().reports.add(Finding::mismatch, "ncclCommWindowRegister of different sizes or flags");
       }
     }
   });

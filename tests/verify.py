@@ -183,7 +183,7 @@ STEPS: dict[str, Step] = {
         ),
     ),
     "libraries": Step(
-        what="real libraries without a device: NCCL of nine wheels, CUDA's driver",
+        what="real libraries without a device: NCCL of nine wheels, CUDA's driver, cupy's streams",
         run=lambda _, details: libraries(details),
         about=(
             ":(glob)hybridcomm/csrc/gpu_*",

@@ -1,8 +1,9 @@
-"""Real libraries without a device: ``python -m tests.gpu.real_libraries``: NCCL from its wheels, libcuda from Debian.
+"""Real libraries without a device, ``python -m tests.gpu.real_libraries``: NCCL and cupy of wheels, Debian's libcuda.
 
 1. One after the other is fetched into a temporary folder and unpacked there; nothing is installed, nothing stays.
 2. `loader.cpp` loads it as the engine does, and starts it: without a device that has to end with the library's word.
 3. What it says of itself has to be what its package says, and its symbols those that our tables have for that version.
+4. Of cupy, whose arrays need a device, it is the streams that have to be taken as it makes them.
 
 What cannot be had from the registries in reach is skipped, counted and said. Exit code 0: nothing was wrong.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import re
 import subprocess
 import sys
@@ -24,19 +26,26 @@ from benchmarks.table import table
 from tests.gpu.loading import Ran, build_loader, run_loader
 from tests.gpu.test_abi import code, nccl_calls
 
-__all__ = ["WHEELS", "Finding", "UnavailableError", "check_driver", "check_nccl"]
+__all__ = ["CUPY", "WHEELS", "Finding", "UnavailableError", "check_cupy", "check_driver", "check_nccl"]
 
 WHEELS = {
     "nvidia-nccl-cu12": ("2.18.1", "2.19.3", "2.23.4", "2.27.3", "2.28.3", "2.29.2", ""),
     "nvidia-nccl-cu13": ("2.27.7", ""),
 }
 """The oldest, those with which newer calls came, and the newest, which has no number here."""
+CUPY = ("cupy-cuda12x", "cupy-cuda13x")
 DRIVER = "libcuda1"
 NO_DEVICE = "CUDA_ERROR_NO_DEVICE (100)"
 FAILED = 1  # ncclUnhandledCudaError: what beginning a communicator comes to without a device
 GPU_DRIVER = Path("/proc/driver/nvidia")
 DEVICES = Path("/dev")
 _SECONDS = 900  # for one package of some 300 MB
+_STREAM = 0x7F00  # an address: nothing is asked of it
+_CUPYS_STREAM = f"""
+import cupy
+from hybridcomm.device_work import handle_of
+print(cupy.__version__, handle_of(cupy.cuda.ExternalStream({_STREAM})), hasattr(cupy.ndarray, "__dlpack__"))
+"""
 
 
 class UnavailableError(Exception):
@@ -145,6 +154,25 @@ def check_driver(loader: Path, library: Path, package: str, version: int) -> Fin
     )
 
 
+def check_cupy(package: str, folder: Path) -> Finding:
+    """``folder``: what the package was installed into."""
+    done = subprocess.run(
+        [sys.executable, "-c", _CUPYS_STREAM],
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    version, handle, dlpack = done.stdout.split() if len(done.stdout.split()) == 3 else ("", "", "")
+    problems = [
+        *([f"fails: {done.stderr.strip().splitlines()[-1:]}"] if done.returncode else []),
+        *([f"a stream at {_STREAM} is taken for {handle!r}"] if handle != str(_STREAM) else []),
+        *(["its arrays have no __dlpack__"] if dlpack != "True" else []),
+    ]
+    return Finding(library=package, version=version, says=f"a stream at {handle}", problems=tuple(problems))
+
+
 def command(*arguments: str | Path, what: str, folder: Path) -> str:
     try:
         done = subprocess.run(
@@ -238,6 +266,14 @@ def findings(folder: Path) -> Iterator[Finding]:
                     yield check_nccl(
                         loader, library, package + (f" beside {DRIVER}" if beside else ""), version, beside
                     )
+    for package in CUPY:
+        with tempfile.TemporaryDirectory(dir=folder) as gone:
+            pip = (sys.executable, "-m", "pip", "install", "-q", "--only-binary", ":all:", "--target", gone)
+            try:
+                command(*pip, package, what="pip cannot fetch it", folder=Path(gone))
+                yield check_cupy(package, Path(gone))
+            except UnavailableError as error:
+                yield Finding(library=package, version="newest", skipped=str(error))
 
 
 def main() -> int:

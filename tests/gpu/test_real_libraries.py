@@ -150,11 +150,41 @@ def test_wheels_are_fetched_and_what_is_not_there_is_counted(
     monkeypatch.setattr(sys, "argv", ["real_libraries", "--markdown", str(tmp_path / "found.md")])
     assert real_libraries.main() == code
     said, page = capsys.readouterr().out, (tmp_path / "found.md").read_text()
-    assert said.splitlines()[-1] == f"{outcome}, 3 skipped"
+    assert said.splitlines()[-1] == f"{outcome}, 5 skipped"
     assert "| nvidia-nccl-cu12 |  2.18.1 |" in page
     for words in ("skipped: no apt-get", "skipped: pip cannot fetch it"):
         assert words in page
     assert Finding(library="a", skipped="why").outcome == "skipped: why"
+
+
+@pytest.mark.parametrize(
+    ("address", "array", "problem"),
+    [
+        ("address", "__dlpack__ = None", ""),
+        ("address + 1", "__dlpack__ = None", "is taken for '32513'"),
+        ("address", "pass", "no __dlpack__"),
+        ("1 // 0", "pass", "fails: ['ZeroDivisionError"),
+    ],
+)
+def test_streams_and_arrays_of_cupy_are_looked_at(
+    tmp_path: Path, address: str, array: str, problem: str
+) -> None:
+    (tmp_path / "cupy.py").write_text(
+        f"""
+__version__ = "14.2.0"
+
+class ndarray:
+    {array}
+
+class cuda:
+    class ExternalStream:
+        def __init__(self, address):
+            self.ptr = {address}
+"""
+    )
+    found = real_libraries.check_cupy("cupy-cuda12x", tmp_path)
+    assert problem in found.outcome
+    assert bool(found.problems) == bool(problem)
 
 
 def test_a_machine_with_a_gpu_is_left_alone(

@@ -119,7 +119,7 @@ void bind_programs(py::module_& module) {
              py::arg("count") = 0, py::arg("comm") = -1, py::arg("peer") = -1,
              py::arg("dtype") = static_cast<int32_t>(ncclFloat32),
              py::arg("op") = static_cast<int32_t>(ncclSum), py::arg("divisor") = 1, py::arg("value") = 0,
-             py::arg("factor") = std::optional<double>());
+             py::arg("factor") = py::none());
   module.def("device_launch", &make_launch, py::kw_only(), py::arg("stream"), py::arg("step"),
              py::arg("after"), py::arg("function"), py::arg("blocks"), py::arg("threads"),
              py::arg("shared_nbytes"), py::arg("arguments"));

@@ -33,9 +33,13 @@ def factor_of(factor: float, tensor: torch.Tensor, dtype: str) -> float:
     narrow = tensor.is_floating_point() and tensor.element_size() == 2
     taken = tensor.new_tensor(factor, device="cpu").item() if narrow else factor
     if taken != factor and not math.isnan(factor):
+        instead = (
+            "a smaller one, or multiply first"
+            if math.isinf(taken)
+            else f"one that it can be, such as {taken}"
+        )
         raise UnsupportedError(
-            f"premul_sum({factor}) of {dtype} on a GPU: NCCL takes the factor as such an element; pass one that it can "
-            f"be, such as {taken}"
+            f"premul_sum({factor}) of {dtype} on a GPU: NCCL takes the factor as such an element; pass {instead}"
         )
     return factor
 
